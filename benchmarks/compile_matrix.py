@@ -1,0 +1,121 @@
+"""Compile every kernel for every target that Triton knows here; write docs/kernels-compiled.md.
+
+Usage: python benchmarks/compile_matrix.py [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hal.ops.kernels.crosscompile import OWN_FORMAT, Cell, Target, cell_names, compile_cells
+from hal.platforms.tables import device_spec
+
+TARGETS = (
+    *(("cuda", arch) for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")),
+    *(("rocm", arch) for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
+)
+OUTPUT = Path(__file__).parents[1] / "docs" / "kernels-compiled.md"
+HEAD = """# What the kernels compile to
+
+Written by `benchmarks/compile_matrix.py` with Triton {triton}; nothing here ran on a device. Each
+cell is compiled with the tile, the alignment and the options that the launcher gives it on that
+device. Numbers are for 8 / 16384 tokens of a Qwen3-30B-A3B layer (128 experts, 2048 x 1536).
+*own*: the matrix instruction works on the kind's own format (decoding kinds: bf16), which is what
+`native` means. *spilled*: bytes of a thread, stack included.
+
+| target | grouped_gemm of kind | instruction | own | shared KiB | registers | spilled | seconds |
+|---|---|---|---|---|---|---|---|
+"""
+OTHERS = """
+## All other cells: the worst of each number
+
+Dense products, products with ragged sizes and 64-bit offsets, routing, alignment, combination,
+quantization, gated activations.
+
+| target | cells | failed | shared KiB (limit) | registers | spilled | seconds |
+|---|--:|---|--:|--:|---|--:|
+"""
+
+
+def compile_target(platform: str, arch: str) -> list[Cell]:
+    """Compile all cells of one target, without what was compiled before."""
+    spec = device_spec(platform, arch)
+    target = Target(
+        platform,
+        arch,
+        spec.shared_memory_bytes,
+        spec.compute_units or 64,
+        spec.lanes,
+        spec.formats.fp8_encoding or "e4m3fn",
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        return compile_cells(target, cell_names(spec.formats.triton_math), cache=Path(cache))
+
+
+def product_row(kind: str, few: Cell, many: Cell) -> str:
+    """Return the row of one kind of grouped product: few / many tokens."""
+    own = "yes" if all(OWN_FORMAT[kind] in cell.formats for cell in (few, many)) else "**no**"
+    found = " ".join(f"`{_short(name)}`" for name in many.instructions)
+    columns = (
+        few.target,
+        kind,
+        few.error or many.error or found,
+        own,
+        f"{few.shared_memory_bytes / 1024:.0f} / {many.shared_memory_bytes / 1024:.0f}",
+        f"{few.registers} / {many.registers}",
+        f"{few.spilled_bytes} / {many.spilled_bytes}",
+        f"{few.seconds:.1f} / {many.seconds:.1f}",
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def _short(instruction: str) -> str:
+    return instruction.replace(".sync.aligned", "").replace(".row.col", "")
+
+
+def other_row(limit_bytes: int, cells: list[Cell]) -> str:
+    """Return one row for all other cells of a target."""
+    failed = ", ".join(cell.name for cell in cells if cell.error) or "none"
+    spilled = max(cells, key=lambda cell: cell.spilled_bytes)
+    shared = max(cell.shared_memory_bytes for cell in cells)
+    columns = (
+        cells[0].target,
+        str(len(cells)),
+        failed,
+        f"{shared / 1024:.0f} ({limit_bytes / 1024:.0f})",
+        str(max(cell.registers for cell in cells)),
+        f"{spilled.spilled_bytes} ({spilled.name})" if spilled.spilled_bytes else "0",
+        f"{sum(cell.seconds for cell in cells):.1f}",
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def main() -> None:
+    """Compile and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="children at a time")
+    jobs = parser.parse_args().jobs
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda target: compile_target(*target), TARGETS))
+    triton = next(cell.triton for cells in results for cell in cells if cell.triton)
+    products, others = [], []
+    for (platform, arch), cells in zip(TARGETS, results, strict=True):
+        by_name = {cell.name: cell for cell in cells}
+        for kind in OWN_FORMAT:
+            few = by_name.pop(f"grouped_gemm/{kind}/few", None)
+            many = by_name.pop(f"grouped_gemm/{kind}/many", None)
+            if few and many:
+                products.append(product_row(kind, few, many))
+        limit = device_spec(platform, arch).shared_memory_bytes
+        others.append(other_row(limit, list(by_name.values())))
+    text = HEAD.format(triton=triton) + "\n".join(products) + "\n" + OTHERS + "\n".join(others)
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(text + "\n")
+    print(f"{sum(map(len, results))} cells in {OUTPUT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Answer questions about this machine, or another one, on the command line.
+
+stdout carries only the answer and stderr everything else, so that both can be piped. Neither torch
+nor Triton is imported, and nothing but the parts that a command needs.
+
+Exit status: 0 answered; 1 answered, and no kernel can run; 2 not answered, because a name, a size
+or a setting cannot be used or the answer could not be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from hal import __version__
+from hal.errors import HalError, SettingError, UnknownNameError
+
+__all__ = ["main"]
+
+OK, NO_KERNEL, USAGE = 0, 1, 2
+INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
+
+# Options of ops whose values are words; every other value on the command line is a number.
+TEXT_OPTIONS = frozenset({"activation", "dtype", "scoring"})
+FLAGS = {"true": True, "yes": True, "false": False, "no": False}
+
+_EXPLAIN_EPILOG = """\
+Sizes are written name=value. Those that are not given are listed as unchecked.
+  hal explain linear --scheme fp8_channel tokens=16 in_features=4096
+  hal explain fused_moe --scheme fp8_block128 --platform rocm:mi300x
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            return _run(arguments)
+        except HalError as error:
+            _complain(error)
+            return USAGE
+        except BrokenPipeError:  # the reader has seen enough, as with `hal info | head`
+            _forget_stdout()
+            return OK
+        except OSError as error:
+            _complain(f"cannot write the answer: {error.strerror or error}")
+            _forget_stdout()
+            return USAGE
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise UnknownNameError("command", arguments[0], COMMANDS)
+    parser = _parser()
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        # argparse does not take positional arguments on both sides of an option
+        sizes = [text for text in rest if not text.startswith("-")]
+        if len(sizes) < len(rest) or (rest and options.command != "explain"):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    except SystemExit as leaving:  # argparse has printed help, the version or what is wrong
+        return OK if leaving.code in (None, 0) else USAGE
+    if rest:
+        options.sizes += sizes
+    _log_to_stderr()
+    if options.command is None:
+        parser.print_help()
+        return OK
+    status: int = COMMANDS[options.command](options)
+    return status
+
+
+def _info(options: argparse.Namespace) -> int:
+    from hal.describe import info_sections
+    from hal.report import info_report
+    from hal.runtime import resolve_platform
+
+    report = info_report(resolve_platform(options.platform))
+    if options.json:
+        _write_json(report)
+        return OK
+    from hal.render import to_markdown, to_text
+
+    sections = info_sections(report)
+    _write(to_markdown(sections) if options.markdown else to_text(sections, color=_color()))
+    return OK
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from hal.report import explain_report
+    from hal.runtime import resolve_platform
+    from hal.selection import choose, options_from
+
+    scheme = options.scheme or _only_scheme(options.op)
+    platform = resolve_platform(options.platform)
+    insists = options_from(options.op, minimum=options.minimum, force=options.force)
+    if options.force is not None:
+        insists = replace(insists, force_origin="--force")
+    spec = platform.device(options.device)
+    problem = dict(map(_size, options.sizes))
+    selection = choose(options.op, scheme, spec, problem, insists)
+    report = explain_report(selection, platform)
+    if options.json:
+        _write_json(report)
+    else:
+        from hal.describe import explain_text
+
+        _write(explain_text(report, str(selection), color=_color(), markdown=options.markdown))
+    return OK if selection.kernel is not None else NO_KERNEL
+
+
+COMMANDS = {"info": _info, "explain": _explain}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hal", description="Say what this machine has, what would run on it, and why."
+    )
+    parser.add_argument("--version", action="version", version=f"hal {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--platform",
+        metavar="SPEC",
+        help="a platform or a device instead of what is here, such as cuda:h100 or rocm:gfx942",
+    )
+    forms = shared.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print JSON")
+    forms.add_argument("--markdown", action="store_true", help="print Markdown, for bug reports")
+    commands.add_parser(
+        "info", parents=[shared], help="devices, software, probes, and what each op would run"
+    )
+    explain = commands.add_parser(
+        "explain",
+        parents=[shared],
+        help="which kernel one op would run, and what each of the others lacks",
+        epilog=_EXPLAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("op", metavar="OP", help="name of an op, such as linear")
+    explain.add_argument(
+        "--scheme", metavar="S", help="such as fp8_channel; not needed where an op has only one"
+    )
+    explain.add_argument("--device", metavar="I", type=int, default=0, help="visible device index")
+    explain.add_argument("--force", metavar="KERNEL", help="this kernel or none")
+    explain.add_argument("--minimum", metavar="LEVEL", help="lowest level, such as weight_only")
+    explain.add_argument("sizes", metavar="SIZE=VALUE", nargs="*", help="such as hidden=4096")
+    return parser
+
+
+def _only_scheme(op: str) -> str:
+    """Return the scheme of an op that has one.
+
+    Raises:
+        SettingError: If it has several.
+    """
+    from hal.registry import find_op
+
+    schemes = sorted({scheme for kernel in find_op(op).kernels for scheme in kernel.schemes})
+    if len(schemes) != 1:
+        raise SettingError(f"explain {op}", found="no --scheme", needed=" or ".join(schemes))
+    return schemes[0]
+
+
+def _size(text: str) -> tuple[str, Any]:
+    """Return name and value of one `name=value`.
+
+    Raises:
+        SettingError: If it is not of that form, or the value is no size.
+    """
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise SettingError("explain", found=repr(text), needed="name=value, such as hidden=4096")
+    if value.lower() in FLAGS:
+        return name, FLAGS[value.lower()]
+    if name == "dtype":
+        from hal.formats import number_format
+
+        return name, number_format(value).name
+    if name in TEXT_OPTIONS:
+        return name, value
+    if not (value.isascii() and value.isdigit()):
+        raise SettingError(f"explain: {name}", found=repr(value), needed="a whole number")
+    return name, int(value)
+
+
+def _write_json(report: dict[str, Any]) -> None:
+    import json
+
+    _write(json.dumps(report, indent=2) + "\n")
+
+
+def _write(text: str) -> None:
+    """Write the answer, in ASCII: no locale and no pipe can then refuse it."""
+    if sys.stdout is not None:  # None where the shell closed it
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _color() -> bool:
+    from hal.config import uses_color
+
+    return sys.stdout is not None and uses_color(sys.stdout.isatty())
+
+
+def _complain(problem: object) -> None:
+    if sys.stderr is not None:
+        text = str(problem).encode("ascii", "backslashreplace").decode("ascii")
+        print(f"hal: {text}", file=sys.stderr)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    _complain(f"warning: {message}")
+
+
+def _log_to_stderr() -> None:
+    """Show the records of the logger `hal` from the level HAL_LOG on, else warnings and above."""
+    from hal.config import setting
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("hal: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("hal")
+    logger.handlers[:] = [handler]
+    logger.setLevel((setting("HAL_LOG") or "warning").upper())
+
+
+def _forget_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush cannot fail either."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError):  # no file behind it
+        pass

@@ -1,0 +1,486 @@
+"""Choose a kernel for a problem on a device, and account for every kernel that was not chosen.
+
+`choose` is a pure function of facts: the op's declarations, a `DeviceSpec`, a scheme, a problem
+and the caller's options. It never touches a device, so the answer for a machine that is not here
+is computed by the code that runs in production.
+
+Order: a kernel that a measurement on the same architecture shows to be faster than kernels of a
+higher level moves up to that level; then levels decide, then measured times, then bands, then
+names.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hal.device import DeviceSpec
+from hal.errors import (
+    ArgumentError,
+    ForcedKernelError,
+    NoKernelError,
+    UnknownNameError,
+    ValueRangeError,
+)
+from hal.needs import Code, Context, Failure
+from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
+
+__all__ = ["Candidate", "Options", "Selection", "choose", "rank"]
+
+WIDTH = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the caller insists on.
+
+    Attributes:
+        minimum: Lowest acceptable level.
+        force: Kernel to use, or nothing else.
+        fallback: `refuse`, or `allow` another kernel where the forced one cannot run.
+        batch_invariant: Accept only kernels whose results do not depend on the batch.
+        deterministic: Accept only kernels that give equal bits for equal input.
+        force_origin: Where `force` came from, for messages.
+    """
+
+    minimum: Level = Level.REFERENCE
+    force: str | None = None
+    fallback: str = "refuse"
+    batch_invariant: bool = False
+    deterministic: bool = False
+    force_origin: str = "code"
+
+    def __post_init__(self) -> None:
+        if self.fallback not in ("refuse", "allow"):
+            raise ArgumentError(
+                "select: fallback", found=repr(self.fallback), needed="'refuse' or 'allow'"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One kernel, with everything it lacks, and its place among those that can run.
+
+    Attributes:
+        kernel: The declaration.
+        failures: All requirements not met; empty means that it can run.
+        rank: Place among those that can run, from 0; None where it cannot.
+        measurement: The measured time that ordered it, if any.
+        serves: Whether it is made for the scheme at all.
+    """
+
+    kernel: Kernel
+    failures: tuple[Failure, ...]
+    rank: int | None = None
+    measurement: Measurement | None = None
+    serves: bool = True
+
+    @property
+    def can_run(self) -> bool:
+        """Tell whether every requirement is met."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernel chosen for a problem, and why not the others.
+
+    Attributes:
+        op: Name of the op.
+        scheme: Name of the scheme.
+        spec: Facts of the device.
+        problem: Sizes and options as given.
+        kernel: The choice, or None where no kernel can run.
+        candidates: Every kernel of the op: the choice first, then by rank, then the rejected.
+        options: What the caller insisted on.
+        unchecked: Sizes and options not given, so requirements on them were not checked.
+        note: Something the caller should know, such as a fallback that was taken.
+    """
+
+    op: str
+    scheme: str
+    spec: DeviceSpec
+    problem: Mapping[str, Any]
+    kernel: Kernel | None
+    candidates: tuple[Candidate, ...]
+    options: Options = Options()
+    unchecked: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def level(self) -> Level | None:
+        """Return the level of the choice."""
+        return self.kernel.level if self.kernel else None
+
+    @property
+    def reason(self) -> str:
+        """Return in one line why this kernel was chosen."""
+        if self.kernel is None:
+            if any(candidate.can_run for candidate in self.candidates):
+                return f"{self.options.force}, forced by {self.options.force_origin}, cannot run"
+            return "no kernel meets its requirements here"
+        if self.options.force == self.kernel.name:
+            return f"forced by {self.options.force_origin}"
+        chosen = self.candidates[0]
+        able = [candidate for candidate in self.candidates if candidate.can_run]
+        if len(able) == 1:
+            return "the only kernel that can run"
+        other = able[1]
+        if chosen.measurement and other.measurement:
+            ratio = other.measurement.time / chosen.measurement.time
+            if ratio > 1:
+                return f"measured {ratio:.2f}x as fast as {other.kernel.name}"
+        if self.kernel.level > other.kernel.level:
+            return f"{self.kernel.level} comes before {other.kernel.level} ({other.kernel.name})"
+        if chosen.measurement and not other.measurement:
+            return f"measured here, {other.kernel.name} is not"
+        if self.kernel.band != other.kernel.band:
+            return f"{self.kernel.band} comes before {other.kernel.band} ({other.kernel.name})"
+        return f"by name, before {other.kernel.name} of the same level and band"
+
+    def candidate(self, name: str) -> Candidate:
+        """Return the candidate called `name`."""
+        for candidate in self.candidates:
+            if candidate.kernel.name == name:
+                return candidate
+        known = [candidate.kernel.name for candidate in self.candidates]
+        raise UnknownNameError(f"kernel of {self.op}", name, known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "op": self.op,
+            "scheme": self.scheme,
+            "device": self.spec.key,
+            "arch": self.spec.arch.name,
+            "problem": dict(self.problem),
+            "kernel": self.kernel.name if self.kernel else None,
+            "level": str(self.level) if self.kernel else None,
+            "reason": self.reason,
+            "note": self.note,
+            "unchecked": list(self.unchecked),
+            "candidates": [
+                {
+                    "kernel": candidate.kernel.name,
+                    "level": str(candidate.kernel.level),
+                    "band": candidate.kernel.band,
+                    "rank": candidate.rank,
+                    "serves": candidate.serves,
+                    "measured": _measured(candidate.measurement),
+                    "failures": [
+                        {
+                            "code": str(failure.code),
+                            "needed": failure.needed,
+                            "found": failure.found,
+                            "hint": failure.hint,
+                        }
+                        for failure in candidate.failures
+                    ],
+                }
+                for candidate in self.candidates
+            ],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+
+def choose(
+    op: Op | str,
+    scheme: str,
+    spec: DeviceSpec,
+    problem: Mapping[str, Any],
+    options: Options = Options(),
+) -> Selection:
+    """Return the selection for one problem on one device; raise nothing if no kernel fits.
+
+    Args:
+        op: An op or its name.
+        scheme: Name of a scheme.
+        spec: Facts of the device.
+        problem: Sizes and options, by the names in `op.sizes`; None or missing means unknown.
+        options: What the caller insists on.
+
+    Raises:
+        UnknownNameError: For an unknown op, scheme, size or forced kernel.
+        ValueRangeError: For a size below 0.
+    """
+    op = find_op(op) if isinstance(op, str) else op
+    for name, value in problem.items():
+        if name not in op.sizes:
+            raise UnknownNameError(f"size or option of {op.name}", name, op.sizes)
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueRangeError(op.name, found=f"{name}={value}", needed="0 or more")
+    schemes = sorted({name for kernel in op.kernels for name in kernel.schemes})
+    if scheme not in schemes:
+        raise UnknownNameError(f"scheme of {op.name}", scheme, schemes)
+    if options.force is not None and options.force not in op:
+        known = [kernel.name for kernel in op.kernels]
+        origin = f"asked for by {options.force_origin}"
+        raise UnknownNameError(f"kernel of {op.name}", options.force, known, origin)
+    given = {name: value for name, value in problem.items() if value is not None}
+    context = Context(spec, scheme, given)
+    candidates = [_examine(kernel, context, options) for kernel in op.kernels]
+    unchecked = {
+        name
+        for kernel in op.kernels
+        if scheme in kernel.signatures
+        for need in kernel.requires
+        for name in need.unchecked(context)
+    }
+    able, unable = rank(candidates, op.measured(), context)
+    note, chosen = "", able[0].kernel if able else None
+    if options.force is not None:
+        forced = next(c for c in candidates if c.kernel.name == options.force)
+        if forced.can_run:
+            chosen = forced.kernel
+            able.sort(key=lambda candidate: candidate.kernel is not chosen)
+        elif options.fallback == "allow" and chosen is not None:
+            note = f"{options.force} cannot run here, {chosen.name} was taken instead"
+        else:
+            chosen = None
+    return Selection(
+        op.name,
+        scheme,
+        spec,
+        given,
+        chosen,
+        (*able, *unable),
+        options,
+        tuple(sorted(unchecked)),
+        note,
+    )
+
+
+def require(selection: Selection) -> Selection:
+    """Return `selection` if it has a kernel; warn once about a fallback.
+
+    Raises:
+        ForcedKernelError: If the forced kernel cannot run.
+        NoKernelError: If no kernel can run. Both carry the whole table.
+    """
+    where = f"{selection.op} with {selection.scheme} on {selection.spec.key}"
+    if selection.note:
+        warnings.warn(f"{where}: {selection.note}", stacklevel=3)
+    if selection.kernel is not None:
+        return selection
+    force = selection.options.force
+    if force is not None:
+        failures = "; ".join(map(str, selection.candidate(force).failures))
+        origin = selection.options.force_origin
+        raise ForcedKernelError(
+            f"{where}: kernel {force!r}, asked for by {origin}, cannot run: {failures}", selection
+        )
+    raise NoKernelError(f"{where}: no kernel can run; all candidates:", selection)
+
+
+def rank(
+    candidates: list[Candidate], measured: tuple[Measurement, ...], context: Context
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Return the candidates that can run, best first with ranks, and the others by name."""
+    able = [candidate for candidate in candidates if candidate.can_run]
+    unable = [candidate for candidate in candidates if not candidate.can_run]
+    times = _nearest(measured, context, {candidate.kernel.name for candidate in able})
+    able = [replace(c, measurement=times.get(c.kernel.name)) for c in able]
+
+    def key(candidate: Candidate) -> tuple[Any, ...]:
+        kernel, mine = candidate.kernel, candidate.measurement
+        beaten = [
+            other.kernel.level
+            for other in able
+            if mine and other.measurement and mine.time < other.measurement.time
+        ]
+        level = max([kernel.level, *beaten])
+        time = mine.time if mine else math.inf
+        return (-level, mine is None, time, -BANDS.index(kernel.band), kernel.name)
+
+    # Not able.sort(): a list is empty while it is being sorted, and `key` looks at all of them.
+    in_order = sorted(able, key=key)
+    able = [replace(candidate, rank=place) for place, candidate in enumerate(in_order)]
+    unable.sort(key=lambda candidate: (not candidate.serves, candidate.kernel.name))
+    return able, unable
+
+
+def _examine(kernel: Kernel, context: Context, options: Options) -> Candidate:
+    failures = []
+    serves = context.scheme in kernel.signatures
+    if not serves:
+        failures.append(Failure(Code.FORMAT, " or ".join(kernel.schemes), context.scheme))
+    problem = dict(context.problem)
+    if options.force == kernel.name:
+        problem["forced"] = True
+    context = replace(context, problem=problem)
+    failures += [failure for need in kernel.requires if (failure := need.check(context))]
+    if kernel.level < options.minimum:
+        failures.append(Failure(Code.ENV, f"level {options.minimum} or above", str(kernel.level)))
+    if options.batch_invariant and not kernel.batch_invariant:
+        failures.append(Failure(Code.ENV, "batch_invariant", "results depend on the batch"))
+    if options.deterministic and not kernel.deterministic:
+        failures.append(Failure(Code.ENV, "deterministic", "order of sums can change"))
+    return Candidate(kernel, tuple(failures), serves=serves)
+
+
+def _nearest(
+    measured: tuple[Measurement, ...], context: Context, names: set[str]
+) -> dict[str, Measurement]:
+    """Return the measured rows of the problem most like this one, by kernel, all of one run."""
+    groups: dict[tuple[Any, ...], dict[str, Measurement]] = {}
+    for row in measured:
+        same = row.scheme == context.scheme and row.arch == context.spec.arch.name
+        if same and row.kernel in names:
+            groups.setdefault((row.sizes, row.unit, row.source), {})[row.kernel] = row
+
+    def distance(run: tuple[Any, ...]) -> tuple[Any, ...]:
+        total = 0.0
+        for name, size in run[0]:
+            mine = context.problem.get(name)
+            if mine is not None:
+                total += abs(math.log2(max(mine, 1)) - math.log2(max(size, 1)))
+        return total, -len(groups[run]), run
+
+    return groups[min(groups, key=distance)] if groups else {}
+
+
+def _measured(row: Measurement | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    return {"time": row.time, "unit": row.unit, "sizes": dict(row.sizes), "source": row.source}
+
+
+def _table(selection: Selection) -> list[str]:
+    spec = selection.spec
+    lines = _wrapped(f"{selection.op} | {selection.scheme} | {spec.key} ({spec.arch})", "", "    ")
+    if selection.problem:
+        lines += _wrapped(
+            " ".join(f"{name}={value}" for name, value in selection.problem.items()), "  "
+        )
+    if selection.kernel is not None:
+        lines += _wrapped(
+            f"-> {selection.kernel.name} [{selection.level}]: {selection.reason}", "", "   "
+        )
+    else:
+        lines += _wrapped("-> none: " + selection.reason, "", "   ")
+    if selection.note:
+        lines += _wrapped("note: " + selection.note, "   ")
+    elsewhere = []
+    for candidate in selection.candidates:
+        kernel = candidate.kernel
+        if not candidate.serves:
+            elsewhere.append(kernel.name)
+            continue
+        mark = "+" if candidate.can_run else "-"
+        if kernel is selection.kernel:
+            mark = "*"
+        lines.append(f" {mark} {kernel.name:<24} {kernel.level!s:<12} {kernel.band}")
+        if candidate.measurement is not None:
+            row = candidate.measurement
+            sizes = " ".join(f"{name}={size}" for name, size in row.sizes)
+            lines += _wrapped(f"{row.time:g} {row.unit} at {sizes}; {row.source}", "     ")
+        for failure in candidate.failures:
+            lines += _wrapped(str(failure), "     ", "       ")
+    if elsewhere:
+        lines += _wrapped("made for other schemes: " + ", ".join(elsewhere), "   ", "     ")
+    if selection.unchecked:
+        names = ", ".join(selection.unchecked)
+        lines += _wrapped(f"not given, so not checked: {names}", "   ", "     ")
+    return lines
+
+
+def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=first if rest is None else rest,
+        break_on_hyphens=False,
+    )
+
+
+def options_from(
+    op: str,
+    *,
+    minimum: Level | str | None = None,
+    force: str | None = None,
+    fallback: str = "refuse",
+    batch_invariant: bool = False,
+    deterministic: bool = False,
+) -> Options:
+    """Return the options that code and environment ask for together; code beats environment.
+
+    Raises:
+        ArgumentError: If `fallback` is neither `refuse` nor `allow`.
+        SettingError: If `HAL_KERNEL` cannot be read.
+        UnknownNameError: If `minimum` is no level.
+    """
+    from hal.config import forced_kernels
+
+    origin = "code"
+    if force is None:
+        forced = forced_kernels()
+        force = forced.get(op)
+        origin = "HAL_KERNEL"
+        for name in forced:
+            if name != op and name not in op_names():
+                error = UnknownNameError("op", name, op_names(), "in HAL_KERNEL")
+                warnings.warn(f"ignored: {error}", stacklevel=3)
+    level = Level.parse(minimum) if isinstance(minimum, str) else minimum
+    return Options(
+        Level.REFERENCE if level is None else level,
+        force,
+        fallback,
+        batch_invariant,
+        deterministic,
+        origin if force is not None else "code",
+    )
+
+
+def select(
+    op: str,
+    *,
+    scheme: str,
+    platform: Any = None,
+    device: int = 0,
+    minimum: Level | str | None = None,
+    force: str | None = None,
+    fallback: str = "refuse",
+    batch_invariant: bool = False,
+    deterministic: bool = False,
+    **problem: Any,
+) -> Selection:
+    """Return which kernel runs `op` under `scheme`, with every candidate and its reasons.
+
+    Args:
+        op: Name of an op, such as `fused_moe`.
+        scheme: Name of a scheme, such as `fp8_channel`.
+        platform: A platform, a `DeviceSpec`, or a text such as `rocm:gfx942`; None means the
+            current platform.
+        device: Visible index of the device on that platform.
+        minimum: Lowest acceptable level, such as `weight_only`.
+        force: Name of the kernel to use, or nothing.
+        fallback: `allow` to take another kernel, with a warning, where the forced one cannot run.
+        batch_invariant: Accept only batch-invariant kernels.
+        deterministic: Accept only deterministic kernels.
+        **problem: Sizes and options of the op, such as `hidden=4096`.
+
+    Raises:
+        NoKernelError: If no kernel can run; carries the table of all candidates.
+        ForcedKernelError: If the forced kernel cannot run.
+        UnknownNameError: For an unknown op, scheme, kernel, size or platform.
+        ArgumentError: For a size below 0, or a wrong `fallback`.
+    """
+    from hal.runtime import resolve_platform
+
+    spec = resolve_platform(platform).device(device)
+    options = options_from(
+        op,
+        minimum=minimum,
+        force=force,
+        fallback=fallback,
+        batch_invariant=batch_invariant,
+        deterministic=deterministic,
+    )
+    return require(choose(op, scheme, spec, problem, options))

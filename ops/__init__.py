@@ -1,0 +1,40 @@
+"""Run quantized and mixture-of-experts ops; importing this imports neither torch nor Triton.
+
+Functions bind on first use and keep the binding; `Linear` and `FusedMoE` bind once and are what an
+engine calls in its hot path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# Importing a module is what attaches its kernels; their libraries load when they are bound.
+from hal.ops import adapters, experts  # noqa: F401
+from hal.ops.align import Alignment, align
+from hal.ops.fused_moe import fused_moe
+from hal.ops.linear import linear
+from hal.ops.quantize import quantize
+from hal.ops.route import Routing, route
+
+if TYPE_CHECKING:
+    from hal.ops.bound import FusedMoE, Linear
+
+__all__ = [
+    "Alignment",
+    "FusedMoE",
+    "Linear",
+    "Routing",
+    "align",
+    "fused_moe",
+    "linear",
+    "quantize",
+    "route",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Linear", "FusedMoE"):
+        import hal.ops.bound
+
+        return getattr(hal.ops.bound, name)
+    raise AttributeError(f"module 'hal.ops' has no attribute {name!r}")

@@ -1,0 +1,103 @@
+"""Multiply 8-bit floats with torch's own `scaled_mm`: cuBLAS and CUTLASS, or hipBLASLt.
+
+Only on GPUs that multiply fp8: on a CPU the same call converts element by element and takes 5 to
+50 times as long as decoding the weight first (docs/cpu.md).
+
+Source: aten/src/ATen/native/cuda/ScaledBlas.cpp: row-wise on sm_89, sm_90, sm_100 and gfx942 or
+gfx950 with bfloat16 output and K, N multiples of 16; 1x128 by 128x128 scales on sm_90 only, from
+torch 2.10 on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hal.needs import Needs
+from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.linear import ALL, LINEAR
+from hal.ops.quantize import quantizer
+from hal.registry import Level
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.quant.tensor import QTensor
+
+BFLOAT16 = Needs.one_of("dtype", "bfloat16", hint="torch gives bfloat16 only")
+
+Bound = tuple[Launch, Tensors]
+
+
+@LINEAR.kernel(
+    "torch_scaled_mm",
+    level=Level.NATIVE,
+    band="portable",
+    signatures={"fp8_channel": ALL["fp8_channel"]},
+    requires=(
+        Needs.platform("cuda", "rocm"),
+        Needs.exactly("sm_89", "sm_90", "sm_100", "gfx942", "gfx950"),
+        Needs.package("torch"),
+        Needs.torch("2.6", "scales per row"),
+        Needs.math("e4m3fn", "e4m3fnuz"),
+        BFLOAT16,
+        Needs.multiple_of("in_features", 16),
+        Needs.multiple_of("out_features", 16),
+    ),
+)
+def bind_rowwise(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Quantize the input per token and call torch's row-wise product."""
+    from hal.torch_compat import scaled_mm_rowwise_function
+
+    multiply, quantize = scaled_mm_rowwise_function(), quantizer(binding, weight.shape[1])
+    encoding, has_bias = weight.encoding, bias is not None
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        codes, scales = quantize(x, encoding, "token")
+        # Not every version of the row-wise product takes a bias: add it here.
+        out = multiply(codes, tensors[0].t(), scales, tensors[1], x.dtype)
+        return out.add_(tensors[2]) if has_bias else out
+
+    return launch, (*weight.tensors, *(() if bias is None else (bias,)))
+
+
+@LINEAR.kernel(
+    "torch_scaled_mm_block128",
+    level=Level.NATIVE,
+    band="portable",
+    signatures={"fp8_block128": ALL["fp8_block128"]},
+    requires=(
+        Needs.platform("cuda"),
+        Needs.exactly("sm_90"),
+        Needs.package("torch"),
+        Needs.torch("2.10", "torch.nn.functional.scaled_mm with block scales"),
+        BFLOAT16,
+        Needs.multiple_of("in_features", 128),
+        Needs.multiple_of("out_features", 128),
+    ),
+)
+def bind_block128(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Quantize the input per 1x128 group and call torch's block-wise product."""
+    from torch.nn.functional import pad
+
+    from hal.torch_compat import (
+        block128_activation_scales,
+        block128_weight_scales,
+        scaled_mm_block128_function,
+    )
+
+    multiply, quantize = scaled_mm_block128_function(), quantizer(binding, weight.shape[1])
+    kind, encoding, has_bias = weight.device.type, weight.encoding, bias is not None
+    assert weight.scales is not None
+    arranged = block128_weight_scales(weight.scales, kind)
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        rows = x.shape[0]
+        if rows % 4:
+            # cuBLAS reads columns of the scales, one value a row, at 16-byte steps.
+            x = pad(x, (0, 0, 0, -rows % 4))
+        codes, scales = quantize(x, encoding, "group128")
+        scales = block128_activation_scales(scales, kind)
+        out = multiply(codes, tensors[0].t(), scales, tensors[1], x.dtype)[:rows]
+        return out.add_(tensors[2]) if has_bias else out
+
+    return launch, (weight.values, arranged, *(() if bias is None else (bias,)))

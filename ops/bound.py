@@ -1,0 +1,315 @@
+"""Bind weights once and call many times: `Linear` and `FusedMoE`.
+
+Binding selects the kernel, brings weights into its encoding and layout, and checks their values.
+A call checks shapes, dtype and device from attributes and starts the launcher: no registry, no
+environment, no question about the architecture. Under `torch.compile` a call is one opaque
+`hal::` operator whose weights are real arguments, so that compilers see what it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch.compiler import is_compiling
+
+from hal.config import setting
+from hal.errors import DTypeError, ShapeError, UnknownNameError
+from hal.ops.binding import Binding, Tensors, select_for
+from hal.ops.checks import check_activations, check_same_device
+from hal.ops.fused_moe import ACTIVATIONS
+from hal.ops.library import enroll
+from hal.ops.prepare import (
+    Weight,
+    activation_dtype,
+    as_qtensor,
+    check_experts,
+    prepare,
+    require_finite,
+)
+from hal.ops.route import Routing
+from hal.protocol import Platform
+from hal.selection import Selection
+
+__all__ = ["FusedMoE", "Linear"]
+
+
+class _Bound:
+    """What every bound op holds.
+
+    Attributes:
+        selection: Which kernel was chosen, with every candidate and its reasons.
+        platform: Platform that the op is bound to.
+        tensors: Exactly what the kernel reads, in its layout and encoding.
+        key: Number by which a compiled graph finds this object.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_checks",
+        "_dtype",
+        "_launch",
+        "key",
+        "platform",
+        "selection",
+        "tensors",
+    )
+
+    def __init__(self, selection: Selection, platform: Platform, dtype: torch.dtype) -> None:
+        self.selection = selection
+        self.platform = platform
+        self.tensors: Tensors = ()
+        self._dtype = dtype
+        self._checks = setting("HAL_CHECK") == "1"
+        self.key = enroll(self)
+
+    @property
+    def kernel(self) -> str:
+        """Return the name of the kernel that runs."""
+        return str(self.selection.kernel and self.selection.kernel.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the kernel's weights and scales take."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def _finish(
+        self, bound: tuple[Callable[..., torch.Tensor], Tensors], device: torch.device
+    ) -> None:
+        """Keep what a binder returned, once the weights are ready for every stream."""
+        launch, self.tensors = bound[0], tuple(bound[1])
+        several = self.platform.device_count() > 1
+        self._launch = _on_device(launch, device) if several else launch
+        # Weights may have been written on any stream; whoever calls later need not know which.
+        with self.platform.ordered(self.tensors):
+            pass
+        self.platform.wait(self.tensors)
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # A binding is immutable and its weights are shared on purpose.
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{type(self).__name__} is bound to a device; save its QTensor instead")
+
+
+class Linear(_Bound):
+    """A linear op bound to its weight: `y = bound(x)`.
+
+    Args:
+        weight: `[N, K]` QTensor, or a bf16 or fp16 tensor for scheme `bf16`.
+        bias: `[N]` of the activations' dtype, or None.
+        dtype: Dtype of the activations; None means that of the weight, or bfloat16.
+        platform: Platform to bind for; None means that of the weight's device.
+        tokens: Typical number of rows, to choose between measured kernels.
+        **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
+
+    Raises:
+        ArgumentError: For a weight or bias that cannot be used; nothing was changed.
+        NoKernelError: If no kernel can run; carries the table of all candidates.
+    """
+
+    __slots__ = ("_columns", "_device", "rows_out")
+    op: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        platform: Any = None,
+        tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        weight = as_qtensor("linear", weight)
+        if len(weight.shape) != 2:
+            raise ShapeError("linear", found=f"weight {list(weight.shape)}", needed="[N, K]")
+        dtype = activation_dtype("linear", weight, dtype)
+        rows_out, columns = weight.shape
+        if bias is not None:
+            bias = bias.detach()
+            if tuple(bias.shape) != (rows_out,):
+                raise ShapeError("linear", found=f"bias {list(bias.shape)}", needed=f"[{rows_out}]")
+            if bias.dtype is not dtype:
+                raise DTypeError("linear", found=f"bias of {bias.dtype}", needed=dtype)
+            check_same_device("linear", weight.device, bias=bias)
+        problem = {
+            "tokens": tokens,
+            "in_features": columns,
+            "out_features": rows_out,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bias": bias is not None,
+        }
+        selection, where = select_for(
+            "linear", weight.scheme.name, weight.device, problem, platform=platform, **options
+        )
+        super().__init__(selection, where, dtype)
+        self._columns, self.rows_out, self._device = columns, rows_out, weight.device
+        binding = Binding(selection, where, weight.scheme, weight.device)
+        assert selection.kernel is not None
+        weight = prepare(binding, weight, "weight")
+        self._finish(selection.kernel.load()(binding, weight, bias), weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N]` for `x` `[..., K]`.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
+        """
+        if (
+            x.dtype is not self._dtype
+            or not x.ndim
+            or x.shape[-1] != self._columns
+            or x.device != self._device
+            or x.requires_grad
+        ):
+            check_activations(
+                "linear", x, self._columns, self._device, (str(self._dtype).removeprefix("torch."),)
+            )
+        if is_compiling():
+            result: torch.Tensor = torch.ops.hal.linear(x, list(self.tensors), self.key)
+            return result
+        if x.ndim == 2 and x.shape[0] and not self._checks:
+            return self._launch(x, self.tensors)
+        return self.run(x)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        if self._checks:
+            require_finite("linear", x)
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.rows_out)
+        out = self._launch(x.reshape(-1, self._columns), self.tensors)
+        return out.reshape(*x.shape[:-1], self.rows_out)
+
+    def __repr__(self) -> str:
+        return (
+            f"Linear({self._columns} -> {self.rows_out}, {self.selection.scheme}, "
+            f"{self.kernel} on {self._device})"
+        )
+
+
+class FusedMoE(_Bound):
+    """A mixture of experts bound to its weights: `y = bound(x, routing)`.
+
+    Args:
+        w13: `[experts, 2*intermediate, hidden]`, gate rows before up rows; QTensor or tensor.
+        w2: `[experts, hidden, intermediate]` under the same scheme.
+        activation: `silu`, `gelu` or `gelu_tanh`.
+        dtype: Dtype of the activations; None means that of the weights, or bfloat16.
+        platform: Platform to bind for; None means that of the weights' device.
+        tokens: Typical number of tokens, to choose between measured kernels.
+        top_k: Typical number of experts per token.
+        **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
+
+    Raises:
+        ArgumentError: For weights that do not fit together; nothing was changed.
+        NoKernelError: If no kernel can run; carries the table of all candidates.
+    """
+
+    __slots__ = ("_device", "_experts", "_hidden")
+    op: ClassVar[str] = "fused_moe"
+
+    def __init__(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
+        platform: Any = None,
+        tokens: int | None = None,
+        top_k: int | None = None,
+        **options: Any,
+    ) -> None:
+        w13, w2 = as_qtensor("fused_moe", w13), as_qtensor("fused_moe", w2)
+        if activation not in ACTIVATIONS:
+            raise UnknownNameError("activation", activation, ACTIVATIONS)
+        dtype = activation_dtype("fused_moe", w13, dtype)
+        experts, intermediate, hidden = check_experts(w13, w2)
+        problem = {
+            "tokens": tokens,
+            "experts": experts,
+            "top_k": top_k,
+            "hidden": hidden,
+            "intermediate": intermediate,
+            "dtype": str(dtype).removeprefix("torch."),
+            "activation": activation,
+        }
+        selection, where = select_for(
+            "fused_moe", w13.scheme.name, w13.device, problem, platform=platform, **options
+        )
+        super().__init__(selection, where, dtype)
+        self._hidden, self._experts, self._device = hidden, experts, w13.device
+        binding = Binding(selection, where, w13.scheme, w13.device)
+        assert selection.kernel is not None
+        w13, w2 = prepare(binding, w13, "w13"), prepare(binding, w2, "w2")
+        self._finish(selection.kernel.load()(binding, w13, w2), w13.device)
+
+    def __call__(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return `[tokens, hidden]` for `x` `[tokens, hidden]`.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
+        """
+        ids = routing.ids
+        if (
+            x.dtype is not self._dtype
+            or x.ndim != 2
+            or x.shape[-1] != self._hidden
+            or x.device != self._device
+            or x.requires_grad
+            or ids.shape[0] != x.shape[0]
+            or ids.device != self._device
+        ):
+            self._check(x, routing)
+        if is_compiling():
+            result: torch.Tensor = torch.ops.hal.fused_moe(
+                x, ids, routing.weights, list(self.tensors), self.key
+            )
+            return result
+        if ids.numel() and not self._checks:
+            return self._launch(x, ids, routing.weights, self.tensors)
+        return self.run(x, ids, routing.weights)
+
+    def run(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self._checks:
+            require_finite("fused_moe", x)
+            Routing(ids=ids, weights=weights).check_values(self._experts)
+        if not ids.numel():
+            return torch.zeros_like(x)
+        return self._launch(x, ids, weights, self.tensors)
+
+    def _check(self, x: torch.Tensor, routing: Routing) -> None:
+        dtypes = (str(self._dtype).removeprefix("torch."),)
+        check_activations("fused_moe", x, self._hidden, self._device, dtypes)
+        if x.ndim != 2:
+            raise ShapeError(
+                "fused_moe", found=f"input {list(x.shape)}", needed=f"[tokens, {self._hidden}]"
+            )
+        if routing.tokens != x.shape[0]:
+            raise ShapeError(
+                "fused_moe", found=f"routing of {routing.tokens} tokens", needed=f"{x.shape[0]}"
+            )
+        check_same_device("fused_moe", self._device, ids=routing.ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"FusedMoE({self._experts} experts, hidden {self._hidden}, {self.selection.scheme}, "
+            f"{self.kernel} on {self._device})"
+        )
+
+
+def _on_device(launch: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., Any]:
+    """Return `launch` with the device made current: Triton starts kernels on the current one."""
+    guard = getattr(torch, device.type).device
+
+    def guarded(*arguments: Any) -> torch.Tensor:
+        with guard(device.index):
+            return launch(*arguments)
+
+    return guarded

@@ -1,0 +1,247 @@
+"""Run a mixture of experts with plain torch, above all on CPUs: sort slots, multiply run by run.
+
+Slots are sorted by expert, so that each expert that is hit reads its weights once; everything
+between the products (quantization, activation, combination) runs once over all slots, because at
+few tokens the calls cost more than the arithmetic. Ids come to the host: free on a CPU, a wait for
+the device on GPUs, where this serves only those without Triton. How each scheme multiplies, and
+why, is measured in docs/cpu.md:
+
+| kernel | weights in memory | product |
+|---|---|---|
+| torch_experts | as given, bf16 or fp16 | the dtype's own |
+| torch_experts_int8 | int8 | int8 x int8 in int32 (VNNI, AMX, I8MM) |
+| torch_experts_dequant | bf16, twice the bytes | bf16, half the time of decoding at few tokens |
+| torch_experts_decode | as given | each expert's weight is decoded at each call |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hal.needs import Needs
+from hal.ops.adapters.decode import Decoder, decoder
+from hal.ops.adapters.int_mm import quantize_rows
+from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.fused_moe import ACTIVATIONS, FUSED_MOE, QUANTIZED, activate, moe_signatures
+from hal.ops.slots import Runs, combine, sort_slots
+from hal.registry import Level
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.quant.tensor import QTensor
+
+TORCH = (Needs.package("torch"), Needs.one_of("activation", *ACTIVATIONS))
+DENSE = (
+    Needs.platform("cpu", "cuda", "rocm", "xpu"),
+    *TORCH,
+    Needs.math("bfloat16", "float16", emulated=True),
+)
+SMALL_WEIGHTS_BYTES = 8 << 20
+"""Weights that stay in the last cache; only then is a product over all experts worth while."""
+EPILOGUE_ELEMENTS = 1 << 16
+"""Above this many products, scales are applied run by run, while the run is in the cache."""
+
+Bound = tuple[Launch, Tensors]
+Stage = Callable[["torch.Tensor", "torch.Tensor | None", "Runs", "Tensors"], "torch.Tensor"]
+"""`(x, index, runs, tensors) -> out`: rows of x (by index, if any), run by run, times weights."""
+
+
+def _bind(
+    binding: Binding, w13: QTensor, w2: QTensor, first: Stage, second: Stage, tensors: Tensors
+) -> Bound:
+    import torch
+
+    experts, width = w13.shape[0], len(tensors) // 2
+    activation = binding.problem("activation", "silu")
+
+    def launch(
+        x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
+    ) -> torch.Tensor:
+        runs = sort_slots(ids, experts)
+        if not runs.runs:
+            return torch.zeros_like(x)
+        token = runs.order if ids.shape[1] == 1 else runs.order // ids.shape[1]
+        h = activate(first(x, token, runs, tensors[:width]), activation)
+        y = second(h, None, runs, tensors[width:])
+        return combine(y, runs, ids, weights, experts)
+
+    return launch, tensors
+
+
+# ------------------------------------------------------------------------------------ bf16, fp16
+@FUSED_MOE.kernel(
+    "torch_experts",
+    level=Level.NATIVE,
+    band="portable",
+    signatures=moe_signatures("bf16"),
+    requires=DENSE,
+)
+def bind_dense(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Sort slots by expert and call torch's own matrix product for each expert."""
+    stages = _dense(w13.shape), _dense(w2.shape)
+    return _bind(binding, w13, w2, *stages, (w13.values, w2.values))
+
+
+@FUSED_MOE.kernel(
+    "torch_experts_dequant",
+    level=Level.DEQUANT,
+    band="portable",
+    signatures=moe_signatures(*QUANTIZED, weight_only=True),
+    requires=DENSE,
+)
+def bind_dequant(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Expand the weights when they are bound; takes the memory of bf16."""
+    from hal.torch_compat import dtype
+
+    wide = dtype(binding.problem("dtype", "bfloat16"))
+    stages = _dense(w13.shape), _dense(w2.shape)
+    return _bind(binding, w13, w2, *stages, (_expanded(w13, wide), _expanded(w2, wide)))
+
+
+def _expanded(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight in `dtype`, one expert at a time: float32 of all would take four times."""
+    import torch
+
+    from hal.quant.codec import decode
+
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    assert weight.scales is not None
+    for expert in range(weight.shape[0]):
+        codes, scales = weight.values[expert], weight.scales[expert]
+        out[expert] = decode(codes, scales, weight.scheme.weight.granularity)
+    return out
+
+
+def _dense(shape: tuple[int, ...]) -> Stage:
+    import torch
+
+    experts, columns, inner = shape
+    small = experts * columns * inner * 2 <= SMALL_WEIGHTS_BYTES
+
+    def stage(
+        x: torch.Tensor, index: torch.Tensor | None, runs: Runs, tensors: Tensors
+    ) -> torch.Tensor:
+        rows = x if index is None else x.index_select(0, index)
+        weight = tensors[0].transpose(1, 2)
+        if small and _fits_box(runs, experts):
+            return _box(rows, weight, runs)
+        out = rows.new_empty(rows.shape[0], columns)
+        for expert, part, target in zip(*runs.pieces(rows, out), strict=True):
+            torch.mm(part, weight[expert], out=target)
+        return out
+
+    return stage
+
+
+def _fits_box(runs: Runs, experts: int) -> bool:
+    """Tell whether one product padded to the longest run beats a call for each expert."""
+    rows, hit = runs.runs[-1][2], len(runs.runs)
+    if 2 * hit < experts or hit == 1 or rows > 64 * experts:
+        return False
+    longest = max(stop - start for _, start, stop in runs.runs)
+    return experts * longest <= 4 * rows
+
+
+def _box(rows: torch.Tensor, weight: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """Return the same product as the loop, by one call over `[experts, longest run]` rows."""
+    import torch
+
+    longest = max(stop - start for _, start, stop in runs.runs)
+    counts = torch.tensor([stop - start for _, start, stop in runs.runs])
+    shifts = torch.tensor([expert * longest - start for expert, start, _ in runs.runs])
+    place = torch.arange(rows.shape[0]) + shifts.repeat_interleave(counts)
+    place = place.to(rows.device)
+    box = rows.new_zeros(weight.shape[0] * longest, rows.shape[1])
+    box[place] = rows
+    out = torch.bmm(box.view(weight.shape[0], longest, -1), weight)
+    return out.flatten(0, 1).index_select(0, place)
+
+
+# ------------------------------------------------------------------------------------------ int8
+@FUSED_MOE.kernel(
+    "torch_experts_int8",
+    level=Level.NATIVE,
+    band="portable",
+    signatures=moe_signatures("int8_channel"),
+    requires=(
+        Needs.platform("cpu"),
+        *TORCH,
+        Needs.math("int8"),
+        Needs.between("hidden", 1, 131072, "the int32 sum would overflow"),
+        Needs.between("intermediate", 1, 131072, "the int32 sum would overflow"),
+    ),
+)
+def bind_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Sort slots by expert and multiply int8 codes exactly, in int32."""
+    dtype_name = binding.problem("dtype", "bfloat16")
+    stages = _int8(dtype_name), _int8(dtype_name)
+    return _bind(binding, w13, w2, *stages, (*w13.tensors, *w2.tensors))
+
+
+def _int8(dtype_name: str) -> Stage:
+    import torch
+
+    from hal.torch_compat import dtype, int_mm_function
+
+    multiply, target_dtype = int_mm_function(), dtype(dtype_name)
+
+    def stage(
+        x: torch.Tensor, index: torch.Tensor | None, runs: Runs, tensors: Tensors
+    ) -> torch.Tensor:
+        codes, scales = quantize_rows(x)
+        if index is not None:
+            codes, scales = codes.index_select(0, index), scales.index_select(0, index)
+        weight, columns = tensors[0].transpose(1, 2), tensors[1]
+        rows, width = codes.shape[0], weight.shape[2]
+        if rows * width <= EPILOGUE_ELEMENTS:
+            sums = torch.empty(rows, width, dtype=torch.int32)
+            for expert, part, target in zip(*runs.pieces(codes, sums), strict=True):
+                multiply(part, weight[expert], out=target)
+            wide = sums.float().mul_(scales).mul_(columns.index_select(0, runs.experts()))
+            return wide.to(target_dtype)
+        out = torch.empty(rows, width, dtype=target_dtype)
+        for expert, part, scale, target in zip(*runs.pieces(codes, scales, out), strict=True):
+            target.copy_(multiply(part, weight[expert]).float().mul_(scale).mul_(columns[expert]))
+        return out
+
+    return stage
+
+
+# ----------------------------------------------------------------------------------- weight-only
+@FUSED_MOE.kernel(
+    "torch_experts_decode",
+    level=Level.WEIGHT_ONLY,
+    band="portable",
+    signatures=moe_signatures(*QUANTIZED, weight_only=True),
+    requires=(
+        # Not ROCm: the shifts read e4m3fn, and gfx942 holds e4m3fnuz.
+        Needs.platform("cpu", "cuda", "xpu"),
+        *TORCH,
+        Needs.math("bfloat16", "float16", emulated=True),
+    ),
+)
+def bind_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Decode the weights of the experts that are hit, at each call; keeps them quantized."""
+    decode = decoder(w13, binding.problem("dtype", "bfloat16"))
+    stages = _decoded(decode), _decoded(decode)
+    return _bind(binding, w13, w2, *stages, (*w13.tensors, *w2.tensors))
+
+
+def _decoded(decode: Decoder) -> Stage:
+    import torch
+
+    def stage(
+        x: torch.Tensor, index: torch.Tensor | None, runs: Runs, tensors: Tensors
+    ) -> torch.Tensor:
+        rows = x if index is None else x.index_select(0, index)
+        codes, scales = tensors
+        out = rows.new_empty(rows.shape[0], codes.shape[1])
+        for expert, part, target in zip(*runs.pieces(rows, out), strict=True):
+            torch.mm(part, decode.values(codes[expert], scales[expert]).t(), out=target)
+            if decode.scales_after:
+                target.copy_(target.float().mul_(scales[expert]))
+        return out
+
+    return stage

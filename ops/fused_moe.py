@@ -1,0 +1,300 @@
+"""Run a mixture of experts: each token through its top-k experts, summed by routing weight.
+
+    gate, up = (x[t] @ w13[e].T).split(intermediate)          w13 [experts, 2*intermediate, hidden]
+    h        = activation(gate) * up                           rounded to the dtype of x
+    y[t]     = sum_k weight[t, k] * (h @ w2[e_k].T)            w2 [experts, hidden, intermediate]
+
+Quantized schemes represent x and h as the scheme's activations do. Slots whose id is below 0 or at
+least `experts` contribute nothing; a token without a present slot gets zeros.
+
+Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202); Mixtral of Experts
+(arXiv:2401.04088).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.needs import Needs
+from hal.ops.binding import Binding, Launch, Tensors, measurements
+from hal.ops.linear import TileChoice
+from hal.ops.quantize import fake_quantize
+from hal.quant.codec import SCALE_FLOOR
+from hal.quant.scheme import SCHEMES
+from hal.registry import Level, Op
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from hal.ops.route import Routing
+    from hal.quant.tensor import QTensor
+
+__all__ = ["ACTIVATIONS", "FUSED_MOE", "activate", "fused_moe"]
+
+FUSED_MOE = Op(
+    "fused_moe",
+    ("tokens", "experts", "top_k", "hidden", "intermediate", "dtype", "activation"),
+    "run tokens through their experts",
+    measurements("fused_moe"),
+)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
+
+
+def moe_signatures(*names: str, weight_only: bool = False) -> dict[str, Any]:
+    signatures = {}
+    for name in names:
+        x, w13 = SCHEMES[name].operands(weight_only=weight_only, weight="w13")
+        _, w2 = SCHEMES[name].operands(weight_only=weight_only, weight="w2")
+        signatures[name] = (x, w13, w2)
+    return signatures
+
+
+TRITON = (
+    Needs.feature("triton"),
+    Needs.package("triton", "3.2"),
+    Needs.between("experts", 1, 1025),
+    Needs.one_of("activation", *ACTIVATIONS),
+)
+
+Bound = tuple[Launch, Tensors]
+
+
+def fused_moe(
+    x: torch.Tensor,
+    w13: QTensor | torch.Tensor,
+    w2: QTensor | torch.Tensor,
+    routing: Routing,
+    *,
+    activation: str = "silu",
+    **options: Any,
+) -> torch.Tensor:
+    """Return the experts' output; binds the weights on first use and keeps the binding.
+
+    Args:
+        x: `[tokens, hidden]` bf16 or fp16.
+        w13: `[experts, 2*intermediate, hidden]`, gate rows before up rows.
+        w2: `[experts, hidden, intermediate]`, under the same scheme.
+        routing: Experts and weights of each token.
+        activation: One of `ACTIVATIONS`.
+        **options: `platform`, `force`, `minimum`, ... as for `hal.ops.FusedMoE`.
+
+    Raises:
+        ArgumentError: For a wrong shape, dtype, device or routing.
+        NoKernelError: If no kernel can run.
+    """
+    from hal.ops.cache import bound_fused_moe
+
+    bound = bound_fused_moe(w13, w2, x.dtype, activation=activation, **options)
+    result: torch.Tensor = bound(x, routing)
+    return result
+
+
+def activate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return activation(gate) * up of `[..., 2*intermediate]`, in the dtype given."""
+    from torch.nn import functional
+
+    gate, up = gate_up.chunk(2, -1)
+    if activation == "silu":
+        return functional.silu(gate) * up
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return functional.gelu(gate, approximate=approximate) * up
+
+
+@FUSED_MOE.kernel(
+    "reference",
+    level=Level.REFERENCE,
+    band="reference",
+    signatures=moe_signatures(*SCHEMES),
+    requires=(Needs.package("torch"),),
+    batch_invariant=True,
+)
+def bind_reference(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Follow the formula expert by expert in float32."""
+    from dataclasses import replace
+
+    scheme, encoding = w13.scheme, w13.encoding
+    activation = binding.problem("activation", "silu")
+    width = len(w13.tensors)
+
+    def launch(
+        x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
+    ) -> torch.Tensor:
+        first, second = tensors[:width], tensors[width:]
+        wide13 = replace(w13, values=first[0], scales=(*first, None)[1]).dequantize()
+        wide2 = replace(w2, values=second[0], scales=(*second, None)[1]).dequantize()
+        rows = fake_quantize(x, scheme, encoding)
+        out = rows.new_zeros(x.shape[0], w2.shape[1])
+        for expert in range(w13.shape[0]):
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            h = activate(rows[token] @ wide13[expert].T, activation).to(x.dtype)
+            y = fake_quantize(h, scheme, encoding) @ wide2[expert].T
+            out.index_add_(0, token, y * weights[token, slot].float().unsqueeze(-1))
+        return out.to(x.dtype)
+
+    return launch, (*w13.tensors, *w2.tensors)
+
+
+@FUSED_MOE.kernel(
+    "triton",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures("bf16"),
+    requires=(*TRITON, Needs.triton_math("bfloat16")),
+)
+def bind_triton_bf16(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Sort tokens by expert and multiply bf16 or fp16 in Triton."""
+    return _bind_triton(binding, w13, w2, "bf16")
+
+
+@FUSED_MOE.kernel(
+    "triton_fp8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures("fp8_channel", "fp8_block128"),
+    requires=(
+        *TRITON,
+        Needs.triton_math("e4m3fn", "e4m3fnuz"),
+        Needs.between("hidden", 1, 32768),
+        Needs.between("intermediate", 1, 32768),
+    ),
+)
+def bind_triton_fp8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Sort tokens by expert and multiply 8-bit floats in Triton."""
+    return _bind_triton(binding, w13, w2, w13.scheme.name)
+
+
+@FUSED_MOE.kernel(
+    "triton_int8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures("int8_channel"),
+    requires=(
+        *TRITON,
+        Needs.triton_math("int8"),
+        Needs.between("hidden", 1, 32768),
+        Needs.between("intermediate", 1, 32768),
+    ),
+)
+def bind_triton_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Sort tokens by expert and multiply int8 in Triton."""
+    return _bind_triton(binding, w13, w2, "int8_channel")
+
+
+@FUSED_MOE.kernel(
+    "triton_decode",
+    level=Level.WEIGHT_ONLY,
+    band="tuned",
+    signatures=moe_signatures(*QUANTIZED, weight_only=True),
+    requires=(*TRITON, Needs.triton_math("bfloat16")),
+)
+def bind_triton_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Decode weight bytes in the loop by integer shifts; needs no fp8 in hardware."""
+    return _bind_triton(binding, w13, w2, f"{w13.scheme.name}_decode")
+
+
+def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Bound:
+    import torch
+
+    from hal.ops.align import align
+    from hal.ops.kernels.combine import combine
+    from hal.ops.kernels.grouped_gemm import grouped_gemm
+    from hal.ops.kernels.swiglu import silu_and_mul
+    from hal.ops.quantize import quantize_triton
+
+    experts, columns, hidden = w13.shape
+    intermediate = columns // 2
+    scheme, encoding = w13.scheme, w13.encoding
+    activation = binding.problem("activation", "silu")
+    quantizes = kind == scheme.name and scheme.activation.dynamic
+    granularity = scheme.activation.granularity
+    width = len(w13.tensors)
+    tiles13 = TileChoice(binding, kind, columns, hidden)
+    tiles2 = TileChoice(binding, kind, hidden, intermediate)
+    common: dict[str, Any] = {"kind": kind, "fnuz": encoding == "e4m3fnuz"}
+    gate = _gate_and_quantize(encoding, granularity, activation) if quantizes else None
+
+    def launch(
+        x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
+    ) -> torch.Tensor:
+        from dataclasses import replace
+
+        tokens, top_k = ids.shape
+        slots = tokens * top_k
+        ids = ids.contiguous()
+        rows = -(-slots // experts)
+        tile13, tile2 = tiles13(rows), tiles2(rows)
+        if tile2.block_m != tile13.block_m:
+            tile2 = replace(tile2, block_m=tile13.block_m)
+        places = align(ids, experts, tile13.block_m)
+        (b13, s13), (b2, s2) = _pair(tensors[:width]), _pair(tensors[width:])
+        a, a_scales = x, None
+        if quantizes:
+            a, a_scales = quantize_triton(x, encoding, granularity)
+        gate_up = x.new_empty(slots, columns)
+        grouped_gemm(
+            a,
+            b13,
+            gate_up,
+            *places,
+            top_k_divisor=top_k,
+            a_scales=a_scales,
+            b_scales=s13,
+            tile=tile13,
+            **common,
+        )
+        h_scales = None
+        if gate is not None:
+            h, h_scales = gate(gate_up)
+        else:
+            h = x.new_empty(slots, intermediate)
+            silu_and_mul(gate_up, h, activation=activation)
+        y = x.new_empty(slots, hidden)
+        grouped_gemm(
+            h,
+            b2,
+            y,
+            *places,
+            top_k_divisor=1,
+            a_scales=h_scales,
+            b_scales=s2,
+            tile=tile2,
+            **common,
+        )
+        out = torch.empty_like(x)
+        combine(y.view(tokens, top_k, hidden), out, ids, experts, weights)
+        return out
+
+    return launch, (*w13.tensors, *w2.tensors)
+
+
+def _gate_and_quantize(
+    encoding: str, granularity: str, activation: str
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    import torch
+
+    from hal.formats import number_format
+    from hal.ops.kernels import swiglu
+    from hal.quant.scheme import scale_shape
+    from hal.torch_compat import dtype
+
+    top, target = number_format(encoding).quantization_maximum, dtype(encoding)
+    per_row = granularity == "token"
+    launch = swiglu.silu_and_mul_quantize_rows if per_row else swiglu.silu_and_mul_quantize_groups
+
+    def gate(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (gate_up.shape[0], gate_up.shape[1] // 2)
+        values = torch.empty(shape, dtype=target, device=gate_up.device)
+        scales = torch.empty(
+            scale_shape(granularity, shape), dtype=torch.float32, device=gate_up.device
+        )
+        launch(gate_up, values, scales, top, SCALE_FLOOR, activation=activation)
+        return values, scales
+
+    return gate
+
+
+def _pair(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (tensors[0], tensors[1]) if len(tensors) == 2 else (tensors[0], None)

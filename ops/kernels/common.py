@@ -1,0 +1,283 @@
+"""Share what every Triton kernel needs: the dot, the fp8 byte decoder, the launch.
+
+`dot` is the only place that calls `tl.dot`, `launch` the only one that starts a kernel. Inside
+`compile_for(target)` a launch compiles for that target instead of running, on meta tensors and
+without a driver, with exactly the specialization (alignment, arguments equal to one) that the
+launcher produces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hal.errors import PlatformError
+
+# `@triton.jit` decides when it decorates, Triton's own library included: one process, one mode.
+INTERPRETED = tl.constexpr(not isinstance(tl.zeros, JITFunction))
+
+# Row offsets are computed in 32 bits while every element offset stays below this.
+MAX_OFFSET_32 = 2**31 - 1
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return `acc + a @ b`; int8 operands accumulate in int32, all others in float32."""
+    if a.dtype == tl.int8:
+        return tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif INTERPRETED:
+        # The interpreter keeps bf16 as raw 16-bit integers and would multiply those.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def decode_fp8(encoded, DTYPE: tl.constexpr, FNUZ: tl.constexpr):
+    """Decode e4m3 bytes (uint8) to exactly the numbers they stand for, in DTYPE (bf16 or fp16).
+
+    The bits move to their places in fp16, which gives value * 2^-8 (2^-7 for fnuz): e4m3's
+    subnormals become fp16 subnormals. The product with 2^8 is exact, and it comes before the
+    dot because some matrix units (gfx90a) flush subnormal operands. NaN bytes decode to NaN.
+    No fp8 type occurs, so this compiles on targets that have none.
+    """
+    wide = encoded.to(tl.int16)
+    magnitude = wide & 0x7F
+    bits = ((wide & 0x80) << 8) | (magnitude << 7)
+    if FNUZ:
+        bits = tl.where(wide == 0x80, 0x7E00, bits)
+        half = bits.to(tl.int16).to(tl.float16, bitcast=True) * 128.0
+    else:
+        bits = tl.where(magnitude == 0x7F, 0x7E00, bits)
+        half = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    return half.to(DTYPE)
+
+
+@triton.jit
+def program_tile(n_rows_tiles, n_cols_tiles, GROUP_M: tl.constexpr):
+    """Map the program id to (row tile, column tile), GROUP_M row tiles at a time.
+
+    Programs that run together then share their weight tiles through the L2 cache.
+    """
+    pid = tl.program_id(0)
+    programs_in_group = GROUP_M * n_cols_tiles
+    group = pid // programs_in_group
+    first_row = group * GROUP_M
+    rows = tl.minimum(n_rows_tiles - first_row, GROUP_M)
+    within = pid % programs_in_group
+    return first_row + within % rows, within // rows
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Record one kernel that `launch` compiled inside `compile_for`."""
+
+    name: str
+    kernel: Any
+
+
+class _CompileOnlyDriver:
+    """Stand in for a Triton driver: names the target, owns no device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+        # A key that no real device has, so that real and fake kernels never share a cache.
+        self.device = f"hal-compile-only:{target.backend}:{target.arch}"
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, _device: object) -> int:
+        return 0
+
+    def set_current_device(self, _device: object) -> None:
+        return None
+
+
+@dataclass
+class _Recorder:
+    compiled: list[Compiled]
+    kernels: list[Any]
+
+
+_recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar(
+    "hal_compile_only", default=None
+)
+
+
+@contextlib.contextmanager
+def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
+    """Make launches compile for `target` instead of running; yield the list they append to.
+
+    Give the launchers meta tensors (their address 0 counts as aligned, like a real allocation).
+    The driver is process-wide in Triton: do not launch from other threads meanwhile.
+    """
+    if INTERPRETED.value:
+        raise RuntimeError("compile_for needs a process without TRITON_INTERPRET")
+    fake = _CompileOnlyDriver(target)
+    recorder = _Recorder([], [])
+    previous = driver._active
+    driver.set_active(fake)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder.compiled
+    finally:
+        _recorder.reset(token)
+        driver._active = previous
+        for kernel in recorder.kernels:
+            kernel.device_caches.pop(fake.device, None)
+
+
+class _Launches:
+    """Remember which compiled kernel serves which arguments: Triton's own look-up takes longer.
+
+    The key is finer than Triton's specialization (it has the very numbers where Triton asks
+    whether they are 1 or divisible by 16), so that a hit is always what Triton would launch.
+    """
+
+    # Enough for every layer of a model; strides that keep changing must not fill the memory.
+    MOST = 4096
+    # Older launchers take no constexpr arguments.
+    USABLE = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+    __slots__ = ("compiled", "kernel", "unspecialized")
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+        self.unspecialized = {p.num for p in kernel.params if p.do_not_specialize}
+
+    def key(self, device: object, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Return what tells apart all specializations, or None for arguments of other types."""
+        key: list[Any] = [device, *options, *options.values()]
+        for position, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                key.append(arg.dtype)
+                key.append(arg.data_ptr() & 15)
+            elif type(arg) is int:
+                key.append(arg.bit_length() if position in self.unspecialized else arg)
+            elif type(arg) is float:
+                key.append(None)
+            else:
+                return None
+        return tuple(key)
+
+    def start(self, device: object, grid: Any, args: tuple[Any, ...], options: Any) -> None:
+        """Launch, through the remembered kernel where there is one."""
+        key = self.key(device, args, options)
+        found = self.compiled.get(key)
+        if found is not None and not self.kernel.pre_run_hooks:
+            found[0][grid](*args, *found[1])
+            return
+        compiled = self.kernel[grid](*args, **options)
+        if key is None or compiled is None:
+            return
+        if len(self.compiled) >= self.MOST:
+            self.compiled.clear()
+        constants = tuple(options[name] for name in self.kernel.arg_names[len(args) :])
+        self.compiled[key] = compiled, constants
+
+
+_launches: dict[Any, _Launches] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel` on `grid`, or compile it when inside `compile_for`.
+
+    Args:
+        kernel: A kernel without default arguments whose first argument is a tensor.
+        grid: One to three sizes.
+        *args: All arguments that are not constexpr.
+        **options: All that are, and options of the compiler.
+    """
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.kernels.append(kernel)
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        recorder.compiled.append(Compiled(kernel.__name__, compiled))
+        return
+    if INTERPRETED.value:
+        kernel[grid](*args, **options)
+        return
+    active = _active_driver()
+    device = active.get_current_device()
+    own = args[0].device.index
+    if own is not None and own != device:
+        # Triton launches on the current device, wherever the tensors are.
+        with active.get_device_interface().device(own):
+            launch(kernel, grid, *args, **options)
+        return
+    launches = _launches.get(kernel.fn)
+    if launches is None:
+        # AMD's backend specializes on more (buffers below 2 GiB): only Triton knows it all.
+        usable = _Launches.USABLE and active.get_current_target().backend == "cuda"
+        if not usable:
+            kernel[grid](*args, **options)
+            return
+        launches = _launches[kernel.fn] = _Launches(kernel)
+    launches.start(device, (*grid, 1, 1)[:3], args, options)
+
+
+def _active_driver() -> Any:
+    """Return Triton's driver; raise PlatformError where it has none."""
+    try:
+        return driver.active
+    except RuntimeError as error:
+        # "0 active drivers ([]). There should only be one." helps nobody.
+        raise PlatformError(
+            f"Triton finds no GPU in this process, so no kernel can launch ({error}); run on a "
+            "machine with a GPU and a torch build for it, or set TRITON_INTERPRET=1 before the "
+            "first import to interpret kernels on the CPU"
+        ) from error
+
+
+def current_target() -> GPUTarget:
+    """Return the target that a launch now would compile for."""
+    return _active_driver().get_current_target()
+
+
+def converts_fp8(dtype: torch.dtype) -> bool:
+    """Say whether the current device's instructions convert f32 to `dtype`, an 8-bit float."""
+    if INTERPRETED.value:
+        return False
+    target = current_target()
+    if target.backend == "cuda":
+        return target.arch >= 89 and dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    if target.backend == "hip":
+        if target.arch == "gfx942":
+            return dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+        fp8 = target.arch == "gfx950" or target.arch.startswith("gfx12")
+        return fp8 and dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    return False
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Say whether `dtype` is one of torch's 8-bit floats."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def offsets_need_64_bits(*tensors: torch.Tensor, skip: int = 0) -> bool:
+    """Say whether an element offset in any of the tensors can pass 2^31 - 1.
+
+    The first `skip` dimensions do not count: their offsets are computed in 64 bits anyway.
+    """
+    for tensor in tensors:
+        if tensor.is_contiguous() and tensor.numel() <= MAX_OFFSET_32:
+            continue
+        sizes = zip(tensor.shape[skip:], tensor.stride()[skip:], strict=True)
+        if sum((size - 1) * stride for size, stride in sizes) > MAX_OFFSET_32:
+            return True
+    return False

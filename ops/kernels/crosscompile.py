@@ -1,0 +1,428 @@
+"""Compile the kernels for a device that is not here, as their launchers would on it.
+
+A cell is one call of a launcher on meta tensors: `grouped_gemm/fp8_channel/few`. Compiling runs in
+a child process, because a failing compiler pass may print a thousand lines or abort: that is a
+result too. Without the device it finds what would fail there, registers, spilled bytes, shared
+memory, and the matrix instructions in the machine code.
+
+    python -m hal.ops.kernels.crosscompile --target cuda:sm_90 --shared-memory 232448 \
+        --compute-units 132
+
+Nothing here needs torch or Triton until a cell is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hal import config
+
+__all__ = ["OWN_FORMAT", "Cell", "Target", "cell_names", "compile_cells"]
+
+OWN_FORMAT = {
+    "bf16": "bfloat16",
+    "fp8_channel": "fp8",
+    "fp8_block128": "fp8",
+    "int8_channel": "int8",
+    "fp8_channel_decode": "bfloat16",
+    "fp8_block128_decode": "bfloat16",
+    "int8_channel_decode": "bfloat16",
+}
+"""The format that each kind of product multiplies: its matrix instruction proves `native`."""
+
+# The Qwen3-30B-A3B layer, and the tokens of a decode and of a prefill step.
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
+FEW, MANY = 8, 16384
+
+_PTX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[.\w:]*")
+_AMDGCN = re.compile(r"v_s?mfmac?_\w+|v_wmma_\w+")
+_FORMATS = {
+    "fp8": re.compile(r"e4m3|e5m2|f8f6f4|fp8|bf8"),
+    "int8": re.compile(r"\.s8|kind::i8|_i32_\w*i8|_i32_\w*iu8"),
+    "bfloat16": re.compile(r"bf16|kind::f16"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Name a device by what decides how kernels are compiled for it.
+
+    fp8: the 8-bit encoding of the device, "e4m3fn" or "e4m3fnuz".
+    """
+
+    platform: str
+    arch: str
+    shared_memory_bytes: int
+    compute_units: int
+    lanes: int = 32
+    fp8: str = "e4m3fn"
+
+    def __str__(self) -> str:
+        return f"{self.platform}:{self.arch}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Record how one cell compiled; the worst of its kernels where it launches several.
+
+    registers: of a thread; on AMD vector registers of both sorts.
+    spilled_bytes: of a thread, stack included.
+    instructions: the matrix instructions found, sorted.
+    """
+
+    name: str
+    target: str
+    error: str = ""
+    seconds: float = 0.0
+    shared_memory_bytes: int = 0
+    registers: int = 0
+    spilled_bytes: int = 0
+    instructions: tuple[str, ...] = ()
+    triton: str = ""
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """Return the formats that the matrix instructions work on."""
+        return frozenset(
+            name
+            for name, pattern in _FORMATS.items()
+            if any(pattern.search(found) for found in self.instructions)
+        )
+
+
+def cell_names(triton_math: Iterable[str]) -> list[str]:
+    """Return the cells that a device with matrix math on these formats may come to run."""
+    formats = {"fp8" if name.startswith("e4m3") else name for name in triton_math}
+    kinds = [kind for kind, own in OWN_FORMAT.items() if own in formats]
+    names = [
+        f"{op}/{kind}/{size}"
+        for op in ("grouped_gemm", "gemm")
+        for kind in kinds
+        for size in ("few", "many")
+    ]
+    names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
+    if "bf16" in kinds:
+        names.append("grouped_gemm/bf16/wide")
+    return names + [name for name in _CASES if not name.startswith(("grouped_gemm", "gemm"))]
+
+
+def compile_cells(
+    target: Target, names: Iterable[str], *, timeout_s: float = 600.0, cache: Path | None = None
+) -> list[Cell]:
+    """Compile cells in child processes; return one `Cell` each, in order.
+
+    A child that dies or takes longer than `timeout_s` costs the cell that it was at; the next
+    child goes on after it.
+
+    Args:
+        target: What to compile for.
+        names: From `cell_names`.
+        timeout_s: Longest time of one child.
+        cache: Triton's cache, if not the user's.
+    """
+    left, cells = list(names), []
+    environment = dict(config.environment())
+    environment.pop("TRITON_INTERPRET", None)
+    if cache is not None:
+        environment["TRITON_CACHE_DIR"] = str(cache)
+    while left:
+        lines, end = _run_child(target, left, environment, timeout_s)
+        finished = [Cell(**{**line, "instructions": tuple(line["instructions"])}) for line in lines]
+        cells += finished
+        left = left[len(finished) :]
+        if left and end is not None:
+            cells.append(Cell(left.pop(0), str(target), error=end))
+    return cells
+
+
+def _run_child(
+    target: Target, names: list[str], environment: dict[str, str], timeout_s: float
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Return what a child has finished, and how it ended if not well."""
+    command = [
+        sys.executable, "-m", "hal.ops.kernels.crosscompile", "--target", str(target),
+        "--shared-memory", str(target.shared_memory_bytes),
+        "--compute-units", str(target.compute_units),
+        "--lanes", str(target.lanes), "--fp8", target.fp8, *names,
+    ]  # fmt: skip
+    end: str | None = None
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        try:
+            output, _ = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, _ = child.communicate()
+            end = f"took longer than {timeout_s:g} s"
+        if end is None and child.returncode:
+            errors.seek(0)
+            end = _first_error(errors.read()) or "the child died"
+            if child.returncode < 0:
+                end = f"{signal.Signals(-child.returncode).name}: {end}"
+    lines = [line for line in output.split("\n") if line.endswith("}")]
+    finished = [json.loads(line) for line in lines]
+    if end is None and len(finished) < len(names):
+        end = "the child ended early"
+    return finished, end
+
+
+def _first_error(text: str) -> str:
+    """Return the line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^")]
+    for line in lines:
+        if "error:" in line or "LLVM ERROR" in line:
+            return line[:300]
+    return lines[-1][:300] if lines else ""
+
+
+# ------------------------------------------------------------------------------- in the child
+
+
+def _empty(*shape: int, dtype: str = "bfloat16") -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _product(target: Target, op: str, kind: str, size: str) -> None:
+    """Call the launcher of a product as the ops do for this device."""
+    from hal.ops.kernels.accumulate import KINDS
+    from hal.ops.kernels.grouped_gemm import grouped_gemm
+    from hal.ops.kernels.linear import gemm
+    from hal.ops.tiles import choose_tile
+
+    tokens = FEW if size == "few" else MANY
+    n, k = (1000, 1000) if size == "ragged" else (2 * INTERMEDIATE, HIDDEN)
+    n = 2**21 if size == "wide" else n
+    grouped = op == "grouped_gemm"
+    rows = max(tokens * TOP_K // EXPERTS, 1) if grouped else tokens
+    tile = choose_tile(
+        kind, rows, n, k, platform=target.platform, arch=target.arch,
+        shared_memory_bytes=target.shared_memory_bytes, compute_units=target.compute_units,
+        matrices=min(EXPERTS, tokens * TOP_K) if grouped else 1,
+    )  # fmt: skip
+    spec = KINDS[kind]
+    low = "int8" if "int8" in kind else f"float8_{target.fp8}"
+    experts = (EXPERTS,) if grouped else ()
+    blocks = spec.scales == "block128"
+    groups = -(-k // 128)
+    a = _empty(tokens, k, dtype=low if spec.a_scaled else "bfloat16")
+    b = _empty(*experts, n, k, dtype=low if spec.scales else "bfloat16")
+    scales: dict[str, Any] = {}
+    if spec.a_scaled:
+        scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype="float32")
+    if spec.scales:
+        shape = (-(-n // 128), groups) if blocks else (n,)
+        scales["b_scales"] = _empty(*experts, *shape, dtype="float32")
+    if not grouped:
+        gemm(a, b, _empty(tokens, n), **scales, kind=kind, tile=tile)
+        return
+    slots, m = tokens * TOP_K, tile.block_m
+    padded = (slots + min(slots, EXPERTS) * (m - 1)) // m * m
+    grouped_gemm(
+        a, b, _empty(slots, n),
+        _empty(padded, dtype="int32"), _empty(padded // m, dtype="int32"), _empty(1, dtype="int32"),
+        top_k_divisor=TOP_K, **scales, kind=kind, tile=tile,
+    )  # fmt: skip
+
+
+def _align(tokens: int, experts: int = EXPERTS) -> None:
+    from hal.ops.kernels.align import align, capacity
+
+    length = capacity(tokens * TOP_K, experts, 16)
+    places = _empty(length, dtype="int32"), _empty(length // 16, dtype="int32")
+    align(_empty(tokens, TOP_K, dtype="int32"), experts, 16, *places, _empty(1, dtype="int32"))
+
+
+def _combine(weights: str) -> None:
+    from hal.ops.kernels.combine import combine
+
+    ids, given = _empty(FEW, TOP_K, dtype="int32"), _empty(FEW, TOP_K, dtype=weights)
+    combine(_empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given)
+
+
+def _route(experts: int, scoring: str, bias: bool) -> None:
+    from hal.ops.kernels.route import route
+
+    weights, ids = _empty(FEW, TOP_K, dtype="float32"), _empty(FEW, TOP_K, dtype="int32")
+    route(
+        _empty(FEW, experts), weights, ids, scoring=scoring,
+        bias=_empty(experts, dtype="float32") if bias else None,
+    )  # fmt: skip
+
+
+def _quantize(target: Target, fmt: str, grouped: bool, gated: bool) -> None:
+    from hal.ops.kernels import quantize, swiglu
+
+    width = INTERMEDIATE if gated else HIDDEN
+    values = _empty(FEW, width, dtype="int8" if fmt == "int8" else f"float8_{target.fp8}")
+    scales = _empty(FEW, *(-(-width // 128),) * grouped, dtype="float32")
+    launchers: dict[tuple[bool, bool], Callable[..., None]] = {
+        (False, False): quantize.quantize_rows,
+        (False, True): quantize.quantize_groups,
+        (True, False): swiglu.silu_and_mul_quantize_rows,
+        (True, True): swiglu.silu_and_mul_quantize_groups,
+    }
+    # The two numbers play no part in compiling.
+    x = _empty(FEW, 2 * width if gated else width)
+    launchers[gated, grouped](x, values, scales, 127.0, 1e-12)
+
+
+def _gate(activation: str, interleaved: bool) -> None:
+    from hal.ops.kernels.swiglu import silu_and_mul
+
+    width = _empty(FEW, 2 * INTERMEDIATE), _empty(FEW, INTERMEDIATE)
+    silu_and_mul(*width, activation=activation, interleaved=interleaved)
+
+
+_CASES: dict[str, Callable[[Target], None]] = {
+    **{
+        f"{op}/{kind}/{size}": partial(_product, op=op, kind=kind, size=size)
+        for op in ("grouped_gemm", "gemm")
+        for kind in OWN_FORMAT
+        for size in ("few", "many", "ragged", "wide")
+    },
+    "align/few": lambda _: _align(FEW),
+    "align/many": lambda _: _align(MANY),
+    "align/one_expert": lambda _: _align(FEW, 1),
+    "align/most_experts": lambda _: _align(MANY, 1025),
+    "combine": lambda _: _combine("float32"),
+    "route/softmax": lambda _: _route(EXPERTS, "softmax", False),
+    "route/sigmoid_bias": lambda _: _route(1025, "sigmoid", True),
+    "quantize/fp8_rows": lambda target: _quantize(target, "fp8", False, False),
+    "quantize/fp8_groups": lambda target: _quantize(target, "fp8", True, False),
+    "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),
+    "swiglu/silu": lambda _: _gate("silu", False),
+    "swiglu/gelu_interleaved": lambda _: _gate("gelu", True),
+    "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),
+    "swiglu/silu_fp8_groups": lambda target: _quantize(target, "fp8", True, True),
+    "swiglu/silu_int8_rows": lambda target: _quantize(target, "int8", False, True),
+}
+
+
+def _compile(name: str, target: Target) -> Cell:
+    """Compile one cell in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from hal.ops.kernels.common import compile_for
+
+    if target.platform == "cuda":
+        gpu = GPUTarget("cuda", int(target.arch.removeprefix("sm_")), target.lanes)
+    else:
+        gpu = GPUTarget("hip", target.arch, target.lanes)
+    error = ""
+    start = time.perf_counter()
+    with _captured() as output, compile_for(gpu) as compiled:
+        try:
+            _CASES[name](target)
+        except Exception as problem:
+            cause = problem.__cause__ or problem
+            error = _first_error(f"{output()}\n{type(cause).__name__}: {cause}")
+    seconds = round(time.perf_counter() - start, 2)
+    if error:
+        return Cell(name, str(target), error, seconds, triton=triton.__version__)
+    kernels = [entry.kernel for entry in compiled]
+    used = [_resources(kernel) for kernel in kernels]
+    return Cell(
+        name,
+        str(target),
+        seconds=seconds,
+        shared_memory_bytes=max(kernel.metadata.shared for kernel in kernels),
+        registers=max(registers for registers, _ in used),
+        spilled_bytes=max(spilled for _, spilled in used),
+        instructions=tuple(sorted(set().union(*map(_instructions, kernels)))),
+        triton=triton.__version__,
+    )
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[Callable[[], str]]:
+    """Keep what C++ writes to file descriptor 2; yield a function that returns it."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        os.dup2(file.fileno(), 2)
+
+        def output() -> str:
+            file.seek(0)
+            return file.read()
+
+        try:
+            yield output
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _instructions(kernel: Any) -> set[str]:
+    if "amdgcn" in kernel.asm:
+        # The same instruction in another encoding is the same instruction.
+        return {re.sub(r"_e64$", "", name) for name in _AMDGCN.findall(kernel.asm["amdgcn"])}
+    return {name.rstrip(".") for name in _PTX.findall(kernel.asm["ptx"])}
+
+
+def _resources(kernel: Any) -> tuple[int, int]:
+    """Return (registers, spilled bytes) of a thread."""
+    if "amdgcn" in kernel.asm:
+        asm = kernel.asm["amdgcn"]
+
+        def largest(field: str) -> int:
+            return max((int(n) for n in re.findall(rf"\.{field}:\s*(\d+)", asm)), default=0)
+
+        # gfx90a and later CDNA count both sorts in vgpr_count.
+        return largest("vgpr_count"), largest("private_segment_fixed_size")
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True, help="such as cuda:sm_90 or rocm:gfx942")
+    parser.add_argument("--shared-memory", type=int, required=True, help="bytes of one block")
+    parser.add_argument("--compute-units", type=int, required=True, help="SMs or CUs")
+    parser.add_argument("--lanes", type=int, help="threads of a warp")
+    parser.add_argument("--fp8", default="e4m3fn", help="the device's 8-bit encoding")
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="all by default")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile cells; print one JSON object a line."""
+    options = _arguments(argv)
+    platform, _, arch = options.target.partition(":")
+    lanes = options.lanes or (64 if arch.startswith("gfx9") else 32)
+    target = Target(
+        platform, arch, options.shared_memory, options.compute_units, lanes, options.fp8
+    )
+    for name in options.cells or cell_names(OWN_FORMAT.values()):
+        print(json.dumps(asdict(_compile(name, target))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

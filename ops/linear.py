@@ -1,0 +1,244 @@
+"""Multiply by a (quantized) weight: y = x @ weight.T + bias.
+
+    bf16:          y = x @ w.T
+    fp8_channel:   y[m, n] = sx[m] * sw[n] * sum_k qx[m, k] * qw[n, k]
+    int8_channel:  the same with int8 codes and an int32 sum
+    fp8_block128:  y[m, n] = sum_g sx[m, g] * sw[n // 128, g] * sum_{k in g} qx[m, k] * qw[n, k]
+
+`x` is `[..., K]` bf16 or fp16, the weight `[N, K]`; activations are quantized at each call as the
+scheme says. Kernels of level `weight_only` and `dequant` leave them as they are, which is more
+precise than the scheme asks for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.needs import Needs
+from hal.ops.binding import Binding, Launch, Tensors, measurements
+from hal.ops.quantize import fake_quantize
+from hal.quant.scheme import SCHEMES
+from hal.registry import Level, Op
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.ops.tiles import Tile
+    from hal.quant.tensor import QTensor
+
+__all__ = ["LINEAR", "bind_reference", "linear"]
+
+LINEAR = Op(
+    "linear",
+    ("tokens", "in_features", "out_features", "dtype", "bias"),
+    "multiply by a weight matrix",
+    measurements("linear"),
+)
+QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
+ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
+WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
+ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
+TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
+
+Bound = tuple[Launch, Tensors]
+
+
+def linear(
+    x: torch.Tensor,
+    weight: QTensor | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Return `x @ weight.T + bias`; binds the weight on first use and keeps the binding.
+
+    Args:
+        x: `[..., K]` bf16 or fp16.
+        weight: `[N, K]` QTensor, or a tensor for scheme `bf16`.
+        bias: `[N]` or None.
+        **options: `platform`, `force`, `minimum`, ... as for `hal.ops.Linear`.
+
+    Raises:
+        ArgumentError: For a wrong shape, dtype or device.
+        NoKernelError: If no kernel can run.
+    """
+    from hal.ops.cache import bound_linear
+
+    bound = bound_linear(weight, bias, x.dtype, **options)
+    result: torch.Tensor = bound(x)
+    return result
+
+
+@LINEAR.kernel(
+    "reference",
+    level=Level.REFERENCE,
+    band="reference",
+    signatures=ALL,
+    requires=(Needs.package("torch"),),
+    batch_invariant=True,
+)
+def bind_reference(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Represent both operands as the scheme does and multiply in float32."""
+    from dataclasses import replace
+
+    scheme, encoding, shape = weight.scheme, weight.encoding, weight.shape
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        rows = x.reshape(-1, shape[-1])
+        scales = tensors[1] if scheme.weight.format else None
+        wide = replace(weight, values=tensors[0], scales=scales).dequantize()
+        out = fake_quantize(rows, scheme, encoding) @ wide.T
+        if bias is not None:
+            out = out + tensors[-1].float()
+        return out.to(x.dtype)
+
+    return launch, _with_bias(weight.tensors, bias)
+
+
+@LINEAR.kernel(
+    "torch_dense",
+    level=Level.NATIVE,
+    band="portable",
+    signatures={"bf16": ALL["bf16"]},
+    requires=(*ANYWHERE, Needs.math("bfloat16", "float16", emulated=True)),
+)
+def bind_dense(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Call torch's own bf16 or fp16 matrix product."""
+    from torch.nn.functional import linear as dense
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        return dense(x, *tensors)
+
+    return launch, _with_bias((weight.values,), bias)
+
+
+@LINEAR.kernel(
+    "torch_dequant",
+    level=Level.DEQUANT,
+    band="portable",
+    signatures=WEIGHT_ONLY,
+    requires=(*ANYWHERE, Needs.math("bfloat16", "float16", emulated=True)),
+)
+def bind_dequant(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Expand the weight when it is bound; takes the memory of bf16."""
+    wide = weight.dequantize(_dtype(binding))
+    return bind_dense(binding, weight, bias)[0], _with_bias((wide,), bias)
+
+
+@LINEAR.kernel(
+    "triton",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures={"bf16": ALL["bf16"]},
+    requires=(*TRITON, Needs.triton_math("bfloat16")),
+)
+def bind_triton_bf16(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Multiply bf16 or fp16 in Triton."""
+    return _bind_triton(binding, weight, bias, "bf16")
+
+
+@LINEAR.kernel(
+    "triton_fp8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures={name: ALL[name] for name in ("fp8_channel", "fp8_block128")},
+    requires=(*TRITON, Needs.triton_math("e4m3fn", "e4m3fnuz")),
+)
+def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Quantize the input and multiply 8-bit floats in Triton."""
+    return _bind_triton(binding, weight, bias, weight.scheme.name)
+
+
+@LINEAR.kernel(
+    "triton_int8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures={"int8_channel": ALL["int8_channel"]},
+    requires=(*TRITON, Needs.triton_math("int8")),
+)
+def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Quantize the input and multiply int8 in Triton."""
+    return _bind_triton(binding, weight, bias, "int8_channel")
+
+
+@LINEAR.kernel(
+    "triton_decode",
+    level=Level.WEIGHT_ONLY,
+    band="tuned",
+    signatures=WEIGHT_ONLY,
+    requires=(*TRITON, Needs.triton_math("bfloat16")),
+)
+def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Decode weight bytes in the loop by integer shifts; needs no fp8 in hardware."""
+    return _bind_triton(binding, weight, bias, f"{weight.scheme.name}_decode")
+
+
+def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, kind: str) -> Bound:
+
+    from hal.ops.kernels.linear import gemm
+    from hal.ops.quantize import quantize_triton
+
+    encoding, scheme = weight.encoding, weight.scheme
+    rows_out, columns = weight.shape
+    quantizes = kind == scheme.name and scheme.activation.dynamic
+    tiles = TileChoice(binding, kind, rows_out, columns)
+    has_scales, has_bias = weight.scales is not None, bias is not None
+    fnuz = encoding == "e4m3fnuz"
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], rows_out)
+        a, a_scales = x, None
+        if quantizes:
+            a, a_scales = quantize_triton(x, encoding, scheme.activation.granularity)
+        gemm(
+            a,
+            tensors[0],
+            out,
+            a_scales=a_scales,
+            b_scales=tensors[1] if has_scales else None,
+            bias=tensors[-1] if has_bias else None,
+            kind=kind,
+            tile=tiles(x.shape[0]),
+            fnuz=fnuz,
+        )
+        return out
+
+    return launch, _with_bias(weight.tensors, bias)
+
+
+class TileChoice:
+    """Choose the tile for a number of rows, once per power of two."""
+
+    __slots__ = ("_arguments", "_tiles")
+
+    def __init__(self, binding: Binding, kind: str, rows_out: int, columns: int) -> None:
+        spec = binding.spec
+        self._tiles: dict[int, Tile] = {}
+        self._arguments = {
+            "kind": kind,
+            "n": rows_out,
+            "k": columns,
+            "platform": spec.platform,
+            "arch": spec.arch.name,
+            "shared_memory_bytes": spec.shared_memory_bytes,
+            "compute_units": spec.compute_units or 64,
+        }
+
+    def __call__(self, rows: int) -> Tile:
+        key = max(rows - 1, 0).bit_length()
+        tile = self._tiles.get(key)
+        if tile is None:
+            from hal.ops.tiles import choose_tile
+
+            arguments: dict[str, Any] = self._arguments
+            tile = self._tiles[key] = choose_tile(rows=1 << key, **arguments)
+        return tile
+
+
+def _with_bias(tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> Tensors:
+    return tensors if bias is None else (*tensors, bias)
+
+
+def _dtype(binding: Binding) -> torch.dtype:
+    from hal.torch_compat import dtype
+
+    return dtype(binding.problem("dtype", "bfloat16"))

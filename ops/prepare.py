@@ -1,0 +1,108 @@
+"""Bring weights into the form that a chosen kernel reads, or say why they cannot be.
+
+Everything is checked before anything is changed, and nothing is reordered before the kernel that
+needs it has been chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hal.errors import DTypeError, EncodingError, ShapeError, ValueRangeError
+from hal.ops.binding import Binding
+from hal.ops.checks import ACTIVATION_DTYPES, check_same_device, dtype_name
+from hal.quant.layout import to_layout
+from hal.quant.quantize import bind_encoding
+from hal.quant.scheme import SCHEMES
+from hal.quant.tensor import QTensor
+
+__all__ = [
+    "Weight",
+    "activation_dtype",
+    "as_qtensor",
+    "check_experts",
+    "prepare",
+    "require_finite",
+]
+
+Weight = QTensor | torch.Tensor
+
+
+def as_qtensor(where: str, weight: Weight) -> QTensor:
+    if isinstance(weight, QTensor):
+        return weight
+    if dtype_name(weight) not in ACTIVATION_DTYPES:
+        raise DTypeError(
+            where,
+            found=f"weight of {dtype_name(weight)}",
+            needed=" or ".join(ACTIVATION_DTYPES) + ", or a QTensor",
+            cure="weight.to(torch.bfloat16), or hal.quant.quantize(weight, scheme)",
+        )
+    return QTensor(weight.detach().contiguous(), None, SCHEMES["bf16"], dtype_name(weight))
+
+
+def activation_dtype(where: str, weight: QTensor, dtype: torch.dtype | None) -> torch.dtype:
+    if weight.scales is None:
+        if dtype is not None and dtype is not weight.values.dtype:
+            raise DTypeError(
+                where,
+                found=f"activations of {dtype} and weights of {weight.values.dtype}",
+                needed="one dtype",
+                cure="convert the one or the other",
+            )
+        return weight.values.dtype
+    if dtype is None:
+        return torch.bfloat16
+    if str(dtype).removeprefix("torch.") not in ACTIVATION_DTYPES:
+        raise DTypeError(
+            where, found=f"activations of {dtype}", needed=" or ".join(ACTIVATION_DTYPES)
+        )
+    return dtype
+
+
+def check_experts(w13: QTensor, w2: QTensor) -> tuple[int, int, int]:
+    """Return (experts, intermediate, hidden) of two weights that fit together."""
+    found = f"w13 {list(w13.shape)} and w2 {list(w2.shape)}"
+    needed = "w13 [experts, 2*intermediate, hidden] and w2 [experts, hidden, intermediate]"
+    if len(w13.shape) != 3 or len(w2.shape) != 3:
+        raise ShapeError("fused_moe", found=found, needed=needed)
+    experts, columns, hidden = w13.shape
+    if columns % 2 or tuple(w2.shape) != (experts, hidden, columns // 2):
+        transposed = tuple(w2.shape) == (experts, columns // 2, hidden)
+        swapped = tuple(w2.shape[1:]) == (2 * hidden, columns)
+        cure = "w2 is transposed" if transposed else "are w13 and w2 swapped?" if swapped else ""
+        raise ShapeError("fused_moe", found=found, needed=needed, cure=cure)
+    if w13.scheme is not w2.scheme or w13.encoding != w2.encoding:
+        raise EncodingError(
+            "fused_moe",
+            found=f"w13 under {w13.scheme} ({w13.encoding}), w2 under {w2.scheme} ({w2.encoding})",
+            needed="one scheme and encoding",
+        )
+    check_same_device("fused_moe", w13.device, w2=w2.values)
+    return experts, columns // 2, hidden
+
+
+def prepare(binding: Binding, weight: QTensor, name: str) -> QTensor:
+    """Return the weight in the encoding and layout that the chosen kernel reads."""
+    kernel = binding.selection.kernel
+    assert kernel is not None
+    where = f"{kernel}: {name}"
+    platform, scheme = binding.platform, weight.scheme.name
+    with platform.ordered(weight.tensors):
+        if weight.scales is not None and weight.device.type != "meta":
+            require_finite(f"{where} scales", weight.scales)
+        weight = bind_encoding(weight, binding.spec.formats.fp8_encoding, where=where)
+    operand = kernel.operand(scheme, name)
+    weight = to_layout(weight, operand.layout, platform)
+    weight.require(where, layout=operand.layout, encodings=operand.formats)
+    return weight
+
+
+def require_finite(where: str, tensor: torch.Tensor) -> None:
+    """Raise if a value is NaN or infinite; synchronises with the device."""
+    finite = tensor.isfinite()
+    if not bool(finite.all()):
+        place = (~finite).nonzero()[0].tolist()
+        raise ValueRangeError(
+            where, found=f"{tensor[tuple(place)].item()} at {place}", needed="finite values"
+        )

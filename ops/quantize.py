@@ -1,0 +1,206 @@
+"""Quantize activations at run time, per token or per group of 128.
+
+The formula is that of `hal.quant.codec`: scale = max(amax / maximum, floor), codes by true
+division, clamp and round-to-nearest-even. Rows (or groups) with a NaN or an infinity get a NaN
+scale.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import ShapeError
+from hal.needs import Needs
+from hal.ops.binding import Binding, measurements, select_for
+from hal.ops.checks import check_gradient
+from hal.quant.codec import SCALE_FLOOR, decode, encode
+from hal.quant.quantize import encoding_for
+from hal.quant.scheme import BLOCK, SCHEMES, find_scheme, scale_shape
+from hal.registry import Level, Op
+from hal.selection import choose
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.quant.scheme import Scheme
+
+__all__ = ["QUANTIZE", "fake_quantize", "quantize", "quantizer"]
+
+QUANTIZE = Op(
+    "quantize",
+    ("tokens", "features"),
+    "quantize activations per token or per group",
+    measurements("quantize"),
+)
+CACHE_ELEMENTS = 1 << 18
+"""Float32 copies up to this size (1 MiB) are taken from memory that is there already. Larger ones
+come from fresh pages, which cost a CPU 5 times as long as the quantization (docs/cpu.md)."""
+DYNAMIC = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.dynamic)
+SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in DYNAMIC}
+
+QuantizeFunction = Any
+"""`(x [tokens, features], format, granularity) -> (codes, scales)`."""
+
+
+def fake_quantize(x: torch.Tensor, scheme: Scheme, encoding: str) -> torch.Tensor:
+    """Return `x` in float32 as the scheme's activations represent it."""
+    how = scheme.activation
+    if how.format is None:
+        return x.float()
+    values, scales = encode(x, encoding, how.granularity)
+    return decode(values, scales, how.granularity)
+
+
+def quantize(
+    x: torch.Tensor, scheme: str | Scheme, *, platform: Any = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes, scales) of activations `x` `[tokens, features]` under a scheme.
+
+    Args:
+        x: bf16, fp16 or float32.
+        scheme: A scheme with dynamic activations.
+        platform: Platform to select for; None means that of the device of `x`.
+        **options: `force`, `minimum` and the other options of `hal.select`.
+
+    Returns:
+        Codes `[tokens, features]` and float32 scales, `[tokens]` or `[tokens, groups]`.
+
+    Raises:
+        ShapeError: If `x` is not a matrix.
+        UnknownNameError: If the scheme does not quantize activations.
+        NoKernelError: If no kernel can run.
+    """
+    how = find_scheme(scheme)
+    if x.ndim != 2:
+        raise ShapeError("quantize", found=f"input {list(x.shape)}", needed="[tokens, features]")
+    check_gradient("quantize", x)
+    problem = {"tokens": x.shape[0], "features": x.shape[1]}
+    selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
+    assert selection.kernel is not None
+    function = selection.kernel.load()
+    encoding = encoding_for(how, selection.spec.formats.fp8_encoding)
+    values, scales = function(x, encoding, how.activation.granularity)
+    return values, scales
+
+
+def quantizer(binding: Binding, features: int) -> QuantizeFunction:
+    """Return the quantization that is selected for rows of `features` on a binding's device."""
+    chosen = choose(QUANTIZE, binding.scheme.name, binding.spec, {"features": features}).kernel
+    assert chosen is not None
+    return chosen.load()
+
+
+@QUANTIZE.kernel(
+    "reference",
+    level=Level.REFERENCE,
+    band="reference",
+    signatures=SIGNATURES,
+    requires=(Needs.package("torch"),),
+    batch_invariant=True,
+)
+def quantize_reference(
+    x: torch.Tensor, format: str, granularity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Follow the codec's formula in float32."""
+    return encode(x, format, granularity)
+
+
+@QUANTIZE.kernel(
+    "torch",
+    level=Level.NATIVE,
+    band="portable",
+    signatures=SIGNATURES,
+    requires=(Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch")),
+    batch_invariant=True,
+)
+def quantize_torch(
+    x: torch.Tensor, format: str, granularity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do the same in few passes over the data."""
+    import torch
+
+    from hal.formats import number_format
+    from hal.torch_compat import dtype
+
+    shape = tuple(x.shape)
+    whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
+    if not whole or not x.numel():
+        return encode(x, format, granularity)
+    target = number_format(format)
+    top = target.quantization_maximum
+    rows = x if granularity == "token" else x.reshape(-1, BLOCK)
+    # One wide copy that all the rest is done in. On a CPU, torch.aminmax over rows takes 15 times
+    # as long as abs and amax, and a fresh result 10 times as long as one in place.
+    ratio = rows.to(torch.float32, copy=True)
+    largest = ratio.abs().amax(-1, keepdim=True)
+    scales = (largest / top).clamp_min_(SCALE_FLOOR)
+    scales.masked_fill_(~largest.isfinite(), torch.nan)
+    # No clamp: |x| / scale exceeds the maximum by less than half a step, which rounds to it.
+    ratio.div_(scales)
+    if target.is_integer:
+        ratio.round_().nan_to_num_(nan=0.0)
+    values = ratio.view(shape).to(dtype(format))
+    return values, scales.view(scale_shape(granularity, shape))
+
+
+@QUANTIZE.kernel(
+    "torch_cached",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=SIGNATURES,
+    requires=(Needs.platform("cpu"), Needs.package("torch")),
+    batch_invariant=True,
+)
+def quantize_cached(
+    x: torch.Tensor, format: str, granularity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Go over the rows in pieces that stay in the cache of a core."""
+    import torch
+
+    from hal.torch_compat import dtype
+
+    if x.numel() <= CACHE_ELEMENTS:
+        return quantize_torch(x, format, granularity)
+    values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
+    scales = torch.empty(scale_shape(granularity, tuple(x.shape)), device=x.device)
+    rows = max(CACHE_ELEMENTS // x.shape[1], 1)
+    for part, codes, factors in zip(
+        x.split(rows), values.split(rows), scales.split(rows), strict=True
+    ):
+        codes_of_part, factors_of_part = quantize_torch(part, format, granularity)
+        codes.copy_(codes_of_part)
+        factors.copy_(factors_of_part)
+    return values, scales
+
+
+@QUANTIZE.kernel(
+    "triton",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=SIGNATURES,
+    requires=(
+        Needs.feature("triton"),
+        Needs.package("triton", "3.2"),
+        Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
+        Needs.between("features", 1, 32768),
+    ),
+    batch_invariant=True,
+)
+def quantize_triton(
+    x: torch.Tensor, format: str, granularity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the largest magnitude and round in one Triton launch."""
+    import torch
+
+    from hal.formats import number_format
+    from hal.ops.kernels.quantize import quantize_groups, quantize_rows
+    from hal.torch_compat import dtype
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
+    shape = scale_shape(granularity, tuple(x.shape))
+    scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+    top = number_format(format).quantization_maximum
+    launch = quantize_rows if granularity == "token" else quantize_groups
+    launch(x, values, scales, top, SCALE_FLOOR)
+    return values, scales

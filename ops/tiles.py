@@ -1,0 +1,159 @@
+"""Choose GEMM tile sizes analytically: pure arithmetic over facts of the device.
+
+Measured tables come first (DESIGN section 14); this is the default where none applies. A tile
+never needs more shared memory than the device has: stages go first, then the tile shrinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+# Bytes of an element of (a, b) as they lie in memory, by kind.
+OPERAND_BYTES: dict[str, tuple[int, int]] = {
+    "bf16": (2, 2),
+    "fp8_channel": (1, 1),
+    "fp8_block128": (1, 1),
+    "int8_channel": (1, 1),
+    "fp8_channel_decode": (2, 1),
+    "fp8_block128_decode": (2, 1),
+    "int8_channel_decode": (2, 1),
+}
+# Triton adds barriers, reduction and layout-conversion scratch that the estimate cannot see.
+SHARED_MEMORY_RESERVE = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Describe how a GEMM is cut: tile sizes in elements, warps (waves), pipeline stages.
+
+    group_m: row tiles that run together to share weights in L2. swap: compute the transpose,
+    so that few tokens form the short side of the matrix instruction.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    swap: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"Tile: {name} is {value}, must be a power of two")
+        if self.stages < 1 or self.group_m < 1:
+            raise ValueError(f"Tile: stages {self.stages} and group_m {self.group_m} must be > 0")
+
+    def shared_memory_bytes(self, kind: str, *, platform: str = "cuda") -> int:
+        """Estimate the shared memory (LDS) of one program from above, in bytes.
+
+        All stages of both operands; decoded weights once more in a's width, since the matrix
+        instruction may read them from there; at least the tile for the store's transposition.
+        """
+        a_bytes, b_bytes = OPERAND_BYTES[kind]
+        a_tile = self.block_m * self.block_k * a_bytes
+        b_tile = self.block_n * self.block_k * b_bytes
+        # On AMD the newest stage waits in registers.
+        buffers = max(self.stages - 1, 1) if platform == "rocm" else self.stages
+        total = buffers * (a_tile + b_tile)
+        if kind.endswith("_decode"):
+            total += self.block_n * self.block_k * a_bytes
+        return max(total, self.block_m * self.block_n * 4) + SHARED_MEMORY_RESERVE
+
+
+def choose_tile(
+    kind: str,
+    rows: int,
+    n: int,
+    k: int,
+    *,
+    platform: str,
+    arch: str,
+    shared_memory_bytes: int,
+    compute_units: int,
+    matrices: int = 1,
+) -> Tile:
+    """Choose the tile for `rows` rows per weight matrix (tokens per expert, or m of a GEMM).
+
+    Args:
+        platform: "cuda" or "rocm".
+        arch: "sm_90", "gfx942", ...
+        shared_memory_bytes: the most that one program may use on this device.
+        compute_units: SMs or CUs; tiles shrink rather than leave most of them idle.
+        matrices: weight matrices multiplied at once (experts with tokens).
+    """
+    tile = _rocm_tile(kind, rows, arch) if platform == "rocm" else _cuda_tile(kind, rows, arch)
+    tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, compute_units)
+    tile = _shrink_to_problem(tile, n, k)
+    return fit(tile, kind, shared_memory_bytes, platform=platform)
+
+
+def fit(tile: Tile, kind: str, limit_bytes: int, *, platform: str) -> Tile:
+    """Reduce stages, then block_k, block_n and block_m, until the tile fits the limit."""
+    while tile.shared_memory_bytes(kind, platform=platform) > limit_bytes:
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.block_k > 64:
+            tile = replace(tile, block_k=tile.block_k // 2)
+        elif tile.block_n > 64:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        elif tile.block_m > 32:
+            tile = replace(tile, block_m=tile.block_m // 2)
+        elif tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        else:
+            raise ValueError(f"tiles: no tile of {kind} fits {limit_bytes} bytes of shared memory")
+    return tile
+
+
+def _cuda_tile(kind: str, rows: int, arch: str) -> Tile:
+    narrow = OPERAND_BYTES[kind] == (1, 1)
+    block_k = 128 if narrow or "block128" in kind else 64
+    # wgmma and tcgen05 take 64 rows or more: fewer tokens become the instruction's columns.
+    warpgroup = arch.startswith(("sm_9", "sm_10", "sm_11"))
+    if rows <= 64:
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        swap = warpgroup and block_m < 64
+        return Tile(block_m, 128 if swap else 64, 128, 4, 4, group_m=1, swap=swap)
+    if rows <= 128 or kind.endswith("_decode"):
+        # Decoding needs registers for both forms of the weights.
+        return Tile(64, 128, block_k, 4, 3 if warpgroup else 4)
+    if "block128" in kind:
+        # The second accumulator of the promotion takes registers as well.
+        return Tile(128, 128, 128, 8, 4 if warpgroup else 3)
+    return Tile(128, 256 if warpgroup else 128, block_k, 8, 4 if warpgroup else 3)
+
+
+def _rocm_tile(kind: str, rows: int, arch: str) -> Tile:
+    narrow = OPERAND_BYTES[kind] == (1, 1)
+    rdna = arch.startswith(("gfx11", "gfx12")) and arch != "gfx1250"
+    block_k = 128 if narrow or "block128" in kind else 64
+    if rows <= 32:
+        return Tile(16 if rows <= 16 else 32, 64, 128, 4, 2, group_m=1)
+    if rows <= 128 or rdna or kind.endswith("_decode"):
+        return Tile(64, 128 if not rdna else 64, block_k, 4, 2)
+    return Tile(128, 128, block_k, 8 if "block128" in kind else 4, 2)
+
+
+def _fill_device(tile: Tile, row_tiles: int, n: int, compute_units: int) -> Tile:
+    """Halve block_n while there are fewer programs than compute units."""
+    least = 64 if tile.swap or tile.block_m > 64 else 32
+    while tile.block_n > least and row_tiles * -(-n // tile.block_n) < compute_units:
+        tile = replace(tile, block_n=tile.block_n // 2)
+    return tile
+
+
+def _shrink_to_problem(tile: Tile, n: int, k: int) -> Tile:
+    """Do not compute tiles that are mostly padding, nor spill where loads are narrow."""
+    while tile.block_n > (64 if tile.swap else 32) and tile.block_n >= 2 * n:
+        tile = replace(tile, block_n=tile.block_n // 2)
+    while tile.block_k > 32 and tile.block_k >= 2 * k:
+        tile = replace(tile, block_k=tile.block_k // 2)
+    if k % 16:
+        # Triton then copies to shared memory through registers, which large tiles exhaust.
+        tile = replace(tile, block_k=min(tile.block_k, 64))
+        while tile.block_m * tile.block_n > 128 * 64:
+            tile = replace(tile, block_n=tile.block_n // 2)
+    return tile

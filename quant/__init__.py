@@ -1,0 +1,25 @@
+"""Number formats in use: schemes, quantized tensors, codecs and layouts. Imports no torch."""
+
+from __future__ import annotations
+
+from hal.quant.codec import SCALE_FLOOR
+from hal.quant.layout import LAYOUTS, Layout, register_layout, to_layout
+from hal.quant.quantize import bind_encoding, quantize
+from hal.quant.scheme import SCHEMES, Quantization, Scheme, find_scheme, scale_shape
+from hal.quant.tensor import QTensor
+
+__all__ = [
+    "LAYOUTS",
+    "SCALE_FLOOR",
+    "SCHEMES",
+    "Layout",
+    "QTensor",
+    "Quantization",
+    "Scheme",
+    "bind_encoding",
+    "find_scheme",
+    "quantize",
+    "register_layout",
+    "scale_shape",
+    "to_layout",
+]

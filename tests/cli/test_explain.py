@@ -1,0 +1,143 @@
+"""`hal explain` accounts for every kernel, and says by its exit status whether one can run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hal.cli import TEXT_OPTIONS
+from hal.platforms.tables import device_names
+from hal.registry import find_op, op_names
+from hal.runtime import platform
+from hal.selection import choose
+
+
+@pytest.mark.parametrize("device", device_names())
+def test_every_kernel_is_accounted_for(hal: Any, device: str) -> None:
+    for name in op_names():
+        op = find_op(name)
+        for scheme in sorted({scheme for kernel in op.kernels for scheme in kernel.schemes}):
+            call = ("explain", name, "--scheme", scheme, "--platform", device)
+            text, plain = hal(*call), hal(*call, "--json")
+            chosen = choose(op, scheme, platform(device).device(0), {})
+            assert text.status == plain.status == (0 if chosen.kernel else 1)
+            assert text.err == plain.err == ""
+            assert plain.json["kernel"] == (chosen.kernel.name if chosen.kernel else None)
+            assert plain.json["simulated"] is True
+            assert "Simulated:" in text.out
+            assert all(kernel.name in text.out for kernel in op.kernels)
+            assert {row["kernel"] for row in plain.json["candidates"]} == {
+                kernel.name for kernel in op.kernels
+            }
+            assert text.out.isascii()
+            assert [line for line in text.out.splitlines() if len(line) > 80] == []
+
+
+def test_an_op_with_one_scheme_needs_none_named(hal: Any) -> None:
+    call = ("--platform", "cuda:h100", "--json", "experts=128")
+    assert hal("explain", "route", *call) == hal("explain", "route", "--scheme", "none", *call)
+
+
+def test_sizes_reach_the_problem(hal: Any) -> None:
+    call = ("tokens=16", "--scheme", "bf16", "in_features=4096", "bias=true", "dtype=float16")
+    answer = hal("explain", "linear", *call, "--json", "--platform", "cpu:amx")
+    assert answer.status == 0
+    assert answer.json["problem"] == {
+        "tokens": 16,
+        "in_features": 4096,
+        "bias": True,
+        "dtype": "float16",
+    }
+
+
+def test_a_size_out_of_range_is_a_reason(hal: Any) -> None:
+    call = ("--scheme", "fp8_channel", "--platform", "cuda:h100", "experts=5000")
+    answer = hal("explain", "fused_moe", *call)
+    assert "experts=5000" in answer.out
+    assert "shape: found experts=5000" in answer.out
+
+
+def test_forced_kernel(hal: Any) -> None:
+    call = ("explain", "linear", "--scheme", "fp8_channel", "--platform", "cuda:h100")
+    answer = hal(*call, "--force", "reference", "--json")
+    assert answer.status == 0
+    assert answer.json["kernel"] == answer.json["forced"] == "reference"
+    assert answer.json["reason"] == "forced by --force"
+
+
+def test_forced_kernel_that_cannot_run(hal: Any) -> None:
+    call = ("explain", "linear", "--scheme", "fp8_channel", "--platform", "cuda:rtx-3090")
+    answer = hal(*call, "--force", "triton_fp8")
+    assert (answer.status, answer.err) == (1, "")
+    assert "-> none: triton_fp8, forced by --force, cannot run" in answer.out
+    instead = hal(*call, "--json").json["kernel"]
+    assert f"Not forced, {instead} would run." in answer.out
+    assert hal(*call, "--force", "triton_fp8", "--json").json["instead"] == instead
+
+
+def test_no_kernel_exits_1_with_the_table(hal: Any) -> None:
+    call = ("--scheme", "fp8_channel", "--platform", "cuda:rtx-3090", "--minimum", "native")
+    answer = hal("explain", "linear", *call)
+    assert (answer.status, answer.err) == (1, "")
+    assert answer.out.startswith("linear | fp8_channel | cuda:rtx-3090 (sm_86)\n-> none: ")
+    assert "triton_fp8" in answer.out
+    assert "level native or above" in answer.out
+    plain = hal("explain", "linear", *call, "--json")
+    assert plain.status == 1
+    assert plain.json["kernel"] is None
+    assert all(row["failures"] for row in plain.json["candidates"])
+    assert "triton_fp8" in plain.json["why_not_better"]
+
+
+def test_markdown_is_one_code_block(hal: Any) -> None:
+    call = ("explain", "linear", "--scheme", "bf16")
+    assert hal(*call, "--markdown").out == f"```\n{hal(*call).out}```\n"
+
+
+def test_environment_forces_too(hal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAL_KERNEL", "linear=reference")
+    answer = hal("explain", "linear", "--scheme", "bf16", "--platform", "xpu:b580", "--json")
+    assert answer.json["reason"] == "forced by HAL_KERNEL"
+    assert answer.json["forced_by"] == "HAL_KERNEL"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (("liner", "--scheme", "bf16"), "did you mean 'linear'"),
+        (("linear", "--scheme", "fp8_chanel"), "did you mean 'fp8_channel'"),
+        (("linear", "--scheme", "bf16", "tokns=3"), "did you mean 'tokens'"),
+        (("linear", "--scheme", "bf16", "dtype=bfloat"), "did you mean 'bfloat16'"),
+        (("linear", "--scheme", "bf16", "--force", "tritn"), "did you mean 'triton'"),
+        (("linear", "--scheme", "bf16", "--minimum", "nativ"), "did you mean 'native'"),
+        (("linear", "--scheme", "bf16", "--platform", "cuda:h10"), "'cuda:h100'"),
+        (("linear", "--scheme", "bf16", "--platform", "cud"), "'cuda'"),
+        (("linear", "--scheme", "bf16", "--platform", "xpu:b580", "--device", "1"), "found 1"),
+        (("linear", "--scheme", "bf16", "tokens=many"), "needed a whole number"),
+        (("linear", "--scheme", "bf16", "tokens=-1"), "needed a whole number"),
+        (("linear", "--scheme", "bf16", "tokens="), "name=value"),
+        (("linear", "--scheme", "bf16", "16"), "name=value"),
+        (("linear", "--scheme", "bf16", "--tokens", "16"), "unrecognized arguments: --tokens"),
+        (("linear",), "found no --scheme, needed bf16 or fp8_block128"),
+        (("liner",), "did you mean 'linear'"),
+        ((), "required: OP"),
+    ],
+)
+def test_usage_errors(hal: Any, call: tuple[str, ...], said: str) -> None:
+    answer = hal("explain", *call)
+    assert (answer.status, answer.out) == (2, "")
+    assert said in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_words_are_accepted_wherever_a_kernel_needs_a_word() -> None:
+    words = set()
+    for name in op_names():
+        for kernel in find_op(name).kernels:
+            for need in kernel.requires:
+                values = getattr(need, "values", ())
+                if any(isinstance(value, str) for value in values):
+                    words.add(getattr(need, "option"))  # noqa: B009
+    assert "activation" in words
+    assert words <= TEXT_OPTIONS

@@ -1,0 +1,63 @@
+"""Marks, and an environment that does not depend on the machine's settings."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import hypothesis
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Reproducible by default; `--hypothesis-profile explore` looks for new examples.
+hypothesis.settings.register_profile("hal", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("hal")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the caller's HAL_* settings and the network out of the tests, and of their children."""
+    for name in [name for name in os.environ if name.startswith("HAL_")]:
+        del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # torch reads this when it is first imported: workers share the cores instead of each using all.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give `interpreter` tests a process of their own.
+
+    Triton reads TRITON_INTERPRET when a kernel is decorated, and what it patches then breaks
+    later compilations: a process either interprets or compiles.
+    """
+    interpreted = [item for item in items if item.get_closest_marker("interpreter")]
+    if INTERPRETING:
+        config.hook.pytest_deselected(items=[item for item in items if item not in interpreted])
+        items[:] = interpreted
+    else:
+        reason = "needs a process of its own: TRITON_INTERPRET=1 pytest -m interpreter"
+        for item in interpreted:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@functools.cache
+def no_gpu() -> str | None:
+    """Return why GPU tests cannot run here, or None; asked when the first of them starts."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return None
+    return "no CUDA/ROCm/XPU device"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip `gpu` tests where there is no GPU, and `serial` tests beside other workers."""
+    if item.get_closest_marker("gpu") and (reason := no_gpu()):
+        pytest.skip(reason)
+    if item.get_closest_marker("serial") and "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("measures time: run it without other workers, pytest -m serial")

@@ -1,0 +1,143 @@
+"""Reach offsets beyond 2^31 elements: on a GPU for real, in the interpreter in miniature.
+
+In the interpreter the limit is lowered, so that the same 64-bit variants run on small tensors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hal.ops.kernels import common
+from hal.ops.kernels.align import align, capacity
+from hal.ops.kernels.combine import combine
+from hal.ops.kernels.grouped_gemm import grouped_gemm
+from hal.ops.kernels.linear import gemm
+from hal.ops.kernels.quantize import quantize_groups
+from hal.ops.kernels.swiglu import silu_and_mul
+from hal.ops.tiles import Tile
+
+TILE = Tile(64, 64, 64, 4, 2)
+NEEDED_BYTES = 24 << 30
+
+
+@pytest.fixture
+def big(device, monkeypatch):
+    """Return a function that gives the size for a GPU or the one for the interpreter."""
+    if common.INTERPRETED.value:
+        monkeypatch.setattr(common, "MAX_OFFSET_32", 1000)
+        return lambda real, miniature: miniature
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < NEEDED_BYTES:
+        pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free GPU memory")
+    return lambda real, miniature: real
+
+
+def is_wide(*tensors):
+    """Say whether this case is one: a test of small offsets would prove nothing."""
+    assert common.offsets_need_64_bits(*tensors)
+
+
+def some(count):
+    """Return indices at the start, around the middle and at the end."""
+    return [*range(3), *range(count // 2 - 2, count // 2 + 2), *range(count - 3, count)]
+
+
+def random(shape, generator, device):
+    x = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return x.normal_(generator=generator)
+
+
+@pytest.mark.parametrize("slots_first", [False, True])
+def test_combine(big, device, generator, slots_first):
+    tokens, hidden = big(300_000, 20), big(2048, 64)
+    shape = (4, tokens, hidden) if slots_first else (tokens, 4, hidden)
+    x = random(shape, generator, device)
+    x = x.transpose(0, 1) if slots_first else x
+    is_wide(x)
+    ids = torch.zeros(tokens, 4, dtype=torch.int32, device=device)
+    out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+    combine(x, out, ids, 1)
+    for token in some(tokens):
+        expected = x[token].double().sum(0)
+        torch.testing.assert_close(out[token].double(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_quantize_and_gate(big, device, generator):
+    rows, columns = big(530_000, 20), big(4096, 256)
+    x = random((rows, columns), generator, device)
+    is_wide(x)
+    values = torch.empty(x.shape, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, columns // 128, device=device)
+    quantize_groups(x, values, scales, 127.0, 1e-12)
+    gated = torch.empty(rows, columns // 2, dtype=torch.bfloat16, device=device)
+    silu_and_mul(x, gated)
+    for row in some(rows):
+        groups = x[row].float().reshape(-1, 128)
+        # By a tensor: on CUDA torch divides by a plain number through its reciprocal.
+        expected = groups.abs().amax(-1) / torch.tensor(127.0, device=device)
+        assert torch.equal(scales[row], expected)
+        assert torch.equal(
+            values[row], (groups / expected[:, None]).round().to(torch.int8).flatten()
+        )
+        gate, up = x[row].double().chunk(2)
+        product = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(gated[row].double(), product, rtol=2**-6, atol=1e-6)
+
+
+def test_gemm_with_a_large_weight(big, device, generator):
+    m, n, k = 16, big(2**21 + 70, 70), big(1040, 80)
+    weight, a = random((n, k), generator, device), random((m, k), generator, device)
+    for b in (weight, weight.T.contiguous().T):
+        is_wide(b)
+        out = torch.empty(m, n, device=device)
+        gemm(a, b, out, kind="bf16", tile=TILE)
+        columns = some(n)
+        expected = a.double() @ weight[columns].double().T
+        torch.testing.assert_close(out[:, columns].double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def run_grouped(a, b, ids):
+    slots, experts = ids.numel(), b.shape[0]
+    length = capacity(slots, experts, TILE.block_m)
+    options = {"dtype": torch.int32, "device": ids.device}
+    places = [torch.empty(size, **options) for size in (length, length // TILE.block_m, 1)]
+    align(ids, experts, TILE.block_m, *places)
+    out = torch.empty(slots, b.shape[1], dtype=torch.bfloat16, device=ids.device)
+    grouped_gemm(a, b, out, *places, top_k_divisor=ids.shape[1], kind="bf16", tile=TILE)
+    return out
+
+
+def check_grouped(a, b, ids, out):
+    for slot in some(ids.numel()):
+        expected = a[slot // ids.shape[1]].double() @ b[ids.flatten()[slot]].double().T
+        torch.testing.assert_close(out[slot].double(), expected, rtol=2**-6, atol=2**-4)
+
+
+def test_grouped_gemm_with_many_slots(big, device, generator):
+    tokens, n = big(2**19 + 50, 40), big(2112, 48)
+    ids = torch.randint(3, (tokens, 2), generator=generator, device=device)
+    a, b = random((tokens, 64), generator, device), random((3, n, 64), generator, device)
+    out = run_grouped(a, b, ids)
+    is_wide(out)
+    check_grouped(a, b, ids, out)
+
+
+def test_grouped_gemm_with_many_experts(big, device, generator):
+    experts, n, k = big(300, 3), big(2048, 40), big(4096, 64)
+    ids = torch.randint(experts, (20, 2), generator=generator, device=device)
+    ids[-1] = experts - 1
+    a, b = random((20, k), generator, device), random((experts, n, k), generator, device)
+    is_wide(b)
+    check_grouped(a, b, ids, run_grouped(a, b, ids))
+
+
+def test_grouped_gemm_with_a_large_expert(big, device, generator):
+    n, k = big(2**21 + 70, 70), big(1040, 80)
+    ids = torch.tensor([[1], [0], [1], [0]], device=device)
+    a, b = random((4, k), generator, device), random((2, n, k), generator, device)
+    is_wide(b[0])
+    out = run_grouped(a, b, ids)
+    columns = some(n)
+    for slot, expert in enumerate(ids.flatten().tolist()):
+        expected = a[slot].double() @ b[expert, columns].double().T
+        torch.testing.assert_close(out[slot, columns].double(), expected, rtol=2**-6, atol=2**-4)

@@ -1,0 +1,205 @@
+"""Compare routing, alignment and combination with plain torch and Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hal.ops.kernels.align import CHUNK, align, capacity, workspace_size
+from hal.ops.kernels.combine import combine
+from hal.ops.kernels.route import route
+
+
+def run_route(logits, top_k, **options):
+    tokens = logits.shape[0]
+    weights = torch.empty(tokens, top_k, device=logits.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    route(logits, weights, ids, **options)
+    return weights, ids
+
+
+def reference_route(logits, top_k, scoring, renormalize, scaling, bias):
+    logits = logits.double()
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    choice = logits if bias is None else scores + bias.double()
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return (weights * scaling).float(), ids.int()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [(0, 8, 2), (1, 1, 1), (3, 8, 8), (5, 60, 4), (4, 256, 8), (2, 1025, 16)],
+)
+def test_route(device, generator, tokens, experts, top_k, scoring, renormalize, with_bias):
+    # A permutation times a step: no two logits, scores or biased scores are close.
+    order = [torch.randperm(experts, generator=generator, device=device) for _ in range(tokens)]
+    logits = torch.stack(order) * (8 / experts) - 4 if tokens else torch.empty(0, experts)
+    logits = logits.to(device)
+    bias = None
+    if with_bias:
+        bias = torch.arange(experts, device=device) % 3 * 0.25
+    options = {"scoring": scoring, "renormalize": renormalize, "scaling": 2.5, "bias": bias}
+    weights, ids = run_route(logits, top_k, **options)
+    expected_weights, expected_ids = reference_route(logits, top_k, **options)
+    if not (with_bias and scoring == "softmax" and experts > 100):
+        # Biased softmax scores of many experts are within rounding of each other.
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-9)
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_route_ties_go_to_the_lowest_id(device, dtype):
+    logits = torch.tensor([[0, -0.0, 1, 1, -3, 1], [-5] * 6, [0] * 6], dtype=dtype, device=device)
+    weights, ids = run_route(logits, 4)
+    assert ids.tolist() == [[2, 3, 5, 0], [0, 1, 2, 3], [0, 1, 2, 3]]
+    torch.testing.assert_close(weights.sum(1), torch.ones(3, device=device))
+
+
+def test_route_saturated_sigmoid_follows_the_logits(device):
+    _, ids = run_route(
+        torch.tensor([[30.0, 40.0, 50.0, 20.0]], device=device), 2, scoring="sigmoid"
+    )
+    assert ids.tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_route_non_finite_rows(device, scoring):
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor(
+        [[nan] * 5, [1, nan, 2, 0, -1], [-inf] * 5, [inf, 0, inf, 1, 2], [1, 2, 3, 4, 5]],
+        device=device,
+    )
+    for bias in (None, torch.ones(5, device=device)):
+        weights, ids = run_route(logits, 3, scoring=scoring, bias=bias)
+        for row in ids.tolist():
+            assert len(set(row)) == 3
+            assert all(0 <= expert < 5 for expert in row)
+        assert weights[:2].isnan().all()
+        assert weights[4].isfinite().all()
+        assert ids[4].tolist() == [4, 3, 2]
+
+
+def test_route_refuses_more_choices_than_experts(device):
+    with pytest.raises(ValueError, match="'top' is not one of"):
+        run_route(torch.zeros(1, 2, device=device), 1, scoring="top")
+    with pytest.raises(ValueError, match="k is 3"):
+        run_route(torch.zeros(1, 2, device=device), 3)
+
+
+def reference_align(ids, experts, block):
+    flat = ids.flatten().tolist()
+    slots, blocks = [], []
+    for expert in range(experts):
+        mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
+        mine += [len(flat)] * (-len(mine) % block)
+        slots += mine
+        blocks += [expert] * (len(mine) // block)
+    return slots, blocks
+
+
+def check_align(ids, experts, block):
+    device, length = ids.device, capacity(ids.numel(), experts, block)
+    sorted_slots = torch.full((length,), -7, dtype=torch.int32, device=device)
+    block_experts = torch.full((length // block,), -7, dtype=torch.int32, device=device)
+    n_padded = torch.full((1,), -7, dtype=torch.int32, device=device)
+    space = workspace_size(ids.numel(), experts)
+    guard = torch.full((space + 64,), -9, dtype=torch.int32, device=device)
+    align(ids, experts, block, sorted_slots, block_experts, n_padded, guard[:space])
+    assert (guard[space:] == -9).all(), "wrote past the workspace"
+    slots, blocks = reference_align(ids, experts, block)
+    assert n_padded.item() == len(slots)
+    assert sorted_slots.tolist() == slots + [ids.numel()] * (length - len(slots))
+    assert block_experts.tolist() == blocks + [-1] * (length // block - len(blocks))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(1, 1, 1), (1, 8, 256), (5, 3, 7), (40, 6, 60), (128, 8, 8), (180, 8, 33), (300, 8, 1025)],
+)
+def test_align(device, generator, tokens, top_k, experts, block, dtype):
+    ids = torch.randint(
+        -1, experts + 1, (tokens, top_k), generator=generator, device=device, dtype=dtype
+    )
+    check_align(ids, experts, block)
+
+
+@pytest.mark.parametrize("tokens", [3, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("chosen", [0, 4, -1, 5, 2**31 - 1, -(2**31)])
+def test_align_one_expert_takes_all(device, tokens, chosen):
+    check_align(torch.full((tokens, 1), chosen, dtype=torch.int32, device=device), 5, 16)
+
+
+def test_align_ids_that_differ_above_bit_31(device):
+    ids = torch.tensor([[2**32 + 1, 1], [2**40, 0]], device=device)
+    check_align(ids, 3, 16)
+
+
+def test_align_zero_tokens(device):
+    n_padded = torch.ones(1, dtype=torch.int32, device=device)
+    empty = torch.empty(0, dtype=torch.int32, device=device)
+    align(empty.reshape(0, 2), 4, 16, empty, empty.clone(), n_padded)
+    assert n_padded.item() == 0
+
+
+@pytest.mark.parametrize(("slots", "experts", "block"), [(1, 8, 16), (9, 4, 4), (64, 3, 16)])
+def test_capacity_suffices_and_is_reached(slots, experts, block):
+    """One slot for each expert but the first, which takes the rest, is the worst routing."""
+    nonempty = min(slots, experts)
+    counts = [slots - nonempty + 1] + [1] * (nonempty - 1)
+    used = sum(-(-count // block) * block for count in counts)
+    assert used <= capacity(slots, experts, block) < used + block
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 2, 8), (1, 1, 1), (5, 6, 130), (3, 2, 2100)], ids=str)
+def test_combine(device, generator, shape, dtype, weight_dtype):
+    tokens, top_k, hidden = shape
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
+    ids = torch.randint(-1, 5, (tokens, top_k), generator=generator, device=device)
+    present = (ids >= 0) & (ids < 4)
+    x[~present] = float("nan")  # nobody wrote these rows
+    weights = None
+    if weight_dtype is not None:
+        weights = torch.rand(tokens, top_k, generator=generator, device=device).to(weight_dtype)
+    out = torch.empty(tokens, hidden, dtype=dtype, device=device)
+    combine(x, out, ids, 4, weights)
+    scale = present.double() if weights is None else weights.double() * present
+    expected = (x.nan_to_num(0.0).double() * scale[..., None]).sum(1)
+    torch.testing.assert_close(out.double(), expected.to(dtype).double(), rtol=8e-3, atol=1e-2)
+    if dtype is torch.float32:
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_combine_propagates_nan_of_present_slots_only(device):
+    x = torch.ones(3, 2, 32, device=device)
+    x[0, 1] = float("nan")
+    x[1, 1] = float("inf")
+    ids = torch.tensor([[0, 1], [0, 1], [3, 2**31 + 1]], device=device)
+    weights = torch.tensor([[1.0, 1.0], [1.0, 1.0], [float("nan")] * 2], device=device)
+    out = torch.empty(3, 32, device=device)
+    combine(x, out, ids, 3, weights)
+    assert out[0].isnan().all()
+    assert out[1].isinf().all()
+    assert (out[2] == 0).all()
+
+
+def test_combine_of_slots_that_come_first_in_memory(device, generator):
+    x = torch.randn(3, 5, 40, generator=generator, device=device).transpose(0, 1)
+    ids = torch.zeros(5, 3, dtype=torch.int32, device=device)
+    out = torch.zeros(5, 64, device=device)
+    combine(x, out[:, 8:48], ids, 1)
+    torch.testing.assert_close(out[:, 8:48], x.sum(1))
+    assert (out[:, :8] == 0).all()
+    assert (out[:, 48:] == 0).all()
+    with pytest.raises(ValueError, match="must be contiguous"):
+        combine(x.transpose(1, 2), out[:, :3], ids, 1)

@@ -1,0 +1,65 @@
+"""Check tiles for every architecture in the tables: pure arithmetic, nothing is compiled."""
+
+from __future__ import annotations
+
+import pytest
+
+from hal.ops.tiles import OPERAND_BYTES, Tile, choose_tile, fit
+from hal.platforms.tables import device_rows
+
+DEVICES = {
+    f"{platform}:{row.name}": row for platform in ("cuda", "rocm") for row in device_rows(platform)
+}
+
+
+def spec_of(name):
+    from hal.platforms.tables import device_spec
+
+    platform, _, key = name.partition(":")
+    return device_spec(platform, key)
+
+
+@pytest.mark.parametrize("name", list(DEVICES))
+def test_tiles_fit_the_device(name):
+    spec = spec_of(name)
+    for kind in OPERAND_BYTES:
+        for rows in (1, 16, 17, 64, 128, 4096):
+            for n, k in ((1, 1), (1000, 1000), (1536, 2048), (7168, 18432)):
+                for matrices in (1, 256):
+                    tile = choose_tile(
+                        kind, rows, n, k, platform=spec.platform, arch=spec.arch.name,
+                        shared_memory_bytes=spec.shared_memory_bytes,
+                        compute_units=spec.compute_units or 64, matrices=matrices,
+                    )  # fmt: skip
+                    needed = tile.shared_memory_bytes(kind, platform=spec.platform)
+                    assert needed <= spec.shared_memory_bytes
+                    assert tile.block_m * tile.warps >= 16
+                    if "block128" in kind:
+                        assert 128 % tile.block_k == 0
+
+
+def h200(rows, **options):
+    return choose_tile(
+        "fp8_channel", rows, 4096, 4096, platform="cuda", arch="sm_90",
+        shared_memory_bytes=232448, compute_units=132, **options,
+    )  # fmt: skip
+
+
+def test_few_rows_become_the_short_side():
+    assert h200(4).swap
+    assert h200(4).block_m == 16
+    assert not h200(4096).swap
+
+
+def test_many_experts_need_no_small_tiles():
+    """One expert of 128 rows leaves most of the device idle, 128 experts do not."""
+    assert h200(512, matrices=128).block_n > h200(512).block_n
+
+
+def test_impossible_tiles_are_refused():
+    with pytest.raises(ValueError, match="block_m is 24, must be a power of two"):
+        Tile(24, 64, 64, 4, 2)
+    with pytest.raises(ValueError, match="stages 0"):
+        Tile(16, 64, 64, 4, 0)
+    with pytest.raises(ValueError, match="no tile of bf16 fits 2048 bytes"):
+        fit(Tile(128, 128, 64, 8, 4), "bf16", 2048, platform="cuda")

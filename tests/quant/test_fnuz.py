@@ -1,0 +1,123 @@
+"""e4m3fn to e4m3fnuz, for all 256 bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import quant_reference as reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hal.errors import EncodingError
+from hal.quant import bind_encoding, quantize, to_layout
+from hal.quant.fp8 import to_fnuz
+
+ALL = torch.arange(256, dtype=torch.uint8)
+ONE = torch.tensor([1.0])
+
+
+def all_bytes() -> torch.Tensor:
+    return ALL.clone().view(torch.float8_e4m3fn)
+
+
+def test_torch_reads_the_bytes_as_the_specifications_say() -> None:
+    for encoding, name in (("e4m3fn", torch.float8_e4m3fn), ("e4m3fnuz", torch.float8_e4m3fnuz)):
+        found = ALL.view(name).double().numpy()
+        np.testing.assert_array_equal(found, reference.byte_values(encoding))
+
+
+def test_all_bytes_mean_what_they_meant() -> None:
+    values, scales = to_fnuz(all_bytes(), ONE)
+    assert values.dtype is torch.float8_e4m3fnuz
+    codes = values.view(torch.uint8).numpy()
+    meant = reference.byte_values("e4m3fn")
+    means = reference.byte_values("e4m3fnuz")[codes] * scales.item()
+    np.testing.assert_array_equal(means, meant)
+    assert codes[0x80] == 0x00  # -0 would be NaN
+    assert codes[0x7F] == codes[0xFF] == 0x80  # NaN would be +-240
+    kept = [byte for byte in range(256) if byte not in (0x80, 0x7F, 0xFF)]
+    np.testing.assert_array_equal(codes[kept], np.array(kept))
+
+
+def test_scales_double_and_stay_the_callers() -> None:
+    scales = torch.tensor([0.5, 3.0, float("nan"), 1e-12])
+    _, doubled = to_fnuz(all_bytes(), scales)
+    torch.testing.assert_close(doubled, scales * 2, rtol=0, atol=0, equal_nan=True)
+    assert scales[0].item() == 0.5
+
+
+def test_a_copy_leaves_the_source_alone_and_in_place_does_not() -> None:
+    source = all_bytes()
+    values, _ = to_fnuz(source, ONE)
+    assert torch.equal(source.view(torch.uint8), ALL)
+    assert values.data_ptr() != source.data_ptr()
+    again, _ = to_fnuz(source, ONE, inplace=True)
+    assert again.data_ptr() == source.data_ptr()
+    assert torch.equal(again.view(torch.uint8), values.view(torch.uint8))
+
+
+def test_converting_twice_is_refused() -> None:
+    values, scales = to_fnuz(all_bytes(), ONE)
+    before = values.view(torch.uint8).clone()
+    with pytest.raises(EncodingError, match="float8_e4m3fnuz, needed float8_e4m3fn; convert exact"):
+        to_fnuz(values, scales, inplace=True)
+    assert torch.equal(values.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32, torch.float8_e5m2])
+def test_other_values_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(EncodingError, match="to_fnuz: found torch"):
+        to_fnuz(torch.zeros(4, dtype=dtype), ONE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8])
+def test_other_scales_are_refused_before_anything_is_written(dtype: torch.dtype) -> None:
+    source = all_bytes()
+    with pytest.raises(EncodingError, match="scales"):
+        to_fnuz(source, torch.ones(1, dtype=dtype), inplace=True)
+    assert torch.equal(source.view(torch.uint8), ALL)
+
+
+def test_strided_values_convert_like_contiguous_ones() -> None:
+    source = all_bytes().reshape(16, 16).t()
+    values, _ = to_fnuz(source, ONE)
+    expected, _ = to_fnuz(all_bytes(), ONE)
+    assert torch.equal(values.t().reshape(-1).view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout", ["canonical", "k_major"])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block128"])
+def test_binding_to_gfx942_converts_exactly_and_once(scheme: str, layout: str) -> None:
+    weight = quantize(torch.randn(130, 140), scheme, platform="cuda:h100")
+    weight = to_layout(weight, layout, "cpu")
+    bound = bind_encoding(weight, "e4m3fnuz", where="test")
+    assert (bound.encoding, bound.layout) == ("e4m3fnuz", layout)
+    assert torch.equal(bound.dequantize(), weight.dequantize())
+    assert bind_encoding(bound, "e4m3fnuz", where="test") is bound
+    with pytest.raises(EncodingError, match="test: found e4m3fnuz bytes, needed e4m3fn"):
+        bind_encoding(bound, "e4m3fn", where="test")
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8_channel", "fp8_channel"])
+def test_binding_leaves_alone_what_needs_no_conversion(scheme: str) -> None:
+    weight = quantize(torch.randn(4, 4), scheme, platform="cpu")
+    assert bind_encoding(weight, "e4m3fn", where="test") is weight
+    assert bind_encoding(weight, None, where="test") is weight
+    if scheme != "fp8_channel":
+        assert bind_encoding(weight, "e4m3fnuz", where="test") is weight
+
+
+# Where the largest value sets the scale, and not the floor (1e-12 against 2e-12), both roads end
+# at the same bytes: 224 is half of 448, and fnuz reads a byte as half.
+rows = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8)
+
+
+@given(rows)
+def test_quantizing_to_fnuz_is_quantizing_and_converting(row: list[float]) -> None:
+    x = torch.tensor([[1.0, *row]])
+    straight = quantize(x, "fp8_channel", platform="rocm:gfx942")
+    around = bind_encoding(quantize(x, "fp8_channel", platform="cuda:h100"), "e4m3fnuz", where="t")
+    assert straight.encoding == around.encoding == "e4m3fnuz"
+    assert torch.equal(straight.scales, around.scales)
+    assert torch.equal(straight.values.view(torch.uint8), around.values.view(torch.uint8))

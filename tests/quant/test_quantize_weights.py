@@ -1,0 +1,188 @@
+"""`quantize`: what it refuses, and that slices and platforms change only what they should."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hal
+from hal.errors import ArgumentError, DTypeError, ShapeError, UnknownNameError, ValueRangeError
+from hal.quant import SCHEMES, QTensor, quantize
+from hal.quant.codec import encode
+
+# `hal.quant.quantize` is the function; the module of that name is behind it.
+module = importlib.import_module("hal.quant.quantize")
+QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.weight.format]
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def equal(one: QTensor, other: QTensor) -> bool:
+    return (
+        one.metadata == other.metadata
+        and torch.equal(raw(one.values), raw(other.values))
+        and (one.scales is None or torch.equal(one.scales, other.scales))
+    )
+
+
+def weight_of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(QUANTIZED),
+    st.lists(st.integers(1, 3), max_size=2),
+    st.integers(1, 400),
+    st.integers(1, 150),
+)
+def test_slices_give_what_the_whole_gives(scheme, lead, rows, columns) -> None:
+    weight = weight_of(*lead, rows, columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SLICE_ELEMENTS", 1)  # 128 rows at a time
+        sliced = quantize(weight, scheme, platform="cpu")
+    values, scales = encode(weight, sliced.encoding, SCHEMES[scheme].weight.granularity)
+    assert torch.equal(raw(sliced.values), raw(values))
+    assert torch.equal(sliced.scales, scales)
+    assert sliced.shape == tuple(weight.shape)
+    assert equal(sliced, quantize(weight, scheme, platform="cpu"))
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_experts_are_quantized_one_by_one(scheme: str) -> None:
+    weight = weight_of(3, 140, 200)
+    whole = quantize(weight, scheme, platform="cpu")
+    for index in range(3):
+        one = quantize(weight[index], scheme, platform="cpu")
+        assert torch.equal(raw(whole.values[index]), raw(one.values))
+        assert torch.equal(whole.scales[index], one.scales)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_the_error_is_within_half_a_step(scheme: str) -> None:
+    weight = weight_of(256, 256, dtype=torch.float32)
+    found = quantize(weight, scheme, platform="cpu").dequantize()
+    largest = weight.abs().max()
+    # e4m3 keeps 3 bits after the first: at most 1/16 of a value; int8: half of a 127th of amax
+    bound = weight.abs() / 16 + largest * 2**-10 / 448 if "fp8" in scheme else largest / 254
+    assert ((found - weight).abs() <= bound * 1.0001).all()
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_dtypes_of_the_same_numbers_give_the_same_codes(scheme: str) -> None:
+    weight = weight_of(130, 40).clamp(-4, 4).mul(64).round().div(64)  # exact in all three
+    results = [
+        quantize(weight.to(dtype), scheme, platform="cpu")
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
+    ]
+    assert equal(results[0], results[1])
+    assert equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_a_strided_weight_gives_the_same_codes(scheme: str) -> None:
+    weight = weight_of(150, 140)
+    strided = weight.t().contiguous().t()
+    assert not strided.is_contiguous()
+    result = quantize(strided, scheme, platform="cpu")
+    assert equal(result, quantize(weight, scheme, platform="cpu"))
+    assert result.values.is_contiguous()
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_scales_are_float32_under_another_default_dtype(scheme: str) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        result = quantize(weight_of(4, 4), scheme, platform="cpu")
+    finally:
+        torch.set_default_dtype(before)
+    assert equal(result, quantize(weight_of(4, 4), scheme, platform="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "encoding"),
+    [
+        ("cpu", "e4m3fn"), ("cuda:h100", "e4m3fn"), ("cuda:rtx-3090", "e4m3fn"),
+        ("rocm:gfx942", "e4m3fnuz"), ("rocm:gfx950", "e4m3fn"), ("rocm:gfx90a", "e4m3fn"),
+        ("rocm:gfx1201", "e4m3fn"), ("xpu:b580", "e4m3fn"),
+    ],
+)  # fmt: skip
+def test_the_platform_decides_the_encoding_and_nothing_else(platform: str, encoding: str) -> None:
+    weight = weight_of(130, 140)
+    result = quantize(weight, "fp8_channel", platform=platform)
+    assert result.encoding == encoding
+    here = quantize(weight, "fp8_channel", platform="cpu")
+    assert torch.equal(result.dequantize(), here.dequantize())
+    with hal.use_platform(platform):
+        assert equal(quantize(weight, "fp8_channel"), result)
+    assert quantize(weight, "int8_channel", platform=platform).encoding == "int8"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bf16_keeps_half_precision_and_rounds_float32(dtype: torch.dtype) -> None:
+    weight = weight_of(5, 7, dtype=dtype)
+    result = quantize(weight, "bf16", platform="cpu")
+    kept = torch.bfloat16 if dtype is torch.float32 else dtype
+    assert result.values.dtype is kept
+    assert result.scales is None
+    assert torch.equal(result.dequantize(kept), weight.to(kept))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda w: w.double(), DTypeError, "found torch.float64, needed bfloat16"),
+        (lambda w: w.to(torch.int8), DTypeError, "found torch.int8"),
+        (lambda w: w.to(torch.float8_e4m3fn), DTypeError, "found torch.float8_e4m3fn"),
+        (lambda w: w[0], ShapeError, r"found weight [6], needed [..., N, K]"),
+        (lambda w: w[:0], ShapeError, r"found weight [0, 6]"),
+        (lambda w: w[:, :0], ShapeError, r"found weight [4, 0]"),
+        (lambda w: w.index_fill(0, torch.tensor([2]), float("nan")), ValueRangeError, "NaN or inf"),
+        (lambda w: w.index_fill(1, torch.tensor([5]), float("inf")), ValueRangeError, "NaN or inf"),
+    ],
+)
+def test_refusals_leave_the_weight_alone(scheme: str, make, error, match: str) -> None:
+    weight = make(weight_of(4, 6))
+    before = weight.clone()
+    with pytest.raises(error, match=re.escape(match)):
+        quantize(weight, scheme, platform="cpu")
+    assert torch.equal(raw(weight.view(torch.uint8)), raw(before.view(torch.uint8)))
+
+
+def test_a_float32_that_bf16_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueRangeError):
+        quantize(torch.tensor([[3.4e38, 0.0]]), "bf16", platform="cpu")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="scheme 'fp8'"):
+        quantize(weight_of(4, 6), "fp8", platform="cpu")
+    with pytest.raises(UnknownNameError, match="gfx94"):
+        quantize(weight_of(4, 6), "fp8_channel", platform="rocm:gfx94")
+    with pytest.raises(ArgumentError, match="device"):
+        quantize(weight_of(4, 6), "fp8_channel", platform="rocm:gfx942", device=3)
+
+
+def test_a_parameter_is_quantized_without_a_graph() -> None:
+    weight = torch.nn.Parameter(weight_of(4, 6, dtype=torch.float32))
+    for scheme in SCHEMES:
+        result = quantize(weight, scheme, platform="cpu")
+        assert not any(tensor.requires_grad for tensor in result.tensors)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_meta_weight_gives_shapes(scheme: str) -> None:
+    real = quantize(weight_of(130, 140), scheme, platform="cpu")
+    meta = quantize(weight_of(130, 140).to("meta"), scheme, platform="cpu")
+    assert meta.device.type == "meta"
+    assert meta.metadata == real.metadata
+    assert meta.nbytes == real.nbytes
