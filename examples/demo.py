@@ -35,6 +35,7 @@ class Result:
     scheme: str
     bits_per_byte: float
     weight_bytes: int
+    kernel_bytes: int
     tokens_per_second: float
     continuation: str
     quantized: Quantized
@@ -112,6 +113,7 @@ def run(schemes: list[str], device: str, n_bytes: int) -> list[Result]:
                     scheme,
                     bits / count,
                     quantized.bytes_after,
+                    quantized.bytes_bound,
                     count / seconds,
                     generate(model, device),
                     quantized,
@@ -181,12 +183,16 @@ def report(results: list[Result]) -> None:
     """Print the table, the reasons and the continuations."""
     base = results[0]
     print(rule(f"bits per byte, beside {base.scheme}"))
-    print(f"{'scheme':<14}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}{'tokens/s':>10}")
+    print(
+        f"{'scheme':<14}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}"
+        f"{'kernel reads':>14}{'tokens/s':>10}"
+    )
     for result in results:
         change = result.bits_per_byte / base.bits_per_byte - 1
         print(
             f"{result.scheme:<14}{result.bits_per_byte:>10.4f}{change:>+9.2%}"
-            f"{result.weight_bytes:>14,}{result.tokens_per_second:>10,.0f}"
+            f"{result.weight_bytes:>14,}{result.kernel_bytes:>14,}"
+            f"{result.tokens_per_second:>10,.0f}"
         )
     print(rule("kernels and why"))
     for result in results:

@@ -198,7 +198,7 @@ def bind_triton_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
 def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Bound:
     import torch
 
-    from hal.ops.align import align
+    from hal.ops.align import align_triton
     from hal.ops.kernels.combine import combine
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
@@ -219,16 +219,14 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
     ) -> torch.Tensor:
-        from dataclasses import replace
-
         tokens, top_k = ids.shape
         slots = tokens * top_k
         ids = ids.contiguous()
         rows = -(-slots // experts)
-        tile13, tile2 = tiles13(rows), tiles2(rows)
-        if tile2.block_m != tile13.block_m:
-            tile2 = replace(tile2, block_m=tile13.block_m)
-        places = align(ids, experts, tile13.block_m)
+        matrices = min(experts, slots)
+        tile13 = tiles13(rows, matrices)
+        tile2 = tiles2(rows, matrices, tile13.block_m)
+        places = align_triton(ids, experts, tile13.block_m)
         (b13, s13), (b2, s2) = _pair(tensors[:width]), _pair(tensors[width:])
         a, a_scales = x, None
         if quantizes:

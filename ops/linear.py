@@ -206,13 +206,13 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
 
 
 class TileChoice:
-    """Choose the tile for a number of rows, once per power of two."""
+    """Choose tiles for a number of rows a matrix, once per power of two of rows and matrices."""
 
     __slots__ = ("_arguments", "_tiles")
 
     def __init__(self, binding: Binding, kind: str, rows_out: int, columns: int) -> None:
         spec = binding.spec
-        self._tiles: dict[int, Tile] = {}
+        self._tiles: dict[tuple[int, int, int], Tile] = {}
         self._arguments = {
             "kind": kind,
             "n": rows_out,
@@ -223,14 +223,30 @@ class TileChoice:
             "compute_units": spec.compute_units or 64,
         }
 
-    def __call__(self, rows: int) -> Tile:
-        key = max(rows - 1, 0).bit_length()
+    def __call__(self, rows: int, matrices: int = 1, block_m: int = 0) -> Tile:
+        """Return the tile for `matrices` products of `rows` rows, with `block_m` if that is set."""
+        key = max(rows - 1, 0).bit_length(), max(matrices - 1, 0).bit_length(), block_m
         tile = self._tiles.get(key)
         if tile is None:
-            from hal.ops.tiles import choose_tile
+            tile = self._tiles[key] = self._choose(1 << key[0], 1 << key[1], block_m)
+        return tile
 
-            arguments: dict[str, Any] = self._arguments
-            tile = self._tiles[key] = choose_tile(rows=1 << key, **arguments)
+    def _choose(self, rows: int, matrices: int, block_m: int) -> Tile:
+        from dataclasses import replace
+
+        from hal.ops.tiles import choose_tile, fit
+
+        arguments: dict[str, Any] = self._arguments
+        tile = choose_tile(rows=rows, matrices=matrices, **arguments)
+        if not block_m or tile.block_m == block_m:
+            return tile
+        tile = fit(
+            replace(tile, block_m=block_m),
+            arguments["kind"],
+            arguments["shared_memory_bytes"],
+            platform=arguments["platform"],
+        )
+        assert tile.block_m == block_m, "fit shrinks rows last"
         return tile
 
 

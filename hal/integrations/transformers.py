@@ -53,12 +53,15 @@ class QuantizedLayer:
         selection: Kernel chosen, with every candidate and its reasons.
         bytes_before: Bytes of its weights before.
         bytes_after: Bytes of codes and scales now.
+        bytes_bound: Bytes that the kernel reads: more than `bytes_after` at level `dequant`, whose
+            expanded copy stands beside the codes.
     """
 
     name: str
     selection: Selection
     bytes_before: int
     bytes_after: int
+    bytes_bound: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,11 @@ class Quantized:
         return sum(layer.bytes_after for layer in self.layers)
 
     @property
+    def bytes_bound(self) -> int:
+        """Return the bytes that the chosen kernels read."""
+        return sum(layer.bytes_bound for layer in self.layers)
+
+    @property
     def selections(self) -> tuple[Selection, ...]:
         """Return one selection for each op and kernel in use."""
         found = {(layer.selection.op, str(layer.selection.kernel)): layer for layer in self.layers}
@@ -92,7 +100,7 @@ class Quantized:
     def __str__(self) -> str:
         lines = [
             f"{self.scheme}: {len(self.layers)} layers, weights of {self.bytes_before:,} bytes "
-            f"now {self.bytes_after:,}"
+            f"now {self.bytes_after:,}; kernels read {self.bytes_bound:,}"
         ]
         lines += [
             f"  {selection.op}: {selection.kernel and selection.kernel.name} "
@@ -227,13 +235,14 @@ def _convention(module: Any, name: str) -> _Convention:
         UnsupportedModelError: Naming the flag or the gating that is not known.
     """
     where = f"{type(module).__name__} ({name})"
+    # Releases of transformers differ in the flags that they have.
     flags = set(inspect.signature(moe.use_experts_implementation).parameters)
     for flag in sorted(flags - KNOWN_FLAGS - {"experts_class", "experts_interface"}):
         if getattr(module, flag, False):
             raise UnsupportedModelError(
                 where, found=f"{flag}={getattr(module, flag)!r}", needed="a flag known to hal"
             )
-    for flag in sorted(KNOWN_FLAGS):
+    for flag in sorted(flags & KNOWN_FLAGS):
         if not isinstance(getattr(module, flag, None), bool):
             raise UnsupportedModelError(
                 where, found=f"{flag}={getattr(module, flag, None)!r}", needed="True or False"
@@ -243,7 +252,7 @@ def _convention(module: Any, name: str) -> _Convention:
             where, found="has_gate=False", needed="gated experts (gate_up_proj)"
         )
     for flag, meaning in REFUSED_FLAGS.items():
-        if getattr(module, flag):
+        if getattr(module, flag, False):
             raise UnsupportedModelError(
                 where, found=f"{flag}=True ({meaning})", needed=f"{flag}=False"
             )
@@ -358,7 +367,7 @@ def _replace_experts(
     del w13, w2, module.gate_up_proj, module.down_proj
     module.__dict__.pop(UNBOUND, None)
     module.add_module(SUBMODULE, layer)
-    return QuantizedLayer(name, selection, before, layer.weight_bytes)
+    return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)
 
 
 def _replace_linear(
@@ -376,7 +385,7 @@ def _replace_linear(
     )
     selection = layer.bound.selection
     setattr(parent, attribute, layer)
-    return QuantizedLayer(name, selection, before, layer.weight_bytes)
+    return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -54,7 +54,8 @@ def as_seen(x: torch.Tensor, scheme: str, encoding: str, level: Level) -> torch.
     return decode(*encode(x, encoding, how.granularity), how.granularity).double()
 
 
-def expected_moe(x, w13, w2, ids, weights, activation, level) -> torch.Tensor:
+def expected_moe(x, w13, w2, ids, weights, activation, level, *, rounds=False) -> torch.Tensor:
+    """Return the formula in float64; `rounds` gate and up to the dtype of x before activating."""
     scheme, encoding = w13.scheme.name, w13.encoding
     wide13, wide2 = w13.dequantize().double(), w2.dequantize().double()
     rows = as_seen(x, scheme, encoding, level)
@@ -64,10 +65,24 @@ def expected_moe(x, w13, w2, ids, weights, activation, level) -> torch.Tensor:
             expert = int(ids[token, slot])
             if not 0 <= expert < wide13.shape[0]:
                 continue
-            h = activate(wide13[expert] @ rows[token], activation).to(x.dtype)
+            gate_up = wide13[expert] @ rows[token]
+            gate_up = gate_up.to(x.dtype).double() if rounds else gate_up
+            h = activate(gate_up, activation).to(x.dtype)
             h = as_seen(h[None], scheme, encoding, level)[0]
             out[token] += weights[token, slot].double() * (wide2[expert] @ h)
     return out
+
+
+def moe_error(found, keep, *arguments) -> float:
+    """Return the error on tokens `keep` against the formula, by the better of its two roundings.
+
+    Whether gate and up are rounded between the two products is the kernel's choice. It moves h by
+    one step of bf16, which makes 8-bit codes of h fall to the other side now and then.
+    """
+    return min(
+        error(found[keep], expected_moe(*arguments, rounds=rounds)[keep])
+        for rounds in (False, True)
+    )
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -178,9 +193,9 @@ def test_moe_against_float64(
     x = random(tokens, hidden, seed=3, device=device)
     ids, weights = routing(tokens, top_k, experts, device, kind)
     found = bound(x, Routing(ids=ids, weights=weights))
-    wanted = expected_moe(x, w13, w2, ids, weights, "silu", bound.selection.level)
+    case = (x, w13, w2, ids, weights, "silu", bound.selection.level)
     assert found.dtype is x.dtype
-    assert error(found, wanted) < TOLERANCE
+    assert moe_error(found, slice(None), *case) < TOLERANCE
     gone = ((ids < 0) | (ids >= experts)).all(-1)
     assert not found[gone].any()
 
@@ -198,9 +213,9 @@ def test_moe_activations_and_dtypes(device, kernel, scheme, activation, dtype):
             ids, weights = routing(16, 2, 4, device, "plain")
             ids, weights = ids.to(id_type), weights.to(weight_type)
             found = bound(x, Routing(ids=ids, weights=weights))
-            wanted = expected_moe(x, w13, w2, ids, weights, activation, bound.selection.level)
+            case = (x, w13, w2, ids, weights, activation, bound.selection.level)
             assert found.dtype is dtype
-            assert error(found, wanted) < TOLERANCE
+            assert moe_error(found, slice(None), *case) < TOLERANCE
 
 
 @pairs("fused_moe")
@@ -221,8 +236,8 @@ def test_moe_of_nasty_input(device, kernel, scheme):
     assert not found[3].any()
     assert not found[6].any()
     rest = [row for row in range(16) if row != 2]
-    wanted = expected_moe(x, w13, w2, ids, weights, "silu", bound.selection.level)
-    assert error(found[rest], wanted[rest]) < TOLERANCE
+    case = (x, w13, w2, ids, weights, "silu", bound.selection.level)
+    assert moe_error(found, rest, *case) < TOLERANCE
 
 
 @pairs("fused_moe")
