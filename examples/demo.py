@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from hal.integrations.transformers import Quantized
 
 DATA = Path(__file__).resolve().parent / "data" / "tiny-qwen3-moe"
+NEEDED = ("torch", "transformers", "safetensors", "matplotlib", "rich")
 WINDOW = 512
 PROMPT = b"def read_lines(path):\n    "
 CONTINUATION = 120
@@ -49,27 +52,40 @@ def main() -> int:
     parser.add_argument("--schemes", default="", help="comma-separated; all by default")
     options = parser.parse_args()
 
+    # All that can be refused is refused before anything takes time.
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}; pip install 'hal-torch[demo,torch]'")
+    size = (DATA / "heldout.bin").stat().st_size
+    if not 2 <= options.bytes <= size:
+        parser.error(f"--bytes: found {options.bytes}, needed 2 to {size}")
+
+    import hal
     import hal.cli
     from hal.quant import SCHEMES, find_scheme
 
-    schemes = options.schemes.split(",") if options.schemes else list(SCHEMES)
-    for scheme in schemes:
-        find_scheme(scheme)
-    if not 2 <= options.bytes <= (DATA / "heldout.bin").stat().st_size:
-        size = (DATA / "heldout.bin").stat().st_size
-        parser.error(f"--bytes: found {options.bytes}, needed 2 to {size}")
+    names = [name.strip() for name in options.schemes.split(",") if name.strip()]
+    try:
+        schemes = [find_scheme(name).name for name in dict.fromkeys(names or SCHEMES)]
+        platform = hal.current_platform()
+    except hal.HalError as error:
+        parser.error(str(error))
+    if platform.simulated:
+        parser.error(
+            f"the platform in use, {platform.device(0).name}, is simulated (HAL_PLATFORM): "
+            "nothing can run on it"
+        )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
 
     print(rule("hal info"))
     hal.cli.main(["info"])
     sys.stdout.flush()
 
-    platform = hal.current_platform()
-    if platform.simulated:
-        print("this platform is simulated (HAL_PLATFORM): nothing can run on it", file=sys.stderr)
-        return 2
     results = run(schemes, platform.torch_device_type, options.bytes)
     report(results)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "quality-against-bytes.png"
     chart(results, f"{platform.device(0).name}, {options.bytes:,} held-out bytes", path)
     print(f"\nchart: {path}")
@@ -201,7 +217,7 @@ def report(results: list[Result]) -> None:
             print(
                 f"{result.scheme:<14}{selection.op:<11}{selection.kernel.name} [{selection.level}]"
             )
-            print(f"{'':<14}{selection.reason}")
+            print(textwrap.indent(textwrap.fill(selection.reason, 66), " " * 14))
     print(rule("continuation (greedy)"))
     for result in results:
         print(f"-- {result.scheme}")
@@ -232,7 +248,8 @@ def chart(results: list[Result], subtitle: str, path: Path) -> None:
             xytext=(10, 6),
         )
     axes.set_xlim(0, 1.25 * max(result.weight_bytes for result in results) / 1e6)
-    axes.set_ylim(base * 0.985, max(base * 1.015, 1.005 * max(r.bits_per_byte for r in results)))
+    found = [result.bits_per_byte for result in results]
+    axes.set_ylim(min(base * 0.985, 0.995 * min(found)), max(base * 1.015, 1.005 * max(found)))
     axes.set_xlabel("quantized weights, MB")
     axes.set_ylabel("bits per byte (lower is better)")
     axes.set_title(f"tiny-qwen3-moe: quality against bytes\n{subtitle}", fontsize=11)

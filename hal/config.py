@@ -62,7 +62,12 @@ _warned: set[str] = set()
 
 
 def environment() -> Mapping[str, str]:
-    """Return a snapshot of the environment, for probes that follow vendors' variables."""
+    """Return a snapshot of the environment, for probes that follow vendors' variables.
+
+    Taken whenever devices are looked for, so this is where unknown variables are warned about:
+    single settings are asked for at every selection.
+    """
+    _warn_unknown()
     return MappingProxyType(dict(os.environ))
 
 
@@ -78,7 +83,6 @@ def setting(name: str) -> str:
         raise SettingError(
             name, found=repr(value), needed="one of " + ", ".join(map(repr, row.choices))
         )
-    _warn_unknown()
     return value
 
 

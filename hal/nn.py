@@ -1,8 +1,10 @@
 """Hold quantized weights in `torch.nn` modules: `Linear` and `FusedMoE`.
 
 Modules own their weights as buffers, so `state_dict`, `to`, `deepcopy` and `torch.save` work, and
-bind them on the first call on a device. Casting a module (`half()`, `to(torch.float16)`) moves it
-and leaves codes and scales as they are: they are not numbers in the dtype of the model.
+bind them on the first call on a device. Casting a module to bf16 or fp16 (`half()`) changes the
+dtype of the activations that it takes, of its bias and of weights under scheme `bf16`. Codes and
+scales stay as they are: they are not numbers in the dtype of the model. A cast to any other dtype
+moves only: there is no activation of that dtype to compute with.
 """
 
 from __future__ import annotations
@@ -12,17 +14,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from hal.errors import ArgumentError
+from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.ops import Routing
 from hal.ops.bound import FusedMoE as BoundFusedMoE
 from hal.ops.bound import Linear as BoundLinear
-from hal.ops.prepare import Weight, as_qtensor
+from hal.ops.checks import ACTIVATION_DTYPES
+from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_experts
 from hal.quant.quantize import quantize
-from hal.quant.scheme import Scheme
+from hal.quant.scheme import Scheme, find_scheme
 from hal.quant.tensor import QTensor
 
 __all__ = ["FusedMoE", "Linear"]
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class _Options(dict[str, Any]):
+    """Options of a binding. A copied module shares their values: a platform is not copied."""
+
+    def __deepcopy__(self, memo: Any) -> _Options:
+        return _Options(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A platform that is here cannot travel; where the module is loaded, that of its device is.
+        kept = dict(self)
+        platform = kept.get("platform")
+        if platform is not None and not isinstance(platform, str) and not platform.simulated:
+            del kept["platform"]
+        return _Options, (kept,)
 
 
 class _Quantized(torch.nn.Module):
@@ -31,11 +52,26 @@ class _Quantized(torch.nn.Module):
     def __init__(self, weights: Mapping[str, QTensor], **options: Any) -> None:
         super().__init__()
         self._tags = {name: weight.metadata for name, weight in weights.items()}
-        self._options = options
+        self._options = _Options(options)
         self._binding: Any = None
         for name, weight in weights.items():
             for part, tensor in weight.state_dict().items():
                 self.register_buffer(f"{name}_{part}", tensor)
+
+    def _bind(self) -> Any:
+        raise NotImplementedError
+
+    def _bound(self) -> Any:
+        """Return the bound op, made on first use."""
+        if self._binding is None:
+            if is_compiling():
+                # Dynamo cannot build hal's errors, and would hide the message.
+                raise ValueError(
+                    "hal.nn: nothing is bound since this module was made, loaded or moved; "
+                    "call it once before compiling it"
+                )
+            self._binding = self._bind()
+        return self._binding
 
     def weight_of(self, name: str) -> QTensor:
         """Return the quantized weight called `name`."""
@@ -68,30 +104,73 @@ class _Quantized(torch.nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> None:
-        # Torch would look at the tags after the bytes have been overwritten.
+        # Torch would look at the tags after the bytes have been overwritten, and would cast.
+        own = {f"{prefix}{name}": tensor for name, tensor in self._buffers.items()}
+        given = {key: tensor for key, tensor in own.items() if key in state_dict}
         tags = state_dict.get(f"{prefix}_extra_state")
         if tags is not None:
             self.set_extra_state(tags)
+        elif any(key != f"{prefix}bias" for key in given):
+            raise ArgumentError(
+                f"loading {prefix.rstrip('.') or type(self).__name__}",
+                found=f"weights without {prefix}_extra_state, which says what the bytes mean",
+                needed="every key that state_dict() gave",
+            )
+        for key, tensor in given.items():
+            new = state_dict[key]
+            if tensor is not None and (new.dtype, new.shape) != (tensor.dtype, tensor.shape):
+                raise ArgumentError(
+                    f"loading {key}",
+                    found=f"{new.dtype} {list(new.shape)}",
+                    needed=f"{tensor.dtype} {list(tensor.shape)}",
+                )
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
         self._binding = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_binding": None}
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # Only the move counts: scales are float32 whatever the model's dtype is.
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+    def _is_number(self, name: str) -> bool:
+        """Return whether the buffer holds numbers in the dtype of the activations."""
+        stem, _, part = name.rpartition("_")
+        return name == "bias" or (part == "values" and f"{stem}_scales" not in self._buffers)
 
-        own = {name for name, _ in self.named_buffers(recurse=False) if name != "bias"}
-        kept = {name: self._buffers.pop(name) for name in own}
-        super()._apply(fn, recurse)
-        self._buffers.update(
-            {name: None if tensor is None else move(tensor) for name, tensor in kept.items()}
-        )
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def move(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            castable = self._is_number(name) and moved.dtype in HALVES
+            kept = moved.dtype is tensor.dtype or castable
+            return moved if kept else tensor.to(moved.device)
+
+        # All is moved before anything is replaced: where that fails, the module stays whole.
+        buffers = self._buffers
+        present = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+        moved = {name: move(name, tensor) for name, tensor in present.items()}
+        probe = next(iter(present.values())).new_empty(0, dtype=self.activation_dtype)
+        dtype = fn(probe).dtype
+        self._buffers = {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers = buffers
+        buffers.update(moved)
+        for name, tags in self._tags.items():
+            if self._is_number(f"{name}_values"):
+                encoding = str(moved[f"{name}_values"].dtype).removeprefix("torch.")
+                self._tags[name] = {**tags, "encoding": encoding}
+        if dtype in HALVES:
+            self._options["dtype"] = dtype
         self._binding = None
         return self
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Return the dtype of the activations that this module takes."""
+        given: torch.dtype | None = self._options.get("dtype")
+        bias = self._buffers.get("bias")
+        if given is None and bias is not None:
+            given = bias.dtype
+        return activation_dtype(type(self).__name__, self.weight_of(next(iter(self._tags))), given)
 
 
 class Linear(_Quantized):
@@ -107,32 +186,80 @@ class Linear(_Quantized):
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None = None, **options: Any) -> None:
         super().__init__({"weight": as_qtensor("hal.nn.Linear", weight)}, **options)
+        if bias is not None and bias.dtype not in HALVES:
+            raise DTypeError(
+                "hal.nn.Linear",
+                found=f"bias of {bias.dtype}",
+                needed=" or ".join(ACTIVATION_DTYPES),
+            )
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ShapeError(
+                "hal.nn.Linear", found=f"bias {list(bias.shape)}", needed=f"[{self.out_features}]"
+            )
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
     def from_module(cls, module: torch.nn.Linear, scheme: str | Scheme, **options: Any) -> Linear:
-        """Return the quantized form of a `torch.nn.Linear`, which stays as it is."""
-        weight = quantize(module.weight, scheme, platform=options.get("platform"))
-        return cls(weight, module.bias, **options)
+        """Return the quantized form of a `torch.nn.Linear`, which stays as it is.
+
+        Args:
+            module: A linear in bf16 or fp16; in float32 only with `dtype` among the options.
+            scheme: Name of a scheme.
+            **options: Options of `hal.ops.Linear`; `dtype` is that of the module by default.
+
+        Raises:
+            DTypeError: If there is no dtype for the activations.
+        """
+        dtype = options.setdefault("dtype", module.weight.dtype)
+        if dtype not in HALVES:
+            raise DTypeError(
+                "hal.nn.Linear.from_module",
+                found=f"activations of {dtype}",
+                needed=" or ".join(ACTIVATION_DTYPES),
+                cure="module.to(torch.bfloat16), or dtype=torch.bfloat16",
+            )
+        plain = find_scheme(scheme).weight.format is None
+        # A copy under scheme bf16: what is loaded later must not write into the source's weight.
+        source = module.weight.detach().to(dtype, copy=True) if plain else module.weight
+        weight = quantize(source, scheme, platform=options.get("platform"))
+        given = module._parameters["bias"]
+        bias = None if given is None else given.detach().to(dtype, copy=True)
+        return cls(weight, bias, **options)
+
+    @property
+    def in_features(self) -> int:
+        """Return the size of an input row."""
+        return self._sizes[1]
+
+    @property
+    def out_features(self) -> int:
+        """Return the size of an output row."""
+        return self._sizes[0]
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self._tags["weight"]["logical_shape"].split(","))
+
+    def _bind(self) -> BoundLinear:
+        options = {**self._options, "dtype": self.activation_dtype}
+        return BoundLinear(self.weight_of("weight"), self.bias, **options)
 
     @property
     def bound(self) -> BoundLinear:
         """Return the bound op, made on first use."""
-        if self._binding is None:
-            weight = self.weight_of("weight")
-            dtype = None if self.bias is None else self.bias.dtype
-            self._binding = BoundLinear(weight, self.bias, **{"dtype": dtype, **self._options})
-        found: BoundLinear = self._binding
+        found: BoundLinear = self._bound()
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for `[..., K]`."""
-        return (self._binding or self.bound)(x)
+        return (self._binding or self._bound())(x)
 
     def extra_repr(self) -> str:
         """Return shape and scheme."""
-        tags = self._tags["weight"]
-        return f"[{tags['logical_shape']}], {tags['scheme']}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._tags['weight']['scheme']}"
+        )
 
 
 class FusedMoE(_Quantized):
@@ -149,25 +276,26 @@ class FusedMoE(_Quantized):
             "w13": as_qtensor("hal.nn.FusedMoE", w13),
             "w2": as_qtensor("hal.nn.FusedMoE", w2),
         }
+        check_experts(weights["w13"], weights["w2"])
         super().__init__(weights, **options)
+
+    def _bind(self) -> BoundFusedMoE:
+        return BoundFusedMoE(self.weight_of("w13"), self.weight_of("w2"), **self._options)
 
     @property
     def bound(self) -> BoundFusedMoE:
         """Return the bound op, made on first use."""
-        if self._binding is None:
-            weights = self.weight_of("w13"), self.weight_of("w2")
-            self._binding = BoundFusedMoE(*weights, **self._options)
-        found: BoundFusedMoE = self._binding
+        found: BoundFusedMoE = self._bound()
         return found
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Return `[tokens, hidden]`, the sum over each token's experts."""
-        return (self._binding or self.bound)(x, routing)
+        return (self._binding or self._bound())(x, routing)
 
     def extra_repr(self) -> str:
         """Return shapes and scheme."""
-        tags = self._tags
+        experts, both, hidden = self._tags["w13"]["logical_shape"].split(",")
         return (
-            f"w13 [{tags['w13']['logical_shape']}], w2 [{tags['w2']['logical_shape']}], "
-            f"{tags['w13']['scheme']}"
+            f"experts={experts}, hidden={hidden}, intermediate={int(both) // 2}, "
+            f"{self._tags['w13']['scheme']}"
         )

@@ -233,6 +233,11 @@ class Op:
     def __contains__(self, name: str) -> bool:
         return name in self._kernels
 
+    @property
+    def revision(self) -> int:
+        """Return a number that grows when a kernel is attached."""
+        return len(self._kernels)
+
     def find(self, name: str) -> Kernel:
         """Return the kernel called `name`.
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import SimulatedDeviceError
-from hal.registry import Measurement
-from hal.selection import Selection, choose, options_from, require
+from hal.registry import Measurement, find_op
+from hal.selection import Options, Selection, choose, options_from, require
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +71,31 @@ def select_for(
 
     where = platform_of(device, platform)
     spec = where.device(device.index or 0)
-    selection = require(choose(op, scheme, spec, problem, options_from(op, **options)))
+    selection = require(_chosen(op, scheme, spec, problem, options_from(op, **options)))
     kernel = selection.kernel
     if where.simulated and kernel is not None and kernel.band != "reference":
         raise SimulatedDeviceError(where.name, spec.name, f"binding {kernel}")
     return selection, where
+
+
+# Ops without weights select at each call. The same question has the same answer, and a decode
+# step asks it again and again.
+_MOST_SELECTIONS = 4096
+_selections: dict[Any, Selection] = {}
+
+
+def _chosen(
+    op: str, scheme: str, spec: DeviceSpec, problem: dict[str, Any], options: Options
+) -> Selection:
+    # By identity: to hash the facts takes longer than all the rest. The selection holds the spec,
+    # so its address is not used again while the entry stands.
+    key = (op, find_op(op).revision, scheme, id(spec), *problem.items(), options)
+    found = _selections.get(key)
+    if found is None:
+        if len(_selections) >= _MOST_SELECTIONS:
+            _selections.clear()
+        found = _selections[key] = choose(op, scheme, spec, problem, options)
+    return found
 
 
 @cache

@@ -13,8 +13,6 @@ looked at: a convention that hal does not know is refused by name, never assumed
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +20,20 @@ import torch
 from transformers.integrations import moe
 
 import hal.nn
-from hal.errors import ArgumentError, UnsupportedModelError
+from hal.errors import ShapeError, UnsupportedModelError
+from hal.integrations.conventions import (
+    SUBMODULE,
+    Convention,
+    attention_linears_of,
+    convention_of,
+    experts_of,
+    require_weights,
+    weights_of,
+)
 from hal.ops import Routing
 from hal.ops.binding import select_for
 from hal.ops.bound import FusedMoE
-from hal.ops.fused_moe import ACTIVATIONS, activate
+from hal.ops.checks import check_gradient
 from hal.ops.prepare import require_finite
 from hal.quant.quantize import quantize as quantize_weight
 from hal.quant.scheme import Scheme, find_scheme
@@ -35,13 +42,7 @@ from hal.selection import Selection
 __all__ = ["Quantized", "QuantizedLayer", "experts_forward", "quantize"]
 
 IMPLEMENTATION = "hal"
-SUBMODULE = "hal_experts"
 UNBOUND = "_hal_unquantized"
-KNOWN_FLAGS = {"is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm"}
-REFUSED_FLAGS = {
-    "has_bias": "biases of experts",
-    "has_post_expert_norm": "a norm after each expert",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +111,6 @@ class Quantized:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class _Convention:
-    """How an experts module keeps its weights and gates."""
-
-    activation: str
-    interleaved: bool
-    transposed: bool
-
-
 def quantize(
     model: Any,
     scheme: str | Scheme,
@@ -146,27 +138,42 @@ def quantize(
         NoKernelError: If no kernel can run; nothing was changed.
     """
     how = find_scheme(scheme)
-    experts = list(_experts_of(model))
+    experts = list(experts_of(model))
     if not experts:
         raise UnsupportedModelError(
             type(model).__name__,
             found="no module of the experts interface of transformers 5",
             needed="a mixture-of-experts model whose experts hold gate_up_proj and down_proj",
         )
-    linears = list(_attention_linears_of(model)) if attention else []
-    conventions = {name: _convention(module, name) for name, module in experts}
+    linears = list(attention_linears_of(model)) if attention else []
+    if attention and not linears:
+        raise UnsupportedModelError(
+            type(model).__name__,
+            found="attention=True and no torch.nn.Linear in a module named ...Attention",
+            needed="attention made of linears",
+            cure="leave attention=True out",
+        )
+    conventions = {name: convention_of(module, name) for name, module in experts}
     for name, module in experts:
-        _require_weights(name, module.gate_up_proj, module.down_proj)
-        _select_experts(module, conventions[name], how, platform, options)
+        require_weights(name, module.gate_up_proj, module.down_proj)
+        _select_experts(name, module, conventions[name], how, platform, options)
     for name, _, _, linear in linears:
-        _require_weights(name, linear.weight)
+        require_weights(name, *linear.parameters())
         _select_linear(linear, how, platform, options)
+    # Last, since this reads every weight once.
+    for name, module in experts:
+        _require_finite(name, module)
+    for name, _, _, linear in linears:
+        _require_finite(name, linear)
+    # Experts that still have their weights run under this name, too: if memory runs out in the
+    # middle of a model, it still works.
+    for _, module in experts:
+        module.config._experts_implementation = IMPLEMENTATION
     layers = []
     for name, module in experts:
         layers.append(_replace_experts(name, module, conventions[name], how, platform, options))
     for name, parent, attribute, linear in linears:
         layers.append(_replace_linear(name, parent, attribute, linear, how, platform, options))
-    model.set_experts_implementation(IMPLEMENTATION)
     return Quantized(how.name, tuple(layers))
 
 
@@ -175,154 +182,115 @@ def experts_forward(
 ) -> torch.Tensor:
     """Run one experts module; transformers calls this under the name `hal`.
 
+    Unquantized weights are bound on the first call, and again when they were written, replaced or
+    moved since. Two kinds of write go unseen: through `.data` where weights are transposed or
+    interleaved, whose binding is a copy; and of new tensors into the parameters of a compiled
+    module, until it is called once outside of its graph.
+
     Args:
         self: The experts module.
         hidden_states: `[tokens, hidden]` bf16 or fp16.
         top_k_index: `[tokens, top_k]`; ids of at least the number of experts are absent.
         top_k_weights: `[tokens, top_k]`.
+
+    Raises:
+        GradientError: If a gradient would have to flow to hidden states, router or weights.
+        UnsupportedModelError: If a convention of the module is unknown.
     """
     routing = Routing(ids=top_k_index, weights=top_k_weights)
     quantized = self._modules.get(SUBMODULE)
     if quantized is not None:
+        check_gradient(IMPLEMENTATION, hidden_states, top_k_weights)
         return quantized(hidden_states, routing)
-    return _unquantized(self)(hidden_states, routing)
+    bound = _unquantized(self)
+    check_gradient(IMPLEMENTATION, hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    return bound(hidden_states, routing)
+
+
+class _Unquantized:
+    """Keep the binding of a module's own parameters, and what they were when it was made.
+
+    Copies and pickles of a model start without one: a binding belongs to a device.
+    """
+
+    __slots__ = ("bound", "convention", "stamp", "weights")
+
+    def __init__(self) -> None:
+        self.convention: Convention | None = None
+        self.bound: FusedMoE | None = None
+        self.stamp: tuple[Any, ...] = ()
+        self.weights: tuple[torch.Tensor, ...] = ()
+
+    def __deepcopy__(self, memo: Any) -> _Unquantized:
+        return _Unquantized()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unquantized, ()
+
+    def refresh(self, module: Any) -> FusedMoE:
+        """Return the binding, made anew if parameters were written, replaced or moved."""
+        name = type(module).__name__
+        if self.convention is None:
+            self.convention = convention_of(module, name)
+        weights = module.gate_up_proj, module.down_proj
+        stamp = tuple((id(w), w.data_ptr(), w.dtype, w.device, _writes(w)) for w in weights)
+        if self.bound is None or stamp != self.stamp:
+            require_weights(name, *weights)
+            # The old binding goes first: it may keep another copy of the weights alive.
+            self.bound, self.stamp, self.weights = None, (), ()
+            w13, w2 = weights_of(module, self.convention)
+            self.bound = FusedMoE(w13, w2, activation=self.convention.activation)
+            # As long as these live, no other weights can take their addresses.
+            self.weights = tuple(w.detach() for w in weights)
+            self.stamp = stamp
+        return self.bound
 
 
 def _unquantized(module: Any) -> FusedMoE:
-    """Return the binding of a module's own parameters, made anew after they changed."""
-    stamp, bound = module.__dict__.get(UNBOUND, (None, None))
+    """Return the binding of a module's own parameters."""
+    kept = module.__dict__.get(UNBOUND)
     if torch.compiler.is_compiling():
-        if bound is None:
-            raise ArgumentError(
-                type(module).__name__,
-                found="an unquantized experts module that was never called",
-                needed="a binding made outside of torch.compile",
-                cure="call the model once before compiling it",
+        if kept is None or kept.bound is None:
+            # Dynamo cannot build hal's errors, and would hide the message.
+            raise ValueError(
+                "hal: these experts are not quantized and were never called; "
+                "call the model once before compiling it"
             )
+        bound: FusedMoE = kept.bound
         return bound
-    weights = module.gate_up_proj, module.down_proj
-    now = tuple((id(w), w.data_ptr(), w.device, _writes(w)) for w in weights)
-    if stamp != now:
-        w13, w2 = _weights(module, _convention(module, type(module).__name__))
-        activation = _convention(module, type(module).__name__).activation
-        bound = FusedMoE(w13, w2, activation=activation)
-        module.__dict__[UNBOUND] = (now, bound)
-    return bound
+    if kept is None:
+        kept = module.__dict__[UNBOUND] = _Unquantized()
+    found: FusedMoE = kept.refresh(module)
+    return found
 
 
 def _writes(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _experts_of(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if hasattr(module, "_apply_gate") and hasattr(module, "num_experts"):
-            yield name, module
-
-
-def _attention_linears_of(model: Any) -> Iterator[tuple[str, Any, str, torch.nn.Linear]]:
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Attention"):
-            for attribute, child in module.named_children():
-                if type(child) is torch.nn.Linear:
-                    yield f"{name}.{attribute}", module, attribute, child
-
-
-def _convention(module: Any, name: str) -> _Convention:
-    """Return how a module keeps its weights and gates.
-
-    Raises:
-        UnsupportedModelError: Naming the flag or the gating that is not known.
-    """
-    where = f"{type(module).__name__} ({name})"
-    # Releases of transformers differ in the flags that they have.
-    flags = set(inspect.signature(moe.use_experts_implementation).parameters)
-    for flag in sorted(flags - KNOWN_FLAGS - {"experts_class", "experts_interface"}):
-        if getattr(module, flag, False):
-            raise UnsupportedModelError(
-                where, found=f"{flag}={getattr(module, flag)!r}", needed="a flag known to hal"
-            )
-    for flag in sorted(flags & KNOWN_FLAGS):
-        if not isinstance(getattr(module, flag, None), bool):
-            raise UnsupportedModelError(
-                where, found=f"{flag}={getattr(module, flag, None)!r}", needed="True or False"
-            )
-    if not module.has_gate:
-        raise UnsupportedModelError(
-            where, found="has_gate=False", needed="gated experts (gate_up_proj)"
-        )
-    for flag, meaning in REFUSED_FLAGS.items():
-        if getattr(module, flag, False):
-            raise UnsupportedModelError(
-                where, found=f"{flag}=True ({meaning})", needed=f"{flag}=False"
-            )
-    if hasattr(module, SUBMODULE):
-        raise UnsupportedModelError(
-            where, found="experts that hal has quantized already", needed="the original weights"
-        )
-    activation, interleaved = _gating(module, where)
-    if interleaved is module.is_concatenated:
-        raise UnsupportedModelError(
-            where,
-            found=f"is_concatenated={module.is_concatenated} and a gating of "
-            f"{'interleaved' if interleaved else 'concatenated'} columns",
-            needed="a flag and a gating that agree",
-        )
-    return _Convention(activation, interleaved, bool(module.is_transposed))
-
-
-def _gating(module: Any, where: str) -> tuple[str, bool]:
-    """Return (activation, whether gate and up columns alternate), found by running the gating.
-
-    The numbers reach far enough to show limits: gpt-oss clamps at 7.
-    """
-    magnitudes = torch.logspace(-3, 3, 48)
-    ladder = torch.cat((-magnitudes, torch.zeros(1), magnitudes))
-    generator = torch.Generator().manual_seed(0)
-    shuffled = ladder[torch.randperm(ladder.numel(), generator=generator)]
-    halves = torch.cat((ladder, shuffled)).unsqueeze(0)
-    pairs = torch.stack((ladder, shuffled), -1).flatten().unsqueeze(0)
-    for interleaved, columns in ((False, halves), (True, pairs)):
-        try:
-            with torch.no_grad():
-                found = module._apply_gate(columns.clone())
-        except Exception as error:
-            raise UnsupportedModelError(
-                where, found=f"a gating that fails on float32: {error}", needed="a pure function"
-            ) from error
-        for activation in ACTIVATIONS:
-            expected = activate(halves, activation)
-            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5):
-                return activation, interleaved
-    gate = f"{type(module).__name__}._apply_gate with {getattr(module, 'act_fn', None)!r}"
-    raise UnsupportedModelError(
-        where,
-        found=f"the unknown gating {gate}",
-        needed=" or ".join(ACTIVATIONS) + " of gate, times up",
-    )
-
-
-def _weights(module: Any, convention: _Convention) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return w13 and w2 in the order of `fused_moe`; copies only where the order differs."""
-    w13, w2 = module.gate_up_proj.detach(), module.down_proj.detach()
-    if convention.transposed:
-        w13, w2 = w13.transpose(-1, -2), w2.transpose(-1, -2)
-    if convention.interleaved:
-        w13 = torch.cat((w13[:, 0::2], w13[:, 1::2]), 1)
-    return w13, w2
-
-
-def _require_weights(name: str, *weights: torch.Tensor) -> None:
-    for weight in weights:
-        require_finite(f"{name} weight", weight)
+def _require_finite(name: str, module: torch.nn.Module) -> None:
+    for parameter, weight in module.named_parameters():
+        require_finite(f"{name}.{parameter}", weight)
 
 
 def _select_experts(
-    module: Any, convention: _Convention, scheme: Scheme, platform: Any, options: dict[str, Any]
+    name: str,
+    module: Any,
+    convention: Convention,
+    scheme: Scheme,
+    platform: Any,
+    options: dict[str, Any],
 ) -> None:
-    weight = module.gate_up_proj
+    weight, down = module.gate_up_proj, module.down_proj
     experts, rows, columns = weight.shape
     hidden, both = (rows, columns) if convention.transposed else (columns, rows)
+    expected = (both // 2, hidden) if convention.transposed else (hidden, both // 2)
+    if both % 2 or tuple(down.shape) != (experts, *expected):
+        raise ShapeError(
+            name,
+            found=f"gate_up_proj {list(weight.shape)} and down_proj {list(down.shape)}",
+            needed=f"down_proj {[experts, *expected]} and an even number of gate and up rows",
+        )
     problem = {
         "experts": experts,
         "hidden": hidden,
@@ -348,12 +316,12 @@ def _select_linear(
 def _replace_experts(
     name: str,
     module: Any,
-    convention: _Convention,
+    convention: Convention,
     scheme: Scheme,
     platform: Any,
     options: dict[str, Any],
 ) -> QuantizedLayer:
-    w13, w2 = _weights(module, convention)
+    w13, w2 = weights_of(module, convention)
     dtype, before = w13.dtype, w13.nbytes + w2.nbytes
     layer = hal.nn.FusedMoE(
         quantize_weight(w13, scheme, platform=platform),
@@ -366,7 +334,7 @@ def _replace_experts(
     selection = layer.bound.selection
     del w13, w2, module.gate_up_proj, module.down_proj
     module.__dict__.pop(UNBOUND, None)
-    module.add_module(SUBMODULE, layer)
+    module.add_module(SUBMODULE, layer.train(module.training))
     return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)
 
 
@@ -384,7 +352,7 @@ def _replace_linear(
         linear, scheme, dtype=linear.weight.dtype, platform=platform, **options
     )
     selection = layer.bound.selection
-    setattr(parent, attribute, layer)
+    setattr(parent, attribute, layer.train(linear.training))
     return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)
 
 

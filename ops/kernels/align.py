@@ -17,9 +17,11 @@ from hal.ops.kernels.common import launch
 
 # Slots that one program ranks. Ranking compares all pairs, so larger chunks cost quadratically,
 # smaller ones make the table of counts (chunks x experts) longer.
-CHUNK = 1024
-# Compare this many slots at a time with the chunk: bounds the registers of a program.
-STEP = tl.constexpr(16)
+CHUNK = 256
+# Up to here one program does everything: one launch instead of three.
+ONE_PROGRAM = 512
+# Pairs of slots compared at a time: bounds the registers of a program.
+PAIRS = tl.constexpr(8192)
 # Elements of a two-dimensional tile (experts x something), for the same reason.
 EXPERT_TILE = 4096
 
@@ -45,19 +47,21 @@ def _load_ids(ids_ptr, slots, n_slots, n_experts):
 @triton.jit
 def _rank(ids_ptr, ids, local, first, n_slots, n_experts, CHUNK: tl.constexpr):
     """Return how many earlier slots of this chunk have the same id, for each slot."""
-    rank = tl.zeros([CHUNK], tl.int32)
+    STEP: tl.constexpr = PAIRS // CHUNK
+    # Summed over the steps first: a reduction goes through shared memory, so there is only one.
+    same = tl.zeros([CHUNK, STEP], tl.int32)
     end = tl.minimum(n_slots - first, CHUNK)
     for start in range(0, end, STEP):
         other = start + tl.arange(0, STEP)
         other_ids = _load_ids(ids_ptr, first + other, n_slots, n_experts)
-        same = (ids[:, None] == other_ids[None, :]) & (other[None, :] < local[:, None])
-        rank += tl.sum(same.to(tl.int32), axis=1)
-    return rank
+        equal = (ids[:, None] == other_ids[None, :]) & (other[None, :] < local[:, None])
+        same += equal.to(tl.int32)
+    return tl.sum(same, axis=1)
 
 
 @triton.jit
 def _fill(sorted_ptr, first, end, value, CHUNK: tl.constexpr):
-    """Store value at sorted_ptr[first:end]."""
+    """Store value at sorted_ptr[first:end], CHUNK places at a time."""
     for start in range(first, end, CHUNK):
         positions = start + tl.arange(0, CHUNK)
         tl.store(sorted_ptr + positions, tl.zeros([CHUNK], tl.int32) + value, mask=positions < end)
@@ -84,6 +88,14 @@ def _fill_padding(sorted_ptr, firsts, ends, value, BLOCK: tl.constexpr, STEP: tl
         places = firsts[:, None] + start + tl.arange(0, STEP)[None, :]
         values = tl.zeros_like(places) + value
         tl.store(sorted_ptr + places, values, mask=places < ends[:, None])
+
+
+@triton.jit
+def _mark_blocks(block_experts_ptr, starts, counts, experts, BLOCK: tl.constexpr):
+    """Store each expert's number at its blocks, one block of every expert at a time."""
+    blocks = (counts + BLOCK - 1) // BLOCK
+    for step in range(0, tl.max(blocks, axis=0)):
+        tl.store(block_experts_ptr + starts // BLOCK + step, experts, mask=step < blocks)
 
 
 # Alignment of n_padded_ptr varies with the routing's size and matters to nobody: it is one number.
@@ -113,9 +125,8 @@ def _align_one_kernel(
     tl.store(n_padded_ptr, n_padded)
     _fill_padding(sorted_ptr, starts + counts, ends, n_slots, BLOCK, EXPERT_STEP)
     _fill(sorted_ptr, n_padded, capacity, n_slots, CHUNK)
-    _fill_block_experts(
-        block_experts_ptr, ends, exists, n_padded, 0, capacity // BLOCK, BLOCK, EXPERT_STEP
-    )
+    _mark_blocks(block_experts_ptr, starts, counts, experts, BLOCK)
+    _fill(block_experts_ptr, n_padded // BLOCK, capacity // BLOCK, -1, CHUNK)
     rank = _rank(ids_ptr, ids, local, 0, n_slots, n_experts, CHUNK)
     place = tl.gather(starts, ids, axis=0) + rank
     tl.store(sorted_ptr + place, local, mask=ids < n_experts)
@@ -207,7 +218,7 @@ def align(
     """Sort the slots of ids [tokens, k] int32 or int64 by expert, in blocks of `block`.
 
     sorted_slots [capacity] int32, block_experts [capacity // block] int32, n_padded [1] int32,
-    workspace [workspace_size(slots, experts)] int32 (read for more than CHUNK slots), where
+    workspace [workspace_size(slots, experts)] int32 (read for more than ONE_PROGRAM slots), where
     capacity is at least `capacity(slots, experts, block)` and a multiple of `block`.
     """
     slots = ids.numel()
@@ -224,7 +235,7 @@ def align(
         sorted_slots.zero_()
         block_experts.fill_(-1)
         return
-    if slots <= CHUNK:
+    if slots <= ONE_PROGRAM:
         _align_one(ids, experts, block, sorted_slots, block_experts, n_padded)
         return
     if workspace is None:
@@ -245,7 +256,7 @@ def _align_one(
     launch(
         _align_one_kernel, (1,),
         ids, sorted_slots, block_experts, n_padded, slots, experts, sorted_slots.numel(),
-        BLOCK=block, CHUNK=128 if slots <= 128 else CHUNK, BLOCK_E=block_e,
+        BLOCK=block, CHUNK=max(triton.next_power_of_2(slots), 128), BLOCK_E=block_e,
         EXPERT_STEP=_expert_step(block_e), num_warps=8,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import converts_fp8, is_fp8, launch
+from hal.ops.kernels.common import INTERPRETED, converts_fp8, is_fp8, launch
 
 GROUP = 128
 MAX_ROW = 32768
@@ -51,6 +51,26 @@ def _encode_fp8(x, ENCODING: tl.constexpr):
 
 
 @triton.jit
+def _divide(x, divisor):
+    """Divide each row of x [rows, width] by divisor [rows], rounded as a true division is.
+
+    One true division a row gives the reciprocal, and one step of correction the quotient: three
+    instructions instead of ten. Source: Markstein, "Computation of elementary functions on the
+    IBM RISC System/6000 processor" (1990), theorem on quotients.
+    """
+    if INTERPRETED:
+        # Its fma rounds twice.
+        return tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    divisor = tl.broadcast_to(divisor[:, None], x.shape)
+    reciprocal = tl.broadcast_to(reciprocal[:, None], x.shape)
+    quotient = x * reciprocal
+    corrected = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    # The correction would turn a negative zero into a positive one.
+    return tl.where(x == 0, x, corrected)
+
+
+@triton.jit
 def quantize_tile(x, quant_max, scale_floor, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
     """Quantize each row of x [rows, width] f32; return values and scales [rows] f32."""
     magnitude = tl.abs(x)
@@ -58,7 +78,7 @@ def quantize_tile(x, quant_max, scale_floor, VALUE_DTYPE: tl.constexpr, ENCODING
     broken = tl.max(tl.where(magnitude < float("inf"), 0, 1), axis=1) > 0
     amax = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), axis=1)
     scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, quant_max, tl.float32)), scale_floor)
-    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    quotient = _divide(x, scale)
     quotient = tl.where(broken[:, None], 0.0, quotient)
     quotient = tl.minimum(tl.maximum(quotient, -quant_max), quant_max)
     scale = tl.where(broken, float("nan"), scale)

@@ -57,7 +57,7 @@ def test_an_unknown_variable_warns_once_with_the_nearest_name(
     monkeypatch.setattr(config, "_warned", set())
     monkeypatch.setenv("HAL_PLATFROM", "cpu")
     with pytest.warns(UserWarning, match="HAL_PLATFROM is ignored; did you mean HAL_PLATFORM"):
-        config.setting("HAL_LOG")
+        config.environment()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config.settings()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hal.ops.kernels.align import CHUNK, align, capacity, workspace_size
+from hal.ops.kernels.align import CHUNK, ONE_PROGRAM, align, capacity, workspace_size
 from hal.ops.kernels.combine import combine
 from hal.ops.kernels.route import route
 
@@ -132,7 +132,7 @@ def test_align(device, generator, tokens, top_k, experts, block, dtype):
     check_align(ids, experts, block)
 
 
-@pytest.mark.parametrize("tokens", [3, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("tokens", [3, CHUNK + 1, ONE_PROGRAM, ONE_PROGRAM + 1])
 @pytest.mark.parametrize("chosen", [0, 4, -1, 5, 2**31 - 1, -(2**31)])
 def test_align_one_expert_takes_all(device, tokens, chosen):
     check_align(torch.full((tokens, 1), chosen, dtype=torch.int32, device=device), 5, 16)

@@ -54,8 +54,12 @@ def as_seen(x: torch.Tensor, scheme: str, encoding: str, level: Level) -> torch.
     return decode(*encode(x, encoding, how.granularity), how.granularity).double()
 
 
-def expected_moe(x, w13, w2, ids, weights, activation, level, *, rounds=False) -> torch.Tensor:
-    """Return the formula in float64; `rounds` gate and up to the dtype of x before activating."""
+def expected_moe(x, w13, w2, ids, weights, activation, level, roundings=0) -> torch.Tensor:
+    """Return the formula in float64.
+
+    `roundings`: 1 rounds gate and up to the dtype of x before the activation, 2 also rounds the
+    activated gate before it meets up.
+    """
     scheme, encoding = w13.scheme.name, w13.encoding
     wide13, wide2 = w13.dequantize().double(), w2.dequantize().double()
     rows = as_seen(x, scheme, encoding, level)
@@ -66,7 +70,10 @@ def expected_moe(x, w13, w2, ids, weights, activation, level, *, rounds=False) -
             if not 0 <= expert < wide13.shape[0]:
                 continue
             gate_up = wide13[expert] @ rows[token]
-            gate_up = gate_up.to(x.dtype).double() if rounds else gate_up
+            if roundings:
+                gate_up = gate_up.to(x.dtype)
+            if roundings == 1:
+                gate_up = gate_up.double()
             h = activate(gate_up, activation).to(x.dtype)
             h = as_seen(h[None], scheme, encoding, level)[0]
             out[token] += weights[token, slot].double() * (wide2[expert] @ h)
@@ -74,14 +81,13 @@ def expected_moe(x, w13, w2, ids, weights, activation, level, *, rounds=False) -
 
 
 def moe_error(found, keep, *arguments) -> float:
-    """Return the error on tokens `keep` against the formula, by the better of its two roundings.
+    """Return the error on tokens `keep` against the formula, by the best of its roundings.
 
-    Whether gate and up are rounded between the two products is the kernel's choice. It moves h by
-    one step of bf16, which makes 8-bit codes of h fall to the other side now and then.
+    What is rounded between the two products is the kernel's choice. It moves h by a step of bf16
+    or two, which makes 8-bit codes of h fall to the other side now and then.
     """
     return min(
-        error(found[keep], expected_moe(*arguments, rounds=rounds)[keep])
-        for rounds in (False, True)
+        error(found[keep], expected_moe(*arguments, roundings)[keep]) for roundings in range(3)
     )
 
 

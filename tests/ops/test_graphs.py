@@ -1,0 +1,60 @@
+"""Capture bound ops into CUDA graphs and replay them on new data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hal.ops import FusedMoE, Linear, Routing, route
+from hal.quant import SCHEMES, quantize
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("tokens", [1, 48])
+def test_replay_on_new_data(scheme, tokens):
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, device="cuda") * 0.1).bfloat16()
+
+    linear = Linear(quantize(random(256, 256), scheme))
+    moe = FusedMoE(quantize(random(8, 256, 256), scheme), quantize(random(8, 256, 128), scheme))
+    router = random(8, 256)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        x = linear(x) + x
+        return moe(x, route(x @ router.T, 2)) + x
+
+    static = random(tokens, 256)
+    layer(static)  # compiles and loads kernels, which a capture may not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(static)
+    for _ in range(3):
+        fresh = random(tokens, 256)
+        static.copy_(fresh)
+        graph.replay()
+        assert torch.equal(captured, layer(fresh))
+
+
+def test_replay_with_other_routing():
+    w13 = quantize((torch.randn(8, 128, 128, device="cuda") * 0.1).bfloat16(), "fp8_channel")
+    w2 = quantize((torch.randn(8, 128, 64, device="cuda") * 0.1).bfloat16(), "fp8_channel")
+    moe = FusedMoE(w13, w2)
+    x = torch.randn(32, 128, device="cuda").bfloat16()
+    ids = torch.zeros(32, 2, dtype=torch.int32, device="cuda")
+    weights = torch.rand(32, 2, device="cuda")
+    routing = Routing(ids=ids, weights=weights)
+    moe(x, routing)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = moe(x, routing)
+    for kind in ("spread", "one expert", "absent"):
+        if kind == "spread":
+            ids.copy_(torch.randint(0, 8, (32, 2), device="cuda").int())
+        else:
+            ids.fill_(7 if kind == "one expert" else -1)
+        graph.replay()
+        assert torch.equal(captured, moe(x, routing))
