@@ -191,14 +191,17 @@ class _Package(Need):
 class _Torch(Need):
     at_least: str
     reason: str
+    on: tuple[tuple[str, str], ...] = ()
 
     def check(self, context: Context) -> Failure | None:
-        version = context.spec.software.torch
+        version, arch = context.spec.software.torch, context.spec.arch.name
+        floor = dict(self.on).get(arch, self.at_least)
+        needed = f"torch >= {floor}" + (f" on {arch}" if self.on else "")
         if version is None:
-            return Failure(Code.TORCH_VERSION, f"torch >= {self.at_least}", "torch not installed")
-        if version_at_least(version, self.at_least):
+            return Failure(Code.TORCH_VERSION, needed, "torch not installed")
+        if version_at_least(version, floor):
             return None
-        return Failure(Code.TORCH_VERSION, f"torch >= {self.at_least}", version, self.reason)
+        return Failure(Code.TORCH_VERSION, needed, version, self.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,10 +372,15 @@ class Needs:
         return _Package(name, at_least, hint)
 
     @staticmethod
-    def torch(at_least: str, reason: str) -> Need:
-        """Need a torch release or newer; nightlies count as their release."""
-        _release("torch", at_least)
-        return _Torch(at_least, reason)
+    def torch(at_least: str, reason: str, on: Mapping[str, str] | None = None) -> Need:
+        """Need a torch release or newer; nightlies count as their release.
+
+        `on` gives other releases for single architectures, by name such as `sm_90`.
+        """
+        exceptions = tuple((on or {}).items())
+        for release in (at_least, *(release for _, release in exceptions)):
+            _release("torch", release)
+        return _Torch(at_least, reason, exceptions)
 
     @staticmethod
     def multiple_of(size: str, divisor: int, hint: str = "") -> Need:

@@ -2,8 +2,10 @@
 
 Binding selects the kernel, brings weights into its encoding and layout, and checks their values.
 A call checks shapes, dtype and device from attributes and starts the launcher: no registry, no
-environment, no question about the architecture. Under `torch.compile` a call is one opaque
-`hal::` operator whose weights are real arguments, so that compilers see what it reads.
+environment, no question about the architecture. Weights and bias are read as constants: an input
+or a routing that requires a gradient is refused, a weight that does gets none. Under
+`torch.compile` a call is one opaque `hal::` operator whose weights are real arguments, so that
+compilers see what it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.compiler import is_compiling
 from hal.config import setting
 from hal.errors import DTypeError, ShapeError, UnknownNameError
 from hal.ops.binding import Binding, Tensors, select_for
-from hal.ops.checks import check_activations, check_same_device
+from hal.ops.checks import check_activations, check_gradient, check_same_device
 from hal.ops.fused_moe import ACTIVATIONS
 from hal.ops.library import enroll
 from hal.ops.prepare import (
@@ -132,7 +134,7 @@ class Linear(_Bound):
         dtype = activation_dtype("linear", weight, dtype)
         rows_out, columns = weight.shape
         if bias is not None:
-            bias = bias.detach()
+            bias = bias.detach().contiguous()
             if tuple(bias.shape) != (rows_out,):
                 raise ShapeError("linear", found=f"bias {list(bias.shape)}", needed=f"[{rows_out}]")
             if bias.dtype is not dtype:
@@ -265,6 +267,7 @@ class FusedMoE(_Bound):
             or x.requires_grad
             or ids.shape[0] != x.shape[0]
             or ids.device != self._device
+            or routing.weights.requires_grad
         ):
             self._check(x, routing)
         if is_compiling():
@@ -296,6 +299,7 @@ class FusedMoE(_Bound):
                 "fused_moe", found=f"routing of {routing.tokens} tokens", needed=f"{x.shape[0]}"
             )
         check_same_device("fused_moe", self._device, ids=routing.ids)
+        check_gradient("fused_moe", routing.weights)
 
     def __repr__(self) -> str:
         return (

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.adapters.decode import Decoder, decoder
-from hal.ops.adapters.int_mm import quantize_rows
+from hal.ops.adapters.int_mm import exact_sums, quantize_rows
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.fused_moe import ACTIVATIONS, FUSED_MOE, QUANTIZED, activate, moe_signatures
 from hal.ops.slots import Runs, combine, sort_slots
@@ -169,8 +169,8 @@ def _box(rows: torch.Tensor, weight: torch.Tensor, runs: Runs) -> torch.Tensor:
         Needs.platform("cpu"),
         *TORCH,
         Needs.math("int8"),
-        Needs.between("hidden", 1, 131072, "the int32 sum would overflow"),
-        Needs.between("intermediate", 1, 131072, "the int32 sum would overflow"),
+        *exact_sums("hidden"),
+        *exact_sums("intermediate"),
     ),
 )
 def bind_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
@@ -224,8 +224,8 @@ def _int8(dtype_name: str) -> Stage:
 )
 def bind_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Decode the weights of the experts that are hit, at each call; keeps them quantized."""
-    decode = decoder(w13, binding.problem("dtype", "bfloat16"))
-    stages = _decoded(decode), _decoded(decode)
+    wide = binding.problem("dtype", "bfloat16")
+    stages = _decoded(decoder(w13, wide)), _decoded(decoder(w2, wide))
     return _bind(binding, w13, w2, *stages, (*w13.tensors, *w2.tensors))
 
 

@@ -221,7 +221,7 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
     ) -> torch.Tensor:
         tokens, top_k = ids.shape
         slots = tokens * top_k
-        ids = ids.contiguous()
+        ids, weights = ids.contiguous(), weights.contiguous()
         rows = -(-slots // experts)
         matrices = min(experts, slots)
         tile13 = tiles13(rows, matrices)

@@ -39,6 +39,7 @@ ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
 WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
 TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
+QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
 
 Bound = tuple[Launch, Tensors]
 
@@ -141,7 +142,7 @@ def bind_triton_bf16(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
     level=Level.NATIVE,
     band="tuned",
     signatures={name: ALL[name] for name in ("fp8_channel", "fp8_block128")},
-    requires=(*TRITON, Needs.triton_math("e4m3fn", "e4m3fnuz")),
+    requires=(*TRITON, Needs.triton_math("e4m3fn", "e4m3fnuz"), QUANTIZED_ROWS),
 )
 def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Quantize the input and multiply 8-bit floats in Triton."""
@@ -153,7 +154,7 @@ def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None
     level=Level.NATIVE,
     band="tuned",
     signatures={"int8_channel": ALL["int8_channel"]},
-    requires=(*TRITON, Needs.triton_math("int8")),
+    requires=(*TRITON, Needs.triton_math("int8"), QUANTIZED_ROWS),
 )
 def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Quantize the input and multiply int8 in Triton."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import ShapeError
+from hal.errors import DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, measurements, select_for
-from hal.ops.checks import check_gradient
+from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, dtype_name
 from hal.quant.codec import SCALE_FLOOR, decode, encode
 from hal.quant.quantize import encoding_for
 from hal.quant.scheme import BLOCK, SCHEMES, find_scheme, scale_shape
@@ -67,12 +67,19 @@ def quantize(
 
     Raises:
         ShapeError: If `x` is not a matrix.
+        DTypeError: If it has another dtype.
         UnknownNameError: If the scheme does not quantize activations.
         NoKernelError: If no kernel can run.
     """
     how = find_scheme(scheme)
     if x.ndim != 2:
         raise ShapeError("quantize", found=f"input {list(x.shape)}", needed="[tokens, features]")
+    if dtype_name(x) not in (*ACTIVATION_DTYPES, "float32"):
+        raise DTypeError(
+            "quantize",
+            found=f"input of {dtype_name(x)}",
+            needed=" or ".join((*ACTIVATION_DTYPES, "float32")),
+        )
     check_gradient("quantize", x)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
@@ -133,7 +140,7 @@ def quantize_torch(
     # as long as abs and amax, and a fresh result 10 times as long as one in place.
     ratio = rows.to(torch.float32, copy=True)
     largest = ratio.abs().amax(-1, keepdim=True)
-    scales = (largest / top).clamp_min_(SCALE_FLOOR)
+    scales = (largest / largest.new_full((), top)).clamp_min_(SCALE_FLOOR)  # as in the codec
     scales.masked_fill_(~largest.isfinite(), torch.nan)
     # No clamp: |x| / scale exceeds the maximum by less than half a step, which rounds to it.
     ratio.div_(scales)

@@ -48,7 +48,9 @@ class Routing:
     __slots__ = ("ids", "weights")
 
     def __init__(self, *, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        if ids.dtype.is_floating_point or ids.dtype.itemsize < 4:
+        # By attributes: names of dtypes take as long to build as all the rest of this.
+        kind = ids.dtype
+        if kind.is_floating_point or kind.itemsize < 4 or kind.is_complex or not kind.is_signed:
             swapped = ids.dtype.is_floating_point and not weights.dtype.is_floating_point
             raise DTypeError(
                 "Routing: ids",
@@ -56,7 +58,7 @@ class Routing:
                 needed="int32 or int64",
                 cure="ids and weights are swapped" if swapped else "ids.to(torch.int32)",
             )
-        if not weights.dtype.is_floating_point or weights.dtype.itemsize < 2:
+        if not weights.dtype.is_floating_point or weights.dtype.itemsize not in (2, 4):
             raise DTypeError(
                 "Routing: weights", found=weights.dtype, needed="float32, bfloat16 or float16"
             )
@@ -168,7 +170,7 @@ def route(
     if bias is not None and tuple(bias.shape) != (experts,):
         raise ShapeError("route", found=f"bias {list(bias.shape)}", needed=f"[{experts}]")
     check_same_device("route", logits.device, bias=bias)
-    check_gradient("route", logits)
+    check_gradient("route", logits, *(() if bias is None else (bias,)))
     problem = {"tokens": tokens, "experts": experts, "top_k": top_k, "scoring": scoring}
     selection, _ = select_for("route", "none", logits.device, problem, platform=platform, **options)
     assert selection.kernel is not None
@@ -257,6 +259,6 @@ def _triton(
         scoring=scoring,
         renormalize=renormalize,
         scaling=scaling,
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
     )
     return ids, weights

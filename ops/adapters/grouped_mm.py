@@ -4,9 +4,9 @@ Rows are gathered in the order of experts and the ends of the groups are compute
 are, so that nothing is read back. Rows after the last group, those of absent slots, are not
 written by the product: they are zeroed before they are combined.
 
-Source: aten/src/ATen/native/GroupedMMUtils.h and cuda/GroupedBlas.cpp: bf16 on sm_80 and later,
-strides of whole 16 bytes; fp8 with row-wise scales on sm_90. (torch has both on CPUs too, where
-they gain nothing over `hal.ops.experts`.)
+Source: aten/src/ATen/native/GroupedMMUtils.h and cuda/GroupedBlas.cpp: bf16 on sm_90 from
+torch 2.8 and on sm_80 and later from 2.9, strides of whole 16 bytes; fp8 with row-wise scales on
+sm_90. (torch has both on CPUs too, where they gain nothing over `hal.ops.experts`.)
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def combine(
         *COMMON,
         Needs.platform("cuda"),
         Needs.at_least(CudaArch(8, 0)),
-        Needs.torch("2.8", "grouped_mm"),
+        Needs.torch("2.9", "grouped_mm", on={"sm_90": "2.8"}),
         Needs.math("bfloat16"),
         Needs.multiple_of("hidden", 8),
         Needs.multiple_of("intermediate", 8),

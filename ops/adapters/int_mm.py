@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hal.arch import CudaArch
 from hal.formats import number_format
-from hal.needs import Needs
+from hal.needs import Need, Needs
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR
 from hal.ops.quantize import CACHE_ELEMENTS, quantize_cached, quantizer
@@ -28,17 +28,29 @@ if TYPE_CHECKING:
 
     from hal.quant.tensor import QTensor
 
-__all__ = ["int_mm_rows", "quantize_rows", "scaled"]
+__all__ = ["exact_sums", "int_mm_rows", "quantize_rows", "scaled"]
 
 INT8_MAXIMUM = number_format("int8").quantization_maximum
 CUDA_LEAST_ROWS = 17
 LARGE_WEIGHT = 1 << 21
 """Elements from which on reordering the weight, as oneDNN does at each call, costs more."""
-NO_OVERFLOW = Needs.between("in_features", 1, 131072, "the int32 sum would overflow")
+MOST_TERMS = 131072
+"""Products of int8 codes up to 127 that an int32 sum holds: 131072 * 127 * 127 < 2**31."""
 
 Bound = tuple[Launch, Tensors]
 Multiply = Callable[..., "torch.Tensor"]
 """`torch._int_mm`, or a function that takes the same."""
+
+
+def exact_sums(size: str) -> tuple[Need, ...]:
+    """Return the needs of an exact sum over `size` by `torch._int_mm` on a CPU.
+
+    Of one column it returns wrong products; see the quirk `int-mm-one-column`.
+    """
+    return (
+        Needs.between(size, 2, None, "torch._int_mm is wrong for one column"),
+        Needs.between(size, None, MOST_TERMS, "the int32 sum would overflow"),
+    )
 
 
 def int_mm_rows(codes: torch.Tensor, weight: torch.Tensor, multiply: Multiply) -> torch.Tensor:
@@ -98,7 +110,7 @@ def scaled(
         Needs.platform("cpu"),
         Needs.package("torch"),
         Needs.math("int8"),
-        NO_OVERFLOW,
+        *exact_sums("in_features"),
     ),
     batch_invariant=True,
 )
@@ -130,7 +142,7 @@ def bind_cpu(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
         Needs.at_least(CudaArch(7, 5)),
         Needs.package("torch"),
         Needs.math("int8"),
-        NO_OVERFLOW,
+        Needs.between("in_features", None, MOST_TERMS, "the int32 sum would overflow"),
         Needs.multiple_of("in_features", 8),
         Needs.multiple_of("out_features", 8),
     ),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 BFLOAT16 = Needs.one_of("dtype", "bfloat16", hint="torch gives bfloat16 only")
 
+ROWWISE_SINCE = {"sm_90": "2.6", "gfx942": "2.7", "sm_89": "2.12"}
+"""Torch releases with row-wise scales. On sm_89 earlier ones launch on the wrong stream."""
+
 Bound = tuple[Launch, Tensors]
 
 
@@ -37,7 +40,7 @@ Bound = tuple[Launch, Tensors]
         Needs.platform("cuda", "rocm"),
         Needs.exactly("sm_89", "sm_90", "sm_100", "gfx942", "gfx950"),
         Needs.package("torch"),
-        Needs.torch("2.6", "scales per row"),
+        Needs.torch("2.9", "scales per row", on=ROWWISE_SINCE),
         Needs.math("e4m3fn", "e4m3fnuz"),
         BFLOAT16,
         Needs.multiple_of("in_features", 16),

@@ -142,6 +142,7 @@ MET = [
     (Needs.package("triton", "3.7"), {}, {}),
     (Needs.package("torch"), {}, {}),
     (Needs.torch("2.13", ""), {"software": Software(torch="2.13.0a0+git12")}, {}),
+    (Needs.torch("2.14", "", on={"sm_90": "2.13"}), {}, {}),
     (Needs.multiple_of("n", 128), {}, {"n": 0}),
     (Needs.multiple_of("n", 128), {}, {"n": 256}),
     (Needs.between("n", 1, 64), {}, {"n": 1}),
@@ -200,6 +201,7 @@ def test_a_floor_of_another_vendor_is_never_met(arch) -> None:
         lambda: Needs.exactly("sm_90a"),
         lambda: Needs.package("triton", "newest"),
         lambda: Needs.torch("2.13.0+cu130", ""),
+        lambda: Needs.torch("2.13", "", on={"sm_90": "newest"}),
     ],
 )
 def test_a_need_that_could_never_be_right_is_refused(declare) -> None:
@@ -211,6 +213,13 @@ def test_a_need_that_could_never_be_right_is_refused(declare) -> None:
 def test_bare_fp8_is_refused(declare) -> None:
     with pytest.raises(UnknownNameError, match="number format 'fp8'"):
         declare("fp8")
+
+
+def test_a_torch_release_of_one_architecture() -> None:
+    need = Needs.torch("2.12", "stream", on={"sm_90": "2.14"})
+    failure = need.check(Context(make_spec(CudaArch(9, 0)), "bf16"))
+    assert "needs torch >= 2.14 on sm_90 (stream)" in str(failure)
+    assert need.check(Context(make_spec(CudaArch(8, 9)), "bf16")) is None
 
 
 def test_triton_math_refuses_unknown_formats() -> None:

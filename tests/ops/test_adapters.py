@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hal.ops
-from hal.errors import ForcedKernelError, ValueRangeError
+from hal.errors import DTypeError, ForcedKernelError, ValueRangeError
 from hal.ops.adapters.decode import decode_e4m3fn
 from hal.ops.adapters.int_mm import LARGE_WEIGHT, int_mm_rows
 from hal.ops.quantize import (
@@ -17,7 +17,7 @@ from hal.ops.quantize import (
     quantize_reference,
     quantize_torch,
 )
-from hal.quant import quantize
+from hal.quant import SCHEMES, quantize
 from hal.registry import find_op
 
 CPU_KERNELS = [
@@ -34,7 +34,7 @@ GPU_KERNELS = [
     ("torch_scaled_mm", "fp8_channel"),
     ("torch_scaled_mm_block128", "fp8_block128"),
 ]
-SIZES = [(1, 1), (1, 33), (5, 7), (130, 129), (256, 384), (257, 128)]
+SIZES = [(1, 2), (1, 33), (5, 7), (130, 129), (256, 384), (257, 128)]
 
 
 def expected(kernel, weight, x, bias):
@@ -91,6 +91,47 @@ def test_cpu_linear(kernel, scheme, rows_out, columns, with_bias, dtype, generat
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         x[tokens // 2 : tokens // 2 + 1] = 0 if tokens > 1 else x[:1]
         assert_near(linear(x), expected(kernel, weight, x, bias), x)
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("rows_out", [1, 7])
+def test_one_column(scheme, rows_out, generator):
+    weight = quantize(torch.randn(rows_out, 1, generator=generator).bfloat16(), scheme)
+    linear = hal.ops.Linear(weight)
+    x = torch.randn(5, 1, generator=generator).bfloat16()
+    assert_near(linear(x), expected(linear.kernel, weight, x, None), x)
+
+
+def test_int_mm_refuses_one_column_and_sums_that_overflow():
+    for columns, message in ((1, "2 <= in_features"), (131_073, "in_features <= 131072")):
+        selection = hal.select(
+            "linear", scheme="int8_channel", platform="cpu", in_features=columns, out_features=8
+        )
+        failures = selection.candidate("torch_int_mm_cpu").failures
+        assert any(message in str(failure) for failure in failures), failures
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (8, 1)])
+def test_int8_experts_of_one_column(sizes, generator):
+    hidden, intermediate = sizes
+    shapes = (3, 2 * intermediate, hidden), (3, hidden, intermediate)
+    w13, w2 = (
+        quantize(torch.randn(shape, generator=generator).bfloat16(), "int8_channel")
+        for shape in shapes
+    )
+    routing = hal.ops.Routing(ids=torch.tensor([[0, 2], [1, 1]]), weights=torch.ones(2, 2))
+    x = torch.randn(2, hidden, generator=generator).bfloat16()
+    bound = hal.ops.FusedMoE(w13, w2)
+    assert bound.kernel != "torch_experts_int8"
+    wanted = hal.ops.FusedMoE(w13, w2, force="reference")(x, routing).double()
+    assert (bound(x, routing).double() - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_rows_too_long_to_quantize_in_one_piece_go_elsewhere():
+    sizes = {"in_features": 32_776, "out_features": 8}
+    for scheme, kernel in (("fp8_channel", "triton_fp8"), ("int8_channel", "triton_int8")):
+        selection = hal.select("linear", scheme=scheme, platform="cuda:sm_90", **sizes)
+        assert "one piece" in str(selection.candidate(kernel).failures)
 
 
 @pytest.mark.parametrize(("kernel", "scheme"), CPU_KERNELS)
@@ -151,6 +192,22 @@ def test_a_nan_code_is_refused(generator):
     weight.values.view(torch.uint8)[1, 2] = 0xFF
     with pytest.raises(ValueRangeError, match="NaN code"):
         hal.ops.Linear(weight, force="torch_decode")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nan_code_of_an_expert_is_refused(which, generator):
+    weights = [
+        quantize(torch.randn(shape, generator=generator).bfloat16(), "fp8_channel")
+        for shape in ((2, 16, 8), (2, 8, 8))
+    ]
+    weights[which].values.view(torch.uint8)[1, 2, 3] = 0x7F
+    with pytest.raises(ValueRangeError, match="NaN code"):
+        hal.ops.FusedMoE(*weights, force="torch_experts_decode")
+
+
+def test_a_double_is_not_quantized():
+    with pytest.raises(DTypeError, match=r"float64.*float32"):
+        hal.ops.quantize(torch.zeros(2, 128, dtype=torch.float64), "fp8_channel")
 
 
 def test_gpu_kernels_say_why_they_do_not_run_here(generator):

@@ -154,6 +154,25 @@ class TestMoERefuses:
         with pytest.raises(DTypeError, match="ids and weights are swapped"):
             Routing(ids=torch.zeros(3, 2), weights=torch.zeros(3, 2, dtype=torch.int32))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+    def test_routing_weights_of_other_dtypes(self, dtype):
+        weights = torch.zeros(3, 2).to(dtype)
+        with pytest.raises(DTypeError, match="float32, bfloat16 or float16"):
+            Routing(ids=torch.zeros(3, 2, dtype=torch.int32), weights=weights)
+
+    @pytest.mark.parametrize("dtype", [torch.uint32, torch.int16, torch.bool, torch.complex64])
+    def test_routing_ids_of_other_dtypes(self, dtype):
+        with pytest.raises(DTypeError, match="needed int32 or int64"):
+            Routing(ids=torch.zeros(3, 2).to(dtype), weights=torch.zeros(3, 2))
+
+    def test_routing_that_requires_a_gradient(self, bound_moe, device):
+        routing = route(3, device)
+        routing.weights.requires_grad_()
+        with pytest.raises(GradientError, match="no_grad"):
+            bound_moe(tokens(3, 128, device), routing)
+        with torch.no_grad():
+            assert bound_moe(tokens(3, 128, device), routing).shape == (3, 128)
+
     def test_routing_is_keyword_only(self):
         with pytest.raises(TypeError):
             Routing(torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2))
@@ -182,6 +201,20 @@ class TestBindings:
         x = tokens(5, 128, device)
         turned = to_layout(plain, "k_major")
         assert torch.equal(Linear(turned)(x), Linear(plain)(x))
+
+    @pytest.mark.parametrize("scheme", list(SCHEMES))
+    def test_strided_bias_and_routing(self, device, scheme):
+        x, bias = tokens(5, 128, device), tokens(1, 128, device)[0, ::2]
+        plain = weight(64, 128, scheme=scheme, device=device)
+        assert torch.equal(Linear(plain, bias)(x), Linear(plain, bias.clone())(x))
+        moe = FusedMoE(
+            weight(4, 64, 128, scheme=scheme, device=device),
+            weight(4, 128, 32, scheme=scheme, device=device),
+        )
+        routing, both = route(5, device), torch.rand(2, 5, device=device)
+        strided = Routing(ids=routing.ids.t().contiguous().t(), weights=both.t())
+        dense = Routing(ids=routing.ids, weights=both.t().contiguous())
+        assert torch.equal(moe(x, strided), moe(x, dense))
 
     def test_function_binds_once(self):
         quantized, x = weight(64, 128), tokens(3, 128)
