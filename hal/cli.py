@@ -25,8 +25,6 @@ __all__ = ["main"]
 OK, NO_KERNEL, USAGE = 0, 1, 2
 INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 
-# Options of ops whose values are words; every other value on the command line is a number.
-TEXT_OPTIONS = frozenset({"activation", "dtype", "scoring"})
 FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 _EXPLAIN_EPILOG = """\
@@ -109,7 +107,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.force is not None:
         insists = replace(insists, force_origin="--force")
     spec = platform.device(options.device)
-    problem = dict(map(_size, options.sizes))
+    problem = _problem(options.op, options.sizes)
     selection = choose(options.op, scheme, spec, problem, insists)
     report = explain_report(selection, platform)
     if options.json:
@@ -174,26 +172,39 @@ def _only_scheme(op: str) -> str:
     return schemes[0]
 
 
-def _size(text: str) -> tuple[str, Any]:
-    """Return name and value of one `name=value`.
+def _problem(op: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the sizes and options that `name=value` texts give.
 
     Raises:
-        SettingError: If it is not of that form, or the value is no size.
+        SettingError: If a text is not of that form, a name comes twice or a size is no number.
     """
-    name, sign, value = text.partition("=")
-    if not (name and sign and value):
-        raise SettingError("explain", found=repr(text), needed="name=value, such as hidden=4096")
-    if value.lower() in FLAGS:
-        return name, FLAGS[value.lower()]
+    from hal.registry import find_op
+
+    problem: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not (name and sign and value):
+            raise SettingError(
+                "explain", found=repr(text), needed="name=value, such as hidden=4096"
+            )
+        if name in problem:
+            raise SettingError(f"explain: {name}", found="two values", needed="one")
+        problem[name] = _value(name, value, find_op(op).choices.get(name))
+    return problem
+
+
+def _value(name: str, text: str, choices: tuple[str | bool, ...] | None) -> str | int:
+    if choices is None:
+        if not (text.isascii() and text.isdigit()):
+            raise SettingError(f"explain: {name}", found=repr(text), needed="a whole number")
+        return int(text)
+    if True in choices:
+        return FLAGS.get(text.lower(), text)
     if name == "dtype":
         from hal.formats import number_format
 
-        return name, number_format(value).name
-    if name in TEXT_OPTIONS:
-        return name, value
-    if not (value.isascii() and value.isdigit()):
-        raise SettingError(f"explain: {name}", found=repr(value), needed="a whole number")
-    return name, int(value)
+        return number_format(text).name
+    return text
 
 
 def _write_json(report: dict[str, Any]) -> None:

@@ -141,6 +141,17 @@ class _FormatSupport(Need):
 
 
 @dataclass(frozen=True, slots=True)
+class _MathOf(Need):
+    option: str
+    default: str
+    accepted: tuple[Support, ...]
+
+    def check(self, context: Context) -> Failure | None:
+        name = context.problem.get(self.option, self.default)
+        return _FormatSupport((name,), "math", self.accepted).check(context)
+
+
+@dataclass(frozen=True, slots=True)
 class _TritonMath(Need):
     formats: tuple[str, ...]
 
@@ -346,6 +357,18 @@ class Needs:
     def storage(*formats: str, emulated: bool = True) -> Need:
         """Need to hold and convert one of the formats."""
         return _support("storage", formats, emulated)
+
+    @staticmethod
+    def math_of(option: str, *support: str, default: str = "bfloat16") -> Need:
+        """Need matrix math, in one of these ways, on the format that an option names.
+
+        Args:
+            option: Name of the option, such as `dtype`.
+            *support: `native` or `emulated`; nothing means native.
+            default: Format where the option is not given.
+        """
+        accepted = tuple(Support(name) for name in support or ("native",))
+        return _MathOf(option, number_format(default).name, accepted)
 
     @staticmethod
     def triton_math(*formats: str) -> Need:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from hal.errors import RegistrationError, UnknownNameError
+from hal.errors import RegistrationError, UnknownNameError, ValueRangeError
 from hal.formats import FORMATS, number_format
 from hal.needs import Need
 
@@ -210,12 +210,16 @@ class Op:
         sizes: Names of the problem's sizes and options that `select` accepts.
         summary: One line for people.
         measured: Returns the measured times, read when first needed.
+        choices: Values that options may take, by name; what is not here is a whole number.
+        at_most: Pairs `(small, large)` of sizes of which the first never exceeds the second.
     """
 
     name: str
     sizes: tuple[str, ...]
     summary: str
     measured: Callable[[], tuple[Measurement, ...]] = field(default=lambda: ())
+    choices: Mapping[str, tuple[str | bool, ...]] = field(default_factory=dict)
+    at_most: tuple[tuple[str, str], ...] = ()
     _kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -223,7 +227,38 @@ class Op:
             raise RegistrationError(f"op {self.name!r} exists already")
         if taken := RESERVED.intersection(self.sizes):
             raise RegistrationError(f"op {self.name!r}: sizes cannot be called {sorted(taken)}")
+        constrained = {*self.choices, *(name for pair in self.at_most for name in pair)}
+        if unknown := constrained.difference(self.sizes):
+            raise RegistrationError(f"op {self.name!r}: no size is called {sorted(unknown)}")
         _OPS[self.name] = self
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Raise unless every size and option has a name and a value that the op knows.
+
+        Raises:
+            UnknownNameError: For an unknown size or option, or an unknown value of an option.
+            ValueRangeError: For a size that is no whole number, is below 0, or exceeds another.
+        """
+        for name, value in problem.items():
+            if name not in self.sizes:
+                raise UnknownNameError(f"size or option of {self.name}", name, self.sizes)
+            choices = self.choices.get(name)
+            if value is None:
+                continue
+            if choices is not None:
+                if value not in choices:
+                    known = [str(choice) for choice in choices]
+                    raise UnknownNameError(f"{name} of {self.name}", str(value), known)
+            elif isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueRangeError(self.name, found=f"{name}={value!r}", needed="a whole number")
+            elif value < 0:
+                raise ValueRangeError(self.name, found=f"{name}={value}", needed="0 or more")
+        for small, large in self.at_most:
+            most, least = problem.get(large), problem.get(small)
+            if least is not None and most is not None and least > most:
+                raise ValueRangeError(
+                    self.name, found=f"{small}={least}", needed=f"at most {large}={most}"
+                )
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

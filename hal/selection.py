@@ -24,7 +24,6 @@ from hal.errors import (
     ForcedKernelError,
     NoKernelError,
     UnknownNameError,
-    ValueRangeError,
 )
 from hal.needs import Code, Context, Failure
 from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
@@ -206,15 +205,11 @@ def choose(
         options: What the caller insists on.
 
     Raises:
-        UnknownNameError: For an unknown op, scheme, size or forced kernel.
-        ValueRangeError: For a size below 0.
+        UnknownNameError: For an unknown op, scheme, forced kernel, size or value of an option.
+        ValueRangeError: For a size that is no whole number, is below 0, or exceeds another.
     """
     op = find_op(op) if isinstance(op, str) else op
-    for name, value in problem.items():
-        if name not in op.sizes:
-            raise UnknownNameError(f"size or option of {op.name}", name, op.sizes)
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueRangeError(op.name, found=f"{name}={value}", needed="0 or more")
+    op.check(problem)
     schemes = sorted({name for kernel in op.kernels for name in kernel.schemes})
     if scheme not in schemes:
         raise UnknownNameError(f"scheme of {op.name}", scheme, schemes)
@@ -470,7 +465,7 @@ def select(
         NoKernelError: If no kernel can run; carries the table of all candidates.
         ForcedKernelError: If the forced kernel cannot run.
         UnknownNameError: For an unknown op, scheme, kernel, size or platform.
-        ArgumentError: For a size below 0, or a wrong `fallback`.
+        ArgumentError: For a size that cannot be, or a wrong `fallback`.
     """
     from hal.runtime import resolve_platform
 

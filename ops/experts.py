@@ -9,6 +9,7 @@ why, is measured in docs/cpu.md:
 | kernel | weights in memory | product |
 |---|---|---|
 | torch_experts | as given, bf16 or fp16 | the dtype's own |
+| torch_experts_emulated | the same | the same call, where the device only converts the dtype |
 | torch_experts_int8 | int8 | int8 x int8 in int32 (VNNI, AMX, I8MM) |
 | torch_experts_dequant | bf16, twice the bytes | bf16, half the time of decoding at few tokens |
 | torch_experts_decode | as given | each expert's weight is decoded at each call |
@@ -33,11 +34,7 @@ if TYPE_CHECKING:
     from hal.quant.tensor import QTensor
 
 TORCH = (Needs.package("torch"), Needs.one_of("activation", *ACTIVATIONS))
-DENSE = (
-    Needs.platform("cpu", "cuda", "rocm", "xpu"),
-    *TORCH,
-    Needs.math("bfloat16", "float16", emulated=True),
-)
+ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), *TORCH)
 SMALL_WEIGHTS_BYTES = 8 << 20
 """Weights that stay in the last cache; only then is a product over all experts worth while."""
 EPILOGUE_ELEMENTS = 1 << 16
@@ -76,7 +73,14 @@ def _bind(
     level=Level.NATIVE,
     band="portable",
     signatures=moe_signatures("bf16"),
-    requires=DENSE,
+    requires=(*ANYWHERE, Needs.math_of("dtype")),
+)
+@FUSED_MOE.kernel(
+    "torch_experts_emulated",
+    level=Level.EMULATED,
+    band="portable",
+    signatures=moe_signatures("bf16"),
+    requires=(*ANYWHERE, Needs.math_of("dtype", "emulated")),
 )
 def bind_dense(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Sort slots by expert and call torch's own matrix product for each expert."""
@@ -89,7 +93,7 @@ def bind_dense(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     level=Level.DEQUANT,
     band="portable",
     signatures=moe_signatures(*QUANTIZED, weight_only=True),
-    requires=DENSE,
+    requires=(*ANYWHERE, Needs.math_of("dtype", "native", "emulated")),
 )
 def bind_dequant(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Expand the weights when they are bound; takes the memory of bf16."""
@@ -219,7 +223,7 @@ def _int8(dtype_name: str) -> Stage:
         # Not ROCm: the shifts read e4m3fn, and gfx942 holds e4m3fnuz.
         Needs.platform("cpu", "cuda", "xpu"),
         *TORCH,
-        Needs.math("bfloat16", "float16", emulated=True),
+        Needs.math_of("dtype", "native", "emulated"),
     ),
 )
 def bind_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:

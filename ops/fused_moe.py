@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors, measurements
-from hal.ops.linear import TileChoice
+from hal.ops.checks import ACTIVATION_DTYPES
+from hal.ops.linear import TileChoice, multiply
 from hal.ops.quantize import fake_quantize
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.scheme import SCHEMES
@@ -33,13 +34,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ACTIVATIONS", "FUSED_MOE", "activate", "fused_moe"]
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 FUSED_MOE = Op(
     "fused_moe",
     ("tokens", "experts", "top_k", "hidden", "intermediate", "dtype", "activation"),
     "run tokens through their experts",
     measurements("fused_moe"),
+    choices={"dtype": ACTIVATION_DTYPES, "activation": ACTIVATIONS},
+    at_most=(("top_k", "experts"),),
 )
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 
 
@@ -118,6 +121,7 @@ def bind_reference(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     scheme, encoding = w13.scheme, w13.encoding
     activation = binding.problem("activation", "silu")
     width = len(w13.tensors)
+    single = binding.selection.options.batch_invariant
 
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
@@ -129,8 +133,8 @@ def bind_reference(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
         out = rows.new_zeros(x.shape[0], w2.shape[1])
         for expert in range(w13.shape[0]):
             token, slot = (ids == expert).nonzero(as_tuple=True)
-            h = activate(rows[token] @ wide13[expert].T, activation).to(x.dtype)
-            y = fake_quantize(h, scheme, encoding) @ wide2[expert].T
+            h = activate(multiply(rows[token], wide13[expert], single), activation).to(x.dtype)
+            y = multiply(fake_quantize(h, scheme, encoding), wide2[expert], single)
             out.index_add_(0, token, y * weights[token, slot].float().unsqueeze(-1))
         return out.to(x.dtype)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors, measurements
+from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.quantize import fake_quantize
 from hal.quant.scheme import SCHEMES
 from hal.registry import Level, Op
@@ -33,6 +34,7 @@ LINEAR = Op(
     ("tokens", "in_features", "out_features", "dtype", "bias"),
     "multiply by a weight matrix",
     measurements("linear"),
+    choices={"dtype": ACTIVATION_DTYPES, "bias": (True, False)},
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
@@ -82,12 +84,13 @@ def bind_reference(binding: Binding, weight: QTensor, bias: torch.Tensor | None)
     from dataclasses import replace
 
     scheme, encoding, shape = weight.scheme, weight.encoding, weight.shape
+    single = binding.selection.options.batch_invariant
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, shape[-1])
         scales = tensors[1] if scheme.weight.format else None
         wide = replace(weight, values=tensors[0], scales=scales).dequantize()
-        out = fake_quantize(rows, scheme, encoding) @ wide.T
+        out = multiply(fake_quantize(rows, scheme, encoding), wide, single)
         if bias is not None:
             out = out + tensors[-1].float()
         return out.to(x.dtype)
@@ -95,12 +98,28 @@ def bind_reference(binding: Binding, weight: QTensor, bias: torch.Tensor | None)
     return launch, _with_bias(weight.tensors, bias)
 
 
+def multiply(rows: torch.Tensor, weight: torch.Tensor, single: bool) -> torch.Tensor:
+    """Return `rows @ weight.T`, row by row if `single`: libraries sum one row in another order."""
+    import torch
+
+    if not single:
+        return rows @ weight.T
+    return torch.cat([row @ weight.T for row in rows.split(1)])
+
+
 @LINEAR.kernel(
     "torch_dense",
     level=Level.NATIVE,
     band="portable",
     signatures={"bf16": ALL["bf16"]},
-    requires=(*ANYWHERE, Needs.math("bfloat16", "float16", emulated=True)),
+    requires=(*ANYWHERE, Needs.math_of("dtype")),
+)
+@LINEAR.kernel(
+    "torch_dense_emulated",
+    level=Level.EMULATED,
+    band="portable",
+    signatures={"bf16": ALL["bf16"]},
+    requires=(*ANYWHERE, Needs.math_of("dtype", "emulated")),
 )
 def bind_dense(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Call torch's own bf16 or fp16 matrix product."""
@@ -117,7 +136,7 @@ def bind_dense(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     level=Level.DEQUANT,
     band="portable",
     signatures=WEIGHT_ONLY,
-    requires=(*ANYWHERE, Needs.math("bfloat16", "float16", emulated=True)),
+    requires=(*ANYWHERE, Needs.math_of("dtype", "native", "emulated")),
 )
 def bind_dequant(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Expand the weight when it is bound; takes the memory of bf16."""

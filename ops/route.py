@@ -1,12 +1,17 @@
 """Route tokens to experts: score, choose the top k, weight.
 
     scores = softmax(logits) or sigmoid(logits)               float32, [tokens, experts]
-    ids    = the k largest of scores + bias, ties to the lowest id
-    w      = scores at ids, divided by their sum if renormalized, times scaling
+    ids    = the k largest of scores + bias, or of the logits without a bias
+    w      = scores at ids (/ (their sum + 1e-20) if renormalized) * scaling
+
+Ties go to the lowest id, -0 equals +0 and NaN comes after everything. Without a bias the logits
+decide, of which both scores are monotone, so that scores that saturate in float32 create no ties.
+A token with a NaN among its logits gets NaN weights; its ids are distinct and in range all the
+same. Every kernel keeps to this, and one test holds all of them to it.
 
 Source: Shazeer et al., "Outrageously Large Neural Networks" (arXiv:1701.06538) for softmax top-k;
 DeepSeek-V3 Technical Report, section 2.1.2 (arXiv:2412.19437) for sigmoid scores and the bias
-that takes part in the choice and not in the weights.
+that takes part in the choice and not in the weights, and for 1e-20, which its model code adds.
 """
 
 from __future__ import annotations
@@ -30,7 +35,10 @@ ROUTE = Op(
     ("tokens", "experts", "top_k", "scoring"),
     "choose experts and weights from router logits",
     measurements("route"),
+    choices={"scoring": SCORINGS},
+    at_most=(("top_k", "experts"),),
 )
+RENORMALIZE_FLOOR = 1e-20
 SIGNATURE = {"none": (Operand("logits", ("float32", "bfloat16", "float16")),)}
 
 
@@ -119,15 +127,31 @@ def reference(
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids int32, weights float32) by the formula above."""
+    scores, choice = scores_and_choice(logits, scoring, bias)
+    # A stable descending sort puts the lowest id first among equals.
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return ids.int(), weights_of(logits, scores, ids, renormalize, scaling)
+
+
+def scores_and_choice(
+    logits: torch.Tensor, scoring: str, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scores and what experts are chosen by: float32 without NaN and without -0."""
     wide = logits.float()
     scores = wide.softmax(-1) if scoring == "softmax" else wide.sigmoid()
-    choice = scores if bias is None else scores + bias.float()
-    # A stable descending sort puts the lowest id first among equals, and NaN first of all.
-    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    choice = wide if bias is None else scores + bias.float()
+    return scores, choice.masked_fill(choice.isnan(), float("-inf")) + 0.0
+
+
+def weights_of(
+    logits: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, renormalize: bool, scaling: float
+) -> torch.Tensor:
+    """Return the weights of the chosen experts."""
     weights = scores.gather(-1, ids)
     if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return ids.int(), weights * scaling
+        weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_FLOOR)
+    weights = weights * scaling
+    return weights.masked_fill_(logits.isnan().any(-1, keepdim=True), float("nan"))
 
 
 def route(
@@ -208,19 +232,17 @@ def _torch_topk(
     scaling: float,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Use torch.topk, which leaves the order of equal scores open."""
+    """Take torch.topk of integers that hold value and id: of equal floats it takes any."""
     import torch
 
-    wide = logits.float()
-    scores = wide.softmax(-1) if scoring == "softmax" else wide.sigmoid()
-    if bias is None:
-        weights, ids = torch.topk(scores, top_k, dim=-1)
-    else:
-        ids = torch.topk(scores + bias.float(), top_k, dim=-1).indices
-        weights = scores.gather(-1, ids)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return ids.int(), weights if scaling == 1.0 else weights * scaling
+    scores, choice = scores_and_choice(logits, scoring, bias)
+    bits = choice.view(torch.int32)
+    # Negative floats sort backwards as integers: flip all bits but the sign.
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    last = choice.shape[1] - 1
+    keys = (order << 32) + torch.arange(last, -1, -1, device=logits.device)
+    ids = last - (torch.topk(keys, top_k, dim=-1).values & 0x7FFFFFFF)
+    return ids.int(), weights_of(logits, scores, ids, renormalize, scaling)
 
 
 @ROUTE.kernel(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from hal.cli import TEXT_OPTIONS
 from hal.platforms.tables import device_names
 from hal.registry import find_op, op_names
 from hal.runtime import platform
@@ -131,13 +130,26 @@ def test_usage_errors(hal: Any, call: tuple[str, ...], said: str) -> None:
     assert "Traceback" not in answer.err
 
 
-def test_words_are_accepted_wherever_a_kernel_needs_a_word() -> None:
-    words = set()
-    for name in op_names():
-        for kernel in find_op(name).kernels:
-            for need in kernel.requires:
-                values = getattr(need, "values", ())
-                if any(isinstance(value, str) for value in values):
-                    words.add(getattr(need, "option"))  # noqa: B009
-    assert "activation" in words
-    assert words <= TEXT_OPTIONS
+@pytest.mark.parametrize("name", op_names())
+def test_every_word_that_a_kernel_needs_is_a_choice_of_its_op(name: str) -> None:
+    op = find_op(name)
+    needs = [need for kernel in op.kernels for need in kernel.requires]
+    words = {need.option for need in needs if type(need).__name__ in ("_OneOf", "_MathOf")}
+    assert words <= set(op.choices)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("bias=maybe", "unknown bias of linear 'maybe'; known: False, True"),
+        ("dtype=int8", "unknown dtype of linear 'int8'"),
+        ("tokens=true", "found 'true', needed a whole number"),
+        ("tokens=2", "explain: tokens: found two values, needed one"),
+    ],
+)
+def test_a_value_that_no_size_can_have(hal: Any, size: str, message: str) -> None:
+    answer = hal("explain", "linear", "--scheme", "bf16", "tokens=1", size)
+    if not size.startswith("tokens=2"):
+        answer = hal("explain", "linear", "--scheme", "bf16", size)
+    assert answer.status == 2
+    assert message in answer.err

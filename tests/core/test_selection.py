@@ -139,7 +139,7 @@ def test_every_candidate_has_all_its_failures() -> None:
 
 
 def test_unchecked_sizes_are_those_that_a_need_of_the_scheme_reads() -> None:
-    op = make_op(sizes=("m", "n", "kind", "unread", "foreign"))
+    op = make_op(sizes=("m", "n", "kind", "unread", "foreign"), choices={"kind": ("a", "b")})
     needs = (Needs.multiple_of("n", 8), Needs.between("m", 1, 9), Needs.one_of("kind", "a"))
     attach(op, "one", requires=needs)
     other = {"other": (Operand("x", ("float16",)),)}
@@ -156,10 +156,20 @@ def test_unchecked_sizes_are_those_that_a_need_of_the_scheme_reads() -> None:
         (("bf61", {}), UnknownNameError, "scheme of toy 'bf61'; did you mean 'bf16'"),
         (("bf16", {"hiden": 1}), UnknownNameError, "size or option of toy 'hiden'"),
         (("bf16", {"m": -1}), ValueRangeError, "toy: found m=-1, needed 0 or more"),
+        (("bf16", {"m": "many"}), ValueRangeError, "toy: found m='many', needed a whole number"),
+        (("bf16", {"m": 1.5}), ValueRangeError, "toy: found m=1.5, needed a whole number"),
+        (("bf16", {"m": True}), ValueRangeError, "toy: found m=True, needed a whole number"),
+        (("bf16", {"m": 3, "n": 2}), ValueRangeError, "toy: found m=3, needed at most n=2"),
+        (("bf16", {"kind": "aa"}), UnknownNameError, "kind of toy 'aa'; did you mean 'a'"),
+        (("bf16", {"flag": "maybe"}), UnknownNameError, "flag of toy 'maybe'"),
     ],
 )
 def test_a_wrong_question_is_refused(arguments, error, match: str) -> None:
-    op = make_op(sizes=("m", "n", "hidden"))
+    op = make_op(
+        sizes=("m", "n", "hidden", "kind", "flag"),
+        choices={"kind": ("a", "b"), "flag": (True, False)},
+        at_most=(("m", "n"),),
+    )
     attach(op, "one")
     scheme, problem = arguments
     with pytest.raises(error, match=match):

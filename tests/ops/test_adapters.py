@@ -123,8 +123,9 @@ def test_int8_experts_of_one_column(sizes, generator):
     x = torch.randn(2, hidden, generator=generator).bfloat16()
     bound = hal.ops.FusedMoE(w13, w2)
     assert bound.kernel != "torch_experts_int8"
+    # Weight-only kernels round to bf16 once more.
     wanted = hal.ops.FusedMoE(w13, w2, force="reference")(x, routing).double()
-    assert (bound(x, routing).double() - wanted).norm() <= 0.02 * wanted.norm()
+    assert (bound(x, routing).double() - wanted).norm() <= 0.03 * wanted.norm()
 
 
 def test_rows_too_long_to_quantize_in_one_piece_go_elsewhere():
