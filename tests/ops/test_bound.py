@@ -254,8 +254,6 @@ class TestBindings:
 
 
 class TestCompile:
-    # Older torch warns about itself while it compiles for CUDA.
-    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("scheme", list(SCHEMES))
     def test_full_graph_and_dynamic_shapes(self, device, scheme):
         lin = Linear(weight(128, 128, scheme=scheme, device=device))

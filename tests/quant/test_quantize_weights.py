@@ -98,13 +98,13 @@ def test_a_strided_weight_gives_the_same_codes(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_scales_are_float32_under_another_default_dtype(scheme: str) -> None:
-    before = torch.get_default_dtype()
+    weight, before = weight_of(4, 4), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        result = quantize(weight_of(4, 4), scheme, platform="cpu")
+        result = quantize(weight, scheme, platform="cpu")
     finally:
         torch.set_default_dtype(before)
-    assert equal(result, quantize(weight_of(4, 4), scheme, platform="cpu"))
+    assert equal(result, quantize(weight, scheme, platform="cpu"))
 
 
 @pytest.mark.parametrize(
