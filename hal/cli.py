@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as leaving:  # argparse has printed help, the version or what is wrong
         return OK if leaving.code in (None, 0) else USAGE
     if rest:
-        options.sizes += sizes
+        options.sizes = [*options.sizes, *sizes]
     _log_to_stderr()
     if options.command is None:
         parser.print_help()
@@ -154,7 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", metavar="I", type=int, default=0, help="visible device index")
     explain.add_argument("--force", metavar="KERNEL", help="this kernel or none")
     explain.add_argument("--minimum", metavar="LEVEL", help="lowest level, such as weight_only")
-    explain.add_argument("sizes", metavar="SIZE=VALUE", nargs="*", help="such as hidden=4096")
+    # A default, or argparse calls sizes required.
+    explain.add_argument(
+        "sizes", metavar="SIZE=VALUE", nargs="*", default=[], help="such as hidden=4096"
+    )
     return parser
 
 

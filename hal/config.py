@@ -40,7 +40,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class SettingValue:
-    """The value of a setting and where it came from, `default` or `environment`."""
+    """The value of a setting and where it came from, `default` or `environment`.
+
+    Of a value that cannot be used the origin says so: reports show it, and ops refuse it.
+    """
 
     setting: Setting
     value: str
@@ -93,10 +96,19 @@ def settings() -> tuple[SettingValue, ...]:
         SettingValue(
             row,
             os.environ.get(row.name, row.default),
-            "environment" if row.name in os.environ else "default",
+            _origin(row),
         )
         for row in SETTINGS.values()
     )
+
+
+def _origin(row: Setting) -> str:
+    value = os.environ.get(row.name)
+    if value is None:
+        return "default"
+    if row.choices and value not in row.choices:
+        return "environment; refused, needed " + " or ".join(map(repr, row.choices))
+    return "environment"
 
 
 def probe_seconds() -> float:

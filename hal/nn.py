@@ -1,10 +1,11 @@
 """Hold quantized weights in `torch.nn` modules: `Linear` and `FusedMoE`.
 
 Modules own their weights as buffers, so `state_dict`, `to`, `deepcopy` and `torch.save` work, and
-bind them on the first call on a device. Casting a module to bf16 or fp16 (`half()`) changes the
-dtype of the activations that it takes, of its bias and of weights under scheme `bf16`. Codes and
-scales stay as they are: they are not numbers in the dtype of the model. A cast to any other dtype
-moves only: there is no activation of that dtype to compute with.
+bind them on the first call on a device, and again after a buffer was written or replaced. Casting a
+module to bf16 or fp16 (`half()`) changes the dtype of the activations that it takes, of its bias
+and of weights under scheme `bf16`. Codes and scales stay as they are: they are not numbers in the
+dtype of the model. A cast to any other dtype moves only: there is no activation of that dtype to
+compute with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.ops import Routing
 from hal.ops.bound import FusedMoE as BoundFusedMoE
 from hal.ops.bound import Linear as BoundLinear
-from hal.ops.checks import ACTIVATION_DTYPES
+from hal.ops.checks import ACTIVATION_DTYPES, stamp
 from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_experts
 from hal.quant.quantize import quantize
 from hal.quant.scheme import Scheme, find_scheme
@@ -54,6 +55,8 @@ class _Quantized(torch.nn.Module):
         self._tags = {name: weight.metadata for name, weight in weights.items()}
         self._options = _Options(options)
         self._binding: Any = None
+        self._stamps: list[Any] = []
+        self._parts: list[torch.Tensor] = []
         for name, weight in weights.items():
             for part, tensor in weight.state_dict().items():
                 self.register_buffer(f"{name}_{part}", tensor)
@@ -62,15 +65,21 @@ class _Quantized(torch.nn.Module):
         raise NotImplementedError
 
     def _bound(self) -> Any:
-        """Return the bound op, made on first use."""
-        if self._binding is None:
-            if is_compiling():
+        """Return the bound op, made on first use and again after a buffer was written."""
+        if is_compiling():
+            if self._binding is None:
                 # Dynamo cannot build hal's errors, and would hide the message.
                 raise ValueError(
                     "hal.nn: nothing is bound since this module was made, loaded or moved; "
                     "call it once before compiling it"
                 )
-            self._binding = self._bind()
+            return self._binding
+        parts = [part for part in self._buffers.values() if part is not None]
+        stamps = [(id(part), stamp(part)) for part in parts]
+        if self._binding is None or stamps != self._stamps:
+            self._binding = None  # first: it may keep another copy of the weights alive
+            # As long as these parts live, no others can take their addresses.
+            self._binding, self._stamps, self._parts = self._bind(), stamps, parts
         return self._binding
 
     def weight_of(self, name: str) -> QTensor:
@@ -128,7 +137,7 @@ class _Quantized(torch.nn.Module):
         self._binding = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_binding": None}
+        return {**self.__dict__, "_binding": None, "_stamps": [], "_parts": []}
 
     def _is_number(self, name: str) -> bool:
         """Return whether the buffer holds numbers in the dtype of the activations."""
@@ -252,7 +261,7 @@ class Linear(_Quantized):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for `[..., K]`."""
-        return (self._binding or self._bound())(x)
+        return self._bound()(x)
 
     def extra_repr(self) -> str:
         """Return shape and scheme."""
@@ -290,7 +299,7 @@ class FusedMoE(_Quantized):
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Return `[tokens, hidden]`, the sum over each token's experts."""
-        return (self._binding or self._bound())(x, routing)
+        return self._bound()(x, routing)
 
     def extra_repr(self) -> str:
         """Return shapes and scheme."""

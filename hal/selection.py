@@ -28,7 +28,7 @@ from hal.errors import (
 from hal.needs import Code, Context, Failure
 from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
 
-__all__ = ["Candidate", "Options", "Selection", "choose", "rank"]
+__all__ = ["OPTION_NAMES", "Candidate", "Options", "Selection", "choose", "rank"]
 
 WIDTH = 80
 
@@ -393,6 +393,10 @@ def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:
         subsequent_indent=first if rest is None else rest,
         break_on_hyphens=False,
     )
+
+
+OPTION_NAMES = ("minimum", "force", "fallback", "batch_invariant", "deterministic")
+"""What `options_from` takes."""
 
 
 def options_from(

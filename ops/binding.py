@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import SimulatedDeviceError
+from hal.errors import SimulatedDeviceError, UnknownNameError
 from hal.registry import Measurement, find_op
-from hal.selection import Options, Selection, choose, options_from, require
+from hal.selection import OPTION_NAMES, Options, Selection, choose, options_from, require
 
 if TYPE_CHECKING:
     import torch
@@ -65,10 +65,14 @@ def select_for(
 
     Raises:
         NoKernelError: If no kernel can run.
+        UnknownNameError: If an option is unknown.
         SimulatedDeviceError: If the platform is simulated and the choice is not the reference.
     """
     from hal.runtime import platform_of
 
+    for name in options:
+        if name not in OPTION_NAMES:
+            raise UnknownNameError(f"option of {op}", name, (*OPTION_NAMES, "platform"))
     where = platform_of(device, platform)
     spec = where.device(device.index or 0)
     selection = require(_chosen(op, scheme, spec, problem, options_from(op, **options)))

@@ -1,7 +1,7 @@
 """Keep bindings for the functional forms `linear(x, weight)` and `fused_moe(x, w13, w2, ...)`.
 
 A binding belongs to a weight object: it goes when the weight goes, and is made anew when the
-weight was written in place since.
+weight was written in place since. Two biases, two platforms or two settings have two bindings.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from weakref import ref
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hal.config import setting
+from hal.errors import ArgumentError
 from hal.ops.bound import FusedMoE, Linear
+from hal.ops.checks import stamp
 from hal.ops.prepare import Weight
 from hal.quant.tensor import QTensor
+from hal.runtime import platform_of
 
 __all__ = ["bound_fused_moe", "bound_linear"]
 
@@ -28,43 +32,66 @@ _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def bound_linear(
-    weight: Weight, bias: torch.Tensor | None, dtype: torch.dtype, **options: Any
+    weight: Weight, bias: torch.Tensor | None, dtype: torch.dtype, /, **options: Any
 ) -> Linear:
     """Return the binding of a weight, made on first use and again after the weight was written."""
 
     def bind() -> Linear:
         return Linear(_alias(weight), bias, dtype=dtype, **options)
 
-    return _cached(weight, bias, ("linear", dtype, *sorted(options.items())), bind)
+    return _cached("linear", weight, bias, dtype, options, bind)
 
 
-def bound_fused_moe(w13: Weight, w2: Weight, dtype: torch.dtype, **options: Any) -> FusedMoE:
+def bound_fused_moe(w13: Weight, w2: Weight, dtype: torch.dtype, /, **options: Any) -> FusedMoE:
     """Return the binding of two weights, made on first use and again after one was written."""
 
     def bind() -> FusedMoE:
         return FusedMoE(_alias(w13), _alias(w2), dtype=dtype, **options)
 
-    return _cached(w13, w2, ("fused_moe", dtype, *sorted(options.items())), bind)
+    return _cached("fused_moe", w13, w2, dtype, options, bind)
 
 
-def _cached(first: Weight, second: Weight | None, key: Any, bind: Callable[[], B]) -> B:
+def _cached(
+    op: str,
+    first: Weight,
+    second: Weight | None,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    bind: Callable[[], B],
+) -> B:
+    if "dtype" in options:
+        raise ArgumentError(
+            op, found="dtype among the options", needed="none", cure="the dtype of x decides"
+        )
+    where = platform_of(first.device, options.get("platform"))
+    spec = where.device(first.device.index or 0)
+    key = (
+        op,
+        dtype,
+        id(spec),  # of the facts, which the binding keeps alive
+        id(second),
+        setting("HAL_KERNEL"),
+        setting("HAL_CHECK"),
+        *sorted((name, value) for name, value in options.items() if name != "platform"),
+    )
     bindings: Any = _cache.setdefault(first, {})
-    versions = _versions(first), _versions(second)
+    stamps = _stamps(first), _stamps(second)
     found = bindings.get(key)
-    if found is not None and found[0] == versions and found[1]() is second:
+    if found is not None and found[0] == stamps and found[1]() is second:
         kept: B = found[2]
         return kept
     made = bind()
-    bindings[key] = (versions, (lambda: None) if second is None else ref(second), made)
+    dead = [old for old, entry in bindings.items() if old[3] != id(None) and entry[1]() is None]
+    for old in dead:
+        del bindings[old]
+    bindings[key] = (stamps, (lambda: None) if second is None else ref(second), made)
     return made
 
 
-def _versions(weight: Weight | None) -> tuple[int, ...]:
-    """Return counts of in-place writes; those to inference tensors are not counted by torch."""
+def _stamps(weight: Weight | None) -> tuple[object, ...]:
     if weight is None:
         return ()
-    tensors = weight.tensors if isinstance(weight, QTensor) else (weight,)
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple(map(stamp, weight.tensors if isinstance(weight, QTensor) else (weight,)))
 
 
 def _alias(weight: Weight) -> Weight:

@@ -12,7 +12,13 @@ from hal.errors import DeviceMismatchError, DTypeError, GradientError, ShapeErro
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ACTIVATION_DTYPES", "check_activations", "check_gradient", "check_same_device"]
+__all__ = [
+    "ACTIVATION_DTYPES",
+    "check_activations",
+    "check_gradient",
+    "check_same_device",
+    "stamp",
+]
 
 ACTIVATION_DTYPES = ("bfloat16", "float16")
 """Dtypes of activations that every quantized op takes."""
@@ -69,3 +75,12 @@ def check_gradient(where: str, *tensors: torch.Tensor) -> None:
             needed="inference",
             cure="wrap the call in torch.no_grad() or torch.inference_mode()",
         )
+
+
+def stamp(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what changes when a tensor is written in place or gets other memory.
+
+    torch counts no writes to inference tensors and none through `tensor.data`: those are not seen.
+    """
+    writes = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), writes, tensor.dtype, tensor.device, tensor.shape

@@ -33,7 +33,7 @@ from hal.integrations.conventions import (
 from hal.ops import Routing
 from hal.ops.binding import select_for
 from hal.ops.bound import FusedMoE
-from hal.ops.checks import check_gradient
+from hal.ops.checks import check_gradient, stamp
 from hal.ops.prepare import require_finite
 from hal.quant.quantize import quantize as quantize_weight
 from hal.quant.scheme import Scheme, find_scheme
@@ -213,12 +213,12 @@ class _Unquantized:
     Copies and pickles of a model start without one: a binding belongs to a device.
     """
 
-    __slots__ = ("bound", "convention", "stamp", "weights")
+    __slots__ = ("bound", "convention", "stamps", "weights")
 
     def __init__(self) -> None:
         self.convention: Convention | None = None
         self.bound: FusedMoE | None = None
-        self.stamp: tuple[Any, ...] = ()
+        self.stamps: tuple[Any, ...] = ()
         self.weights: tuple[torch.Tensor, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> _Unquantized:
@@ -233,16 +233,16 @@ class _Unquantized:
         if self.convention is None:
             self.convention = convention_of(module, name)
         weights = module.gate_up_proj, module.down_proj
-        stamp = tuple((id(w), w.data_ptr(), w.dtype, w.device, _writes(w)) for w in weights)
-        if self.bound is None or stamp != self.stamp:
+        stamps = tuple((id(weight), stamp(weight)) for weight in weights)
+        if self.bound is None or stamps != self.stamps:
             require_weights(name, *weights)
             # The old binding goes first: it may keep another copy of the weights alive.
-            self.bound, self.stamp, self.weights = None, (), ()
+            self.bound, self.stamps, self.weights = None, (), ()
             w13, w2 = weights_of(module, self.convention)
             self.bound = FusedMoE(w13, w2, activation=self.convention.activation)
             # As long as these live, no other weights can take their addresses.
             self.weights = tuple(w.detach() for w in weights)
-            self.stamp = stamp
+            self.stamps = stamps
         return self.bound
 
 
@@ -262,10 +262,6 @@ def _unquantized(module: Any) -> FusedMoE:
         kept = module.__dict__[UNBOUND] = _Unquantized()
     found: FusedMoE = kept.refresh(module)
     return found
-
-
-def _writes(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _require_finite(name: str, module: torch.nn.Module) -> None:

@@ -120,7 +120,7 @@ def test_environment_forces_too(hal: Any, monkeypatch: pytest.MonkeyPatch) -> No
         (("linear", "--scheme", "bf16", "--tokens", "16"), "unrecognized arguments: --tokens"),
         (("linear",), "found no --scheme, needed bf16 or fp8_block128"),
         (("liner",), "did you mean 'linear'"),
-        ((), "required: OP"),
+        ((), "required: OP\n"),
     ],
 )
 def test_usage_errors(hal: Any, call: tuple[str, ...], said: str) -> None:

@@ -143,3 +143,9 @@ def test_a_probe_without_a_thread_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_probe("nvml", lambda: Found(1), seconds=1, log=log) == Broken(
         "can't start new thread"
     )
+
+
+def test_the_report_says_which_value_ops_will_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAL_CHECK", "2")
+    found = {row.setting.name: row for row in config.settings()}["HAL_CHECK"]
+    assert (found.value, found.origin) == ("2", "environment; refused, needed '0' or '1'")

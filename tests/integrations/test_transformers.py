@@ -561,7 +561,7 @@ class TestRefusals:
         assert error.nearest[0] == "fp8_channel"
 
     def test_unknown_option(self, refuses, qwen):
-        refuses(qwen, TypeError, "tokns", tokns=4)
+        refuses(qwen, UnknownNameError, "tokns", tokns=4)
 
     def test_simulated_platform(self, refuses, qwen):
         refuses(qwen, SimulatedDeviceError, "simulated", platform="cuda:h100")

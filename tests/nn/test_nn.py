@@ -302,6 +302,19 @@ class TestCasts:
         third = module.bound
         assert len({id(bound) for bound in (first, second, third)}) == 3
 
+    def test_a_buffer_that_was_written_or_replaced_is_bound_anew(self):
+        x = torch.randn(3, 128).bfloat16()
+        module, other = make_linear(), make_linear(seed=5)
+        module(x)
+        bound = module.bound
+        assert module.bound is bound
+        module.weight_values.copy_(other.weight_values)
+        module.weight_scales = other.weight_scales.clone()
+        if module.bias is not None:
+            module.bias.copy_(other.bias)
+        assert torch.equal(module(x), other(x))
+        assert module.bound is not bound
+
     @both
     def test_mode_does_not_matter(self, make):
         module = make()

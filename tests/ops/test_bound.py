@@ -232,6 +232,53 @@ class TestBindings:
         plain.mul_(2)
         assert torch.equal(linear(x, plain), 2 * x)
 
+    def test_function_keeps_a_binding_for_each_bias_setting_and_platform(self, monkeypatch):
+        from hal.ops.cache import bound_linear
+
+        quantized, dtype = weight(64, 128), torch.bfloat16
+        biases = [torch.zeros(64).bfloat16(), torch.ones(64).bfloat16()]
+        first, second = (bound_linear(quantized, bias, dtype) for bias in biases)
+        assert bound_linear(quantized, biases[0], dtype) is first
+        assert bound_linear(quantized, biases[1], dtype) is second
+        monkeypatch.setenv("HAL_KERNEL", "linear=reference")
+        assert bound_linear(quantized, biases[0], dtype).kernel == "reference"
+        monkeypatch.delenv("HAL_KERNEL")
+        assert bound_linear(quantized, biases[0], dtype) is first
+        with hal.use_platform("cuda:h100"), pytest.raises(SimulatedDeviceError):
+            bound_linear(quantized, biases[0], dtype)
+        gone = weakref.ref(second)
+        del second, biases[1]
+        gc.collect()
+        bound_linear(quantized, torch.ones(64).bfloat16(), dtype)
+        gc.collect()
+        assert gone() is None
+
+    def test_function_sees_other_memory(self):
+        plain, x = torch.eye(16).bfloat16(), tokens(3, 16)
+        assert torch.equal(linear(x, plain), x)
+        plain.data = 2 * torch.eye(16).bfloat16()
+        assert torch.equal(linear(x, plain), 2 * x)
+
+    def test_unknown_options(self):
+        x, quantized = tokens(3, 128), weight(64, 128)
+        with pytest.raises(
+            UnknownNameError, match="option of linear 'forced'; did you mean 'force'"
+        ):
+            linear(x, quantized, forced="reference")
+        with pytest.raises(hal.HalError, match="the dtype of x decides"):
+            linear(x, quantized, dtype=torch.float16)
+        with pytest.raises(UnknownNameError, match="option of route"):
+            hal.ops.route(torch.zeros(2, 4), 2, top=1)
+
+    @pytest.mark.parametrize("scheme", list(SCHEMES))
+    def test_batch_invariant_reference(self, device, scheme):
+        quantized = weight(48, 2304, scheme=scheme, device=device)
+        bound = Linear(quantized, force="reference", batch_invariant=True)
+        x = tokens(37, 2304, device)
+        rows = [bound(row) for row in x.split(1)]
+        assert torch.equal(torch.cat(rows), bound(x))
+        assert bound(x[:0]).shape == (0, 48)
+
     def test_cache_keeps_no_weight_alive(self):
         w13, w2 = torch.zeros(4, 64, 128).bfloat16(), torch.zeros(4, 128, 32).bfloat16()
         fused_moe(tokens(3, 128), w13, w2, route(3))
