@@ -86,7 +86,7 @@ def test_one_definition(device, kernel, row, scoring, renormalize, bias):
         torch.testing.assert_close(
             routing.weights[token].double().cpu(),
             torch.tensor(weights, dtype=torch.float64),
-            rtol=2e-6,
+            rtol=5e-6,  # exp(60) by way of exp2: the argument alone is rounded by 60 * 2^-24
             atol=1e-38,
             equal_nan=True,
         )
