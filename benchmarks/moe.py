@@ -70,6 +70,12 @@ def time_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     w13 = random(experts, 2 * intermediate, hidden) / math.sqrt(hidden)
     w2 = random(experts, hidden, intermediate) / math.sqrt(intermediate)
     wanted = [name for name in options.kernels.split(",") if name]
+    inputs = {}  # the same for every kernel: how many experts are hit decides much of the time
+    for tokens in map(int, options.tokens.split(",")):
+        x = random(tokens, hidden)
+        scores = torch.rand(tokens, experts, device="cuda", generator=generator)
+        weights, ids = scores.softmax(-1).topk(top_k, -1)
+        inputs[tokens] = x, Routing(ids=ids.int(), weights=weights)
     rows = []
     for scheme in options.schemes.split(","):
         quantized = quantize(w13, scheme), quantize(w2, scheme)
@@ -78,18 +84,14 @@ def time_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             skip = kernel.level is Level.REFERENCE or scheme not in kernel.schemes or host
             if skip or (wanted and kernel.name not in wanted):
                 continue
-            for tokens in map(int, options.tokens.split(",")):
-                x = random(tokens, hidden)
-                scores = torch.rand(tokens, experts, device="cuda", generator=generator)
-                weights, ids = scores.softmax(-1).topk(top_k, -1)
-                routing = Routing(ids=ids.int(), weights=weights)
+            for tokens, (x, routing) in inputs.items():
                 try:
                     bound = FusedMoE(*quantized, force=kernel.name, tokens=tokens, top_k=top_k)
                     found = time_graph(lambda: bound(x, routing))  # noqa: B023
                 except HalError:
                     break
                 bytes_each = quantized[0].nbytes / experts + quantized[1].nbytes / experts
-                touched = len(ids.unique()) * bytes_each + 2 * x.nbytes
+                touched = len(routing.ids.unique()) * bytes_each + 2 * x.nbytes
                 rate = (
                     RATES[quantized[0].encoding]
                     if kernel.level is Level.NATIVE

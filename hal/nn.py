@@ -54,15 +54,19 @@ class _Quantized(torch.nn.Module):
         super().__init__()
         self._tags = {name: weight.metadata for name, weight in weights.items()}
         self._options = _Options(options)
-        self._binding: Any = None
-        self._stamps: list[Any] = []
-        self._parts: list[torch.Tensor] = []
+        self._unbind()
         for name, weight in weights.items():
             for part, tensor in weight.state_dict().items():
                 self.register_buffer(f"{name}_{part}", tensor)
 
     def _bind(self) -> Any:
         raise NotImplementedError
+
+    def _unbind(self) -> None:
+        """Forget the binding and all that it was made from, which may be on another device."""
+        self._binding: Any = None
+        self._stamps: list[Any] = []
+        self._parts: list[torch.Tensor] = []
 
     def _bound(self) -> Any:
         """Return the bound op, made on first use and again after a buffer was written."""
@@ -77,7 +81,7 @@ class _Quantized(torch.nn.Module):
         parts = [part for part in self._buffers.values() if part is not None]
         stamps = [(id(part), stamp(part)) for part in parts]
         if self._binding is None or stamps != self._stamps:
-            self._binding = None  # first: it may keep another copy of the weights alive
+            self._unbind()  # first: it may keep another copy of the weights alive
             # As long as these parts live, no others can take their addresses.
             self._binding, self._stamps, self._parts = self._bind(), stamps, parts
         return self._binding
@@ -134,7 +138,7 @@ class _Quantized(torch.nn.Module):
                     needed=f"{tensor.dtype} {list(tensor.shape)}",
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
-        self._binding = None
+        self._unbind()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_binding": None, "_stamps": [], "_parts": []}
@@ -169,7 +173,7 @@ class _Quantized(torch.nn.Module):
                 self._tags[name] = {**tags, "encoding": encoding}
         if dtype in HALVES:
             self._options["dtype"] = dtype
-        self._binding = None
+        self._unbind()
         return self
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from itertools import permutations
 
 import pytest
@@ -301,6 +303,15 @@ class TestCasts:
         module.load_state_dict(make().state_dict())
         third = module.bound
         assert len({id(bound) for bound in (first, second, third)}) == 3
+
+    def test_a_move_or_a_load_lets_the_old_memory_go(self):
+        for change in (lambda module: module.to("meta"), lambda module: module.half()):
+            module = make_linear("bf16")
+            module(torch.randn(3, 128).bfloat16())
+            gone = weakref.ref(module.weight_values)
+            change(module)
+            gc.collect()
+            assert gone() is None
 
     def test_a_buffer_that_was_written_or_replaced_is_bound_anew(self):
         x = torch.randn(3, 128).bfloat16()
