@@ -151,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--scheme", metavar="S", help="such as fp8_channel; not needed where an op has only one"
     )
-    explain.add_argument("--device", metavar="I", type=int, default=0, help="visible device index")
+    explain.add_argument(
+        "--device", metavar="I", type=int, default=None, help="visible device index"
+    )
     explain.add_argument("--force", metavar="KERNEL", help="this kernel or none")
     explain.add_argument("--minimum", metavar="LEVEL", help="lowest level, such as weight_only")
     # A default, or argparse calls sizes required.

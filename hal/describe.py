@@ -121,7 +121,8 @@ def _device(platform: str, device: Mapping[str, Any]) -> Section:
         rows.append(("driver", _text(device["driver_version"])))
     if capability:
         rows.insert(1, ("compute capability", ".".join(map(str, capability))))
-    rows.append(("NUMA node", _text(device["numa_node"])))
+    nodes = device["numa_nodes"]
+    rows.append(("NUMA nodes" if len(nodes) > 1 else "NUMA node", _ranges(nodes) or UNKNOWN))
     rows.append(("facts from", device["origin"] or UNKNOWN))
     if device["guess"]:
         rows.append(("warning", "architecture not in hal's table; its row is a cautious guess"))

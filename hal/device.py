@@ -15,7 +15,10 @@ from hal.arch import Arch, parse_arch
 from hal.errors import UnknownNameError
 from hal.formats import FORMATS, Support, number_format
 
-__all__ = ["DeviceSpec", "FormatSupport", "Software", "version_at_least"]
+__all__ = ["LINKS", "DeviceSpec", "FormatSupport", "Link", "Software", "version_at_least"]
+
+LINKS = ("nvlink", "xgmi", "xelink", "pcie")
+"""Every kind of connection between devices, fastest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,27 @@ class Software:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """One connection from a device to another of the same machine.
+
+    Attributes:
+        peer: Visible index of the other device.
+        kind: One of `LINKS`; the fastest way there is between the two.
+        bytes_per_second: Peak of both directions together; None where nothing tells.
+    """
+
+    peer: int
+    kind: str
+    bytes_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LINKS:
+            raise UnknownNameError("kind of link", self.kind, LINKS)
+        if self.peer < 0:
+            raise ValueError(f"link to device {self.peer}, needed a visible index")
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceSpec:
     """All facts about one device.
 
@@ -103,7 +127,11 @@ class DeviceSpec:
         l2_bytes: Size of the last-level cache on the chip.
         bandwidth_bytes_per_second: Peak memory bandwidth by the data sheet.
         rates: Peak dense operations per second by format, where a source gives them.
-        interconnect: nvlink, xgmi, xelink or pcie.
+        interconnect: The fastest kind of link that the product has, one of `LINKS`.
+        interconnect_bytes_per_second: Its peak, both directions together.
+        links: Connections to the other visible devices, by visible index.
+        numa_nodes: Memory nodes that the device is attached to, or whose CPUs may be used; empty
+            where the machine does not say.
         guess: True where the architecture is not in the table and the row is conservative.
         origin: Which probe or table each kind of fact came from.
         source: Data sheet or guide of the tabulated facts.
@@ -123,7 +151,8 @@ class DeviceSpec:
     rates: tuple[tuple[str, float], ...] = ()
     interconnect: str | None = None
     interconnect_bytes_per_second: float | None = None
-    numa_node: int | None = None
+    links: tuple[Link, ...] = ()
+    numa_nodes: tuple[int, ...] = ()
     driver_version: str | None = None
     software: Software = field(default_factory=Software)
     guess: bool = False
@@ -140,6 +169,14 @@ class DeviceSpec:
             if value is not None and value <= 0:
                 raise ValueError(f"{self.name}: {label} is {value}, needed a positive number")
         object.__setattr__(self, "rates", tuple(sorted(self.rates)))
+        by_peer = sorted(self.links, key=lambda link: link.peer)
+        object.__setattr__(self, "links", tuple(by_peer))
+        object.__setattr__(self, "numa_nodes", tuple(sorted(self.numa_nodes)))
+
+    @property
+    def kind(self) -> DeviceSpec:
+        """Return the facts without the device's place in the machine: alike devices have one."""
+        return self.replace(links=(), numa_nodes=())
 
     @property
     def key(self) -> str:
@@ -158,6 +195,8 @@ class DeviceSpec:
         plain["arch"] = self.arch.name
         plain["features"] = sorted(self.features)
         plain["rates"] = dict(self.rates)
+        plain["links"] = [dataclasses.asdict(link) for link in self.links]
+        plain["numa_nodes"] = list(self.numa_nodes)
         plain["formats"] = {
             "storage": {name: str(support) for name, support in self.formats.storage},
             "math": {name: str(support) for name, support in self.formats.math},
@@ -182,6 +221,8 @@ class DeviceSpec:
         values["arch"] = parse_arch(values["platform"], values["arch"])
         values["features"] = frozenset(values["features"])
         values["rates"] = tuple(sorted(values["rates"].items()))
+        values["links"] = tuple(Link(**link) for link in values["links"])
+        values["numa_nodes"] = tuple(values["numa_nodes"])
         values["formats"] = format_support(
             formats["storage"], formats["math"], formats["triton_math"], formats["fp8_encoding"]
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hal.selection import Selection
 
 __all__ = [
+    "AmbiguousDeviceError",
     "ArgumentError",
     "DTypeError",
     "DeviceMismatchError",
@@ -124,6 +125,23 @@ class UnknownNameError(HalError, LookupError):
 
 class PlatformError(HalError, RuntimeError):
     """Report a platform that is not there or cannot be used as asked."""
+
+
+class AmbiguousDeviceError(PlatformError):
+    """Report a question that was asked of no device in particular, where answers differ.
+
+    Attributes:
+        where: What was asked.
+        devices: Names of the visible devices, in the order of their indices.
+    """
+
+    def __init__(self, where: str, devices: Iterable[str]) -> None:
+        self.where, self.devices = where, tuple(devices)
+        listed = ", ".join(f"{index}: {name}" for index, name in enumerate(self.devices))
+        super().__init__(
+            f"{where}: found no device index, needed one, since the answer differs between the "
+            f"visible devices ({listed}); pass the index of the device of your tensors"
+        )
 
 
 class SimulatedDeviceError(PlatformError):

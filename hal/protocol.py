@@ -26,7 +26,9 @@ __all__ = ["Platform"]
 class Platform(Protocol):
     """Answer capability questions about the devices of one kind, and order work on them.
 
-    Device arguments are visible indices, the ones torch uses. No answer initialises a device
+    Device arguments are visible indices, the ones torch uses. None stands for whichever device,
+    and is an `AmbiguousDeviceError` where the answer differs between the visible ones: nothing is
+    ever answered for device 0 because no other was named. No answer initialises a device
     runtime; only the members under "actions" may.
     """
 
@@ -63,10 +65,10 @@ class Platform(Protocol):
     def device_count(self) -> int:
         """Return how many devices are visible."""
 
-    def device(self, index: int = 0) -> DeviceSpec:
-        """Return the facts about visible device `index`."""
+    def device(self, index: int | None = None) -> DeviceSpec:
+        """Return the facts about device `index`; None leaves out its place in the machine."""
 
-    def physical_index(self, index: int = 0) -> int:
+    def physical_index(self, index: int | None = None) -> int:
         """Return the driver's own number of visible device `index`."""
 
     @property
@@ -78,22 +80,22 @@ class Platform(Protocol):
         """Return plain sentences about what was found and what could not be used."""
 
     # Capability
-    def arch(self, index: int = 0) -> Arch:
+    def arch(self, index: int | None = None) -> Arch:
         """Return the architecture of device `index`."""
 
-    def compute_capability(self, index: int = 0) -> tuple[int, int] | None:
+    def compute_capability(self, index: int | None = None) -> tuple[int, int] | None:
         """Return (major, minor) on CUDA and None on every other platform."""
 
-    def support(self, format: str, index: int = 0, *, use: str = "math") -> Support:
+    def support(self, format: str, index: int | None = None, *, use: str = "math") -> Support:
         """Return the support of a number format for `use`, `storage` or `math`."""
 
-    def supports_fp8(self, index: int = 0) -> bool:
+    def supports_fp8(self, index: int | None = None) -> bool:
         """Tell whether the device multiplies 8-bit float matrices in hardware."""
 
-    def fp8_dtype(self, index: int = 0) -> torch.dtype:
+    def fp8_dtype(self, index: int | None = None) -> torch.dtype:
         """Return the dtype that fp8 weights take on the device: e4m3fn or e4m3fnuz."""
 
-    def has(self, feature: str, index: int = 0) -> bool:
+    def has(self, feature: str, index: int | None = None) -> bool:
         """Tell whether the device has a feature, such as `wgmma` or `avx512`."""
 
     # Actions
@@ -121,7 +123,7 @@ class Platform(Protocol):
         """Block the host until every ordered body on the devices of `tensors` is done."""
 
     # Memory, versions, the rest of torch
-    def memory(self, index: int = 0) -> tuple[int | None, int | None]:
+    def memory(self, index: int | None = None) -> tuple[int | None, int | None]:
         """Return (free, total) bytes; None where nothing can tell without a runtime."""
 
     @property

@@ -144,10 +144,10 @@ def _distance(failures: Sequence[Failure]) -> tuple[int, int]:
 
 
 def _alike(specs: Sequence[DeviceSpec]) -> list[list[int]]:
-    """Return the indices of devices with equal facts together; NUMA nodes may differ."""
+    """Return the indices of devices of one kind together."""
     groups: dict[DeviceSpec, list[int]] = {}
     for index, spec in enumerate(specs):
-        groups.setdefault(spec.replace(numa_node=None), []).append(index)
+        groups.setdefault(spec.kind, []).append(index)
     return list(groups.values())
 
 

@@ -442,7 +442,7 @@ def select(
     *,
     scheme: str,
     platform: Any = None,
-    device: int = 0,
+    device: int | None = None,
     minimum: Level | str | None = None,
     force: str | None = None,
     fallback: str = "refuse",
@@ -457,7 +457,7 @@ def select(
         scheme: Name of a scheme, such as `fp8_channel`.
         platform: A platform, a `DeviceSpec`, or a text such as `rocm:gfx942`; None means the
             current platform.
-        device: Visible index of the device on that platform.
+        device: Visible index of the device on that platform; None where all of them are alike.
         minimum: Lowest acceptable level, such as `weight_only`.
         force: Name of the kernel to use, or nothing.
         fallback: `allow` to take another kernel, with a warning, where the forced one cannot run.
@@ -466,6 +466,7 @@ def select(
         **problem: Sizes and options of the op, such as `hidden=4096`.
 
     Raises:
+        AmbiguousDeviceError: If no device is named and the visible ones are unlike.
         NoKernelError: If no kernel can run; carries the table of all candidates.
         ForcedKernelError: If the forced kernel cannot run.
         UnknownNameError: For an unknown op, scheme, kernel, size or platform.

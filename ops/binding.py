@@ -74,7 +74,7 @@ def select_for(
         if name not in OPTION_NAMES:
             raise UnknownNameError(f"option of {op}", name, (*OPTION_NAMES, "platform"))
     where = platform_of(device, platform)
-    spec = where.device(device.index or 0)
+    spec = where.device(device.index)
     selection = require(_chosen(op, scheme, spec, problem, options_from(op, **options)))
     kernel = selection.kernel
     if where.simulated and kernel is not None and kernel.band != "reference":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hal.arch import Arch, CudaArch
 from hal.device import DeviceSpec
-from hal.errors import PlatformError, ValueRangeError
+from hal.errors import AmbiguousDeviceError, PlatformError, ValueRangeError
 from hal.formats import Support
 from hal.platforms.ordering import Ordering, SimulatedOrdering
 from hal.probe import Probe
@@ -66,6 +66,7 @@ class FactsPlatform:
         if not devices:
             raise PlatformError(f"{self.platform_name}: a platform needs at least one device")
         self._devices = tuple(devices)
+        self._kinds = tuple(dict.fromkeys(record.spec.kind for record in self._devices))
         self._ordering = ordering
         self._simulated = simulated
         self._notes = tuple(notes)
@@ -129,27 +130,45 @@ class FactsPlatform:
         return self.platform_name == "cpu"
 
     # Devices
-    def record(self, index: int = 0) -> DeviceRecord:
+    def record(self, index: int | None = None) -> DeviceRecord:
         """Return visible device `index` with its UUID and PCI address.
 
         Raises:
+            AmbiguousDeviceError: If `index` is None and several devices are visible.
             ValueRangeError: If no such device is visible.
         """
+        if index is None:
+            if len(self._devices) > 1:
+                raise self._ambiguous("record")
+            index = 0
         if not 0 <= index < len(self._devices):
             raise ValueRangeError(
                 f"{self.name}.device", found=index, needed=f"0 to {len(self._devices) - 1}"
             )
         return self._devices[index]
 
+    def _ambiguous(self, member: str) -> AmbiguousDeviceError:
+        names = (record.spec.name for record in self._devices)
+        return AmbiguousDeviceError(f"{self.name}.{member}", names)
+
     def device_count(self) -> int:
         """Return how many devices are visible."""
         return len(self._devices)
 
-    def device(self, index: int = 0) -> DeviceSpec:
-        """Return the facts about visible device `index`."""
+    def device(self, index: int | None = None) -> DeviceSpec:
+        """Return the facts about device `index`; None leaves out its place in the machine.
+
+        Raises:
+            AmbiguousDeviceError: If `index` is None and the visible devices are unlike.
+            ValueRangeError: If no such device is visible.
+        """
+        if index is None and len(self._devices) > 1:
+            if len(self._kinds) > 1:
+                raise self._ambiguous("device")
+            return self._kinds[0]
         return self.record(index).spec
 
-    def physical_index(self, index: int = 0) -> int:
+    def physical_index(self, index: int | None = None) -> int:
         """Return the driver's own number of visible device `index`."""
         return self.record(index).physical_index
 
@@ -164,26 +183,26 @@ class FactsPlatform:
         return self._notes
 
     # Capability
-    def arch(self, index: int = 0) -> Arch:
+    def arch(self, index: int | None = None) -> Arch:
         """Return the architecture of device `index`."""
         return self.device(index).arch
 
-    def compute_capability(self, index: int = 0) -> tuple[int, int] | None:
+    def compute_capability(self, index: int | None = None) -> tuple[int, int] | None:
         """Return (major, minor) on CUDA and None on every other platform."""
         arch = self.arch(index)
         return arch.capability if isinstance(arch, CudaArch) else None
 
-    def support(self, format: str, index: int = 0, *, use: str = "math") -> Support:
+    def support(self, format: str, index: int | None = None, *, use: str = "math") -> Support:
         """Return the support of a number format for `use`, `storage` or `math`."""
         return self.device(index).formats.of(use, format)
 
-    def supports_fp8(self, index: int = 0) -> bool:
+    def supports_fp8(self, index: int | None = None) -> bool:
         """Tell whether the device multiplies 8-bit float matrices in hardware."""
         formats = self.device(index).formats
         encoding = formats.fp8_encoding
         return encoding is not None and formats.of("math", encoding) is Support.NATIVE
 
-    def fp8_dtype(self, index: int = 0) -> torch.dtype:
+    def fp8_dtype(self, index: int | None = None) -> torch.dtype:
         """Return the dtype that fp8 weights take on the device.
 
         Raises:
@@ -196,7 +215,7 @@ class FactsPlatform:
             raise PlatformError(f"{spec.name} ({spec.arch}) has no 8-bit float, native or emulated")
         return dtype(spec.formats.fp8_encoding)
 
-    def has(self, feature: str, index: int = 0) -> bool:
+    def has(self, feature: str, index: int | None = None) -> bool:
         """Tell whether the device has a feature, such as `wgmma` or `avx512`."""
         return feature in self.device(index).features
 
@@ -224,7 +243,7 @@ class FactsPlatform:
         self._ordering.wait(tensors)
 
     # Memory, versions, the rest of torch
-    def memory(self, index: int = 0) -> tuple[int | None, int | None]:
+    def memory(self, index: int | None = None) -> tuple[int | None, int | None]:
         """Return (free, total) bytes; None where nothing can tell without a runtime."""
         record = self.record(index)
         if self._simulated:

@@ -139,7 +139,7 @@ def nvidia_spec(device: NvidiaDevice, machine: Machine, notes: list[str]) -> Dev
         memory_bytes=memory,
         compute_units=device.multiprocessors,
         driver_version=device.driver_version,
-        numa_node=machine.numa_node(device.pci_bus_id),
+        numa_nodes=machine.numa_nodes(device.pci_bus_id),
         origin="nvml" if device.capability else "/proc/driver/nvidia",
     )
 

@@ -82,9 +82,9 @@ class Machine:
             return []
         return sorted(found, key=lambda entry: (len(entry.name), entry.name))
 
-    def numa_node(self, pci_bus_id: str | None) -> int | None:
-        """Return the NUMA node of a PCI device, or None where the machine does not say."""
+    def numa_nodes(self, pci_bus_id: str | None) -> tuple[int, ...]:
+        """Return the NUMA node of a PCI device, or nothing where the machine does not say."""
         if not pci_bus_id:
-            return None
+            return ()
         node = self.number(f"sys/bus/pci/devices/{pci_bus_id}/numa_node")
-        return node if node is not None and node >= 0 else None
+        return (node,) if node is not None and node >= 0 else ()

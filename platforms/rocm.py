@@ -100,7 +100,7 @@ def amd_spec(device: AmdDevice, machine: Machine, notes: list[str], origin: str)
         compute_units=device.compute_units,
         shared_memory_bytes=device.shared_memory_bytes,
         driver_version=machine.text("sys/module/amdgpu/version"),
-        numa_node=machine.numa_node(device.pci_bus_id),
+        numa_nodes=machine.numa_nodes(device.pci_bus_id),
         origin=origin,
     )
 

@@ -77,7 +77,7 @@ def intel_spec(device: IntelDevice, machine: Machine, notes: list[str]) -> Devic
         memory_bytes=memory,
         compute_units=units,
         bandwidth_bytes_per_second=bandwidth,
-        numa_node=machine.numa_node(device.pci_bus_id),
+        numa_nodes=machine.numa_nodes(device.pci_bus_id),
         origin="drm",
     )
 

@@ -175,7 +175,7 @@ def test_equal_devices_are_shown_once() -> None:
     from hal.platforms.base import DeviceRecord
 
     one = platform("cuda:h200")
-    records = [DeviceRecord(one.device(0).replace(numa_node=i // 4), i) for i in range(8)]
+    records = [DeviceRecord(one.device(0).replace(numa_nodes=(i // 4,)), i) for i in range(8)]
     records.append(DeviceRecord(device_spec("cuda", "a100"), 8))
     ordering = one._ordering  # type: ignore[attr-defined]
     report = info_report(type(one)(records, ordering, simulated=True))  # type: ignore[call-arg]

@@ -38,7 +38,7 @@ def test_two_h200(tmp_path: Path) -> None:
     spec = platform.device(1)
     assert (spec.name, str(spec.arch), spec.compute_units) == ("H200", "sm_90", 132)
     assert spec.memory_bytes == 143771 << 20
-    assert (spec.numa_node, spec.driver_version, spec.origin) == (1, "580.159.03", "nvml")
+    assert (spec.numa_nodes, spec.driver_version, spec.origin) == ((1,), "580.159.03", "nvml")
     assert platform.compute_capability(0) == (9, 0)
     assert platform.supports_fp8()
     assert platform.support("e4m3fn") is Support.NATIVE
