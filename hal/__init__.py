@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hal import errors, integrations, nn, ops, platforms, quant
+    from hal import errors, integrations, nn, ops, platforms, quant, testing, torch_compat
     from hal.arch import Arch, CpuArch, CudaArch, GfxArch, XeArch
-    from hal.device import DeviceSpec, Software
+    from hal.device import DeviceSpec, Link, Software
     from hal.errors import HalError, NoKernelError
+    from hal.findings import Finding, Severity
     from hal.formats import FORMATS, Format, Support
+    from hal.isolation import Isolation
     from hal.needs import Needs
     from hal.protocol import Platform
     from hal.quant import QTensor, Scheme
@@ -29,16 +31,20 @@ _HOME = {
     "CudaArch": "hal.arch",
     "DeviceSpec": "hal.device",
     "FORMATS": "hal.formats",
+    "Finding": "hal.findings",
     "Format": "hal.formats",
     "GfxArch": "hal.arch",
     "HalError": "hal.errors",
+    "Isolation": "hal.isolation",
     "Level": "hal.registry",
+    "Link": "hal.device",
     "Needs": "hal.needs",
     "NoKernelError": "hal.errors",
     "Platform": "hal.protocol",
     "QTensor": "hal.quant",
     "Scheme": "hal.quant",
     "Selection": "hal.selection",
+    "Severity": "hal.findings",
     "Software": "hal.device",
     "Support": "hal.formats",
     "XeArch": "hal.arch",
@@ -48,7 +54,7 @@ _HOME = {
     "select": "hal.selection",
     "use_platform": "hal.runtime",
 }
-_MODULES = ("errors", "integrations", "nn", "ops", "platforms", "quant")
+_MODULES = ("errors", "integrations", "nn", "ops", "platforms", "quant", "testing", "torch_compat")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 

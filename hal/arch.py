@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from hal.errors import UnknownNameError
-
-__all__ = ["Arch", "CpuArch", "CudaArch", "GfxArch", "XeArch", "parse_arch"]
+__all__ = ["Arch", "CpuArch", "CudaArch", "GfxArch", "PluginArch", "XeArch", "parse_arch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +165,41 @@ class CpuArch(Arch):
         return self.machine
 
 
+@dataclass(frozen=True, slots=True)
+class PluginArch(Arch):
+    """An architecture of a platform that a plugin brings: equal or unequal, a family of its own."""
+
+    vendor: str
+    generation: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.vendor):
+            raise ValueError(f"not the name of a platform: {self.vendor!r}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", self.generation):
+            raise ValueError(f"not an architecture of {self.vendor}: {self.generation!r}")
+
+    @property
+    def platform(self) -> str:
+        return self.vendor
+
+    @property
+    def name(self) -> str:
+        return self.generation
+
+    @property
+    def family(self) -> str:
+        return self.generation
+
+
 def parse_arch(platform: str, text: str) -> Arch:
     """Return the architecture that `text` names on `platform`.
 
     Accepts `sm_90`, `sm90`, `9.0`, `sm_90a`; `gfx942`, `gfx942:sramecc+:xnack-`; `xe2`;
-    `x86_64+avx512`.
+    `x86_64+avx512`. On a platform that is not hal's own any plain name is one; whether there is
+    such a platform is for its tables to say.
 
     Raises:
         ValueError: If `text` is no architecture name of that platform.
-        UnknownNameError: If the platform is unknown.
     """
     text = text.strip().lower()
     if platform == "cuda":
@@ -199,4 +223,4 @@ def parse_arch(platform: str, text: str) -> Arch:
         if not all(re.fullmatch(r"[a-z0-9_]+", part) for part in (machine, *isa)):
             raise ValueError(f"not a processor: {text!r} (needed: such as x86_64+avx512)")
         return CpuArch(machine, frozenset(isa))
-    raise UnknownNameError("platform", platform, ("cuda", "rocm", "xpu", "cpu"))
+    return PluginArch(platform, text)

@@ -4,7 +4,8 @@ stdout carries only the answer and stderr everything else, so that both can be p
 nor Triton is imported, and nothing but the parts that a command needs.
 
 Exit status: 0 answered; 1 answered, and no kernel can run; 2 not answered, because a name, a size
-or a setting cannot be used or the answer could not be written.
+or a setting cannot be used or the answer could not be written. `hal doctor` has statuses of its
+own, by severity.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal import __version__
 from hal.errors import HalError, SettingError, UnknownNameError
+
+if TYPE_CHECKING:
+    from hal.device import DeviceSpec
+    from hal.protocol import Platform
 
 __all__ = ["main"]
 
@@ -31,6 +36,10 @@ _EXPLAIN_EPILOG = """\
 Sizes are written name=value. Those that are not given are listed as unchecked.
   hal explain linear --scheme fp8_channel tokens=16 in_features=4096
   hal explain fused_moe --scheme fp8_block128 --platform rocm:mi300x
+"""
+
+_DOCTOR_EPILOG = """\
+Exit status: 0 nothing or notes, 1 warnings, 3 errors, 2 the question itself was at fault.
 """
 
 
@@ -81,8 +90,15 @@ def _run(arguments: list[str]) -> int:
 def _info(options: argparse.Namespace) -> int:
     from hal.describe import info_sections
     from hal.report import info_report
-    from hal.runtime import resolve_platform
+    from hal.runtime import refresh, resolve_platform
 
+    if options.deep:
+        from hal.config import import_seconds
+        from hal.software import find_software
+        from hal.trials import try_kernel_packages
+
+        try_kernel_packages(find_software(), import_seconds())
+        refresh()
     report = info_report(resolve_platform(options.platform))
     if options.json:
         _write_json(report)
@@ -106,20 +122,57 @@ def _explain(options: argparse.Namespace) -> int:
     insists = options_from(options.op, minimum=options.minimum, force=options.force)
     if options.force is not None:
         insists = replace(insists, force_origin="--force")
-    spec = platform.device(options.device)
     problem = _problem(options.op, options.sizes)
-    selection = choose(options.op, scheme, spec, problem, insists)
-    report = explain_report(selection, platform)
+    selections = [
+        choose(options.op, scheme, spec, problem, insists)
+        for spec in _one_of_each_kind(platform, options.device)
+    ]
+    reports = [explain_report(selection, platform) for selection in selections]
     if options.json:
-        _write_json(report)
+        _write_json(reports[0] if len(reports) == 1 else reports)
     else:
         from hal.describe import explain_text
 
-        _write(explain_text(report, str(selection), color=_color(), markdown=options.markdown))
-    return OK if selection.kernel is not None else NO_KERNEL
+        texts = [
+            explain_text(report, str(selection), color=_color(), markdown=options.markdown)
+            for report, selection in zip(reports, selections, strict=True)
+        ]
+        _write("\n".join(texts))
+    return OK if all(selection.kernel is not None for selection in selections) else NO_KERNEL
 
 
-COMMANDS = {"info": _info, "explain": _explain}
+def _one_of_each_kind(platform: Platform, index: int | None) -> list[DeviceSpec]:
+    """Return the facts of the device asked for, or of every kind of device that is visible."""
+    if index is not None:
+        return [platform.device(index)]
+    specs = [platform.device(each) for each in range(platform.device_count())]
+    return list(dict.fromkeys(spec.kind for spec in specs))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hal.config import import_seconds
+    from hal.doctor import doctor_report, doctor_sections, subject_here
+
+    seconds = None if options.quick else import_seconds()
+    report = doctor_report(subject_here(), seconds=seconds, said=_progress)
+    if options.json:
+        _write_json(report)
+    else:
+        from hal.render import to_markdown, to_text
+
+        sections = doctor_sections(report)
+        _write(to_markdown(sections) if options.markdown else to_text(sections, color=_color()))
+    status: int = report["status"]
+    return status
+
+
+def _progress(title: str) -> None:
+    """Say on a terminal what takes time."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"hal: trying {title} ...", file=sys.stderr)
+
+
+COMMANDS = {"info": _info, "explain": _explain, "doctor": _doctor}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,15 +187,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="a platform or a device instead of what is here, such as cuda:h100 or rocm:gfx942",
     )
-    forms = shared.add_mutually_exclusive_group()
-    forms.add_argument("--json", action="store_true", help="print JSON")
-    forms.add_argument("--markdown", action="store_true", help="print Markdown, for bug reports")
-    commands.add_parser(
-        "info", parents=[shared], help="devices, software, probes, and what each op would run"
+    forms = argparse.ArgumentParser(add_help=False)
+    form = forms.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown, for bug reports")
+    info = commands.add_parser(
+        "info",
+        parents=[shared, forms],
+        help="devices, software, probes, and what each op would run",
+    )
+    info.add_argument(
+        "--deep", action="store_true", help="first import each kernel package, in a child process"
+    )
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[forms],
+        help="what does not fit together on this machine, and what cures it",
+        epilog=_DOCTOR_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.add_argument(
+        "--quick", action="store_true", help="compare facts alone and start no child process"
     )
     explain = commands.add_parser(
         "explain",
-        parents=[shared],
+        parents=[shared, forms],
         help="which kernel one op would run, and what each of the others lacks",
         epilog=_EXPLAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -212,7 +281,7 @@ def _value(name: str, text: str, choices: tuple[str | bool, ...] | None) -> str 
     return text
 
 
-def _write_json(report: dict[str, Any]) -> None:
+def _write_json(report: Any) -> None:
     import json
 
     _write(json.dumps(report, indent=2) + "\n")

@@ -32,7 +32,10 @@ def info_sections(report: Mapping[str, Any]) -> list[Section]:
         sections.append(_formats(device))
     sections.append(_probes(report))
     sections += [_selections(report, device) for device in shown]
-    sections += [_packages(report), _settings(report)]
+    sections.append(_packages(report))
+    if report["plugins"]:
+        sections.append(_plugins(report["plugins"]))
+    sections.append(_settings(report))
     if report["quirks"]:
         sections.append(_quirks(report["quirks"]))
     if report["errors"]:
@@ -118,6 +121,10 @@ def _device(platform: str, device: Mapping[str, Any]) -> Section:
         shared = _scaled(device["shared_memory_bytes"], 1024, "B")
         rows.insert(6, ("shared memory", f"{shared} for one block"))
         rows.append(("interconnect", link))
+        if device["links"]:
+            # Devices that are alike share a block and may reach each other in different ways.
+            whose = f" of {device['index']}" if len(device["alike"]) > 1 else ""
+            rows.append((f"links{whose}", _links(device["links"])))
         rows.append(("driver", _text(device["driver_version"])))
     if capability:
         rows.insert(1, ("compute capability", ".".join(map(str, capability))))
@@ -130,6 +137,17 @@ def _device(platform: str, device: Mapping[str, Any]) -> Section:
     if physical and physical != device["alike"]:
         rows.append(("driver's number", str(physical[0])))
     return Section(_title(platform, device), (Fields(tuple(rows)),))
+
+
+def _links(links: Sequence[Mapping[str, Any]]) -> str:
+    """Return `1-3 by nvlink, 900 GB/s; 4 by pcie, unknown`: peers with equal links together."""
+    groups: dict[tuple[str, float | None], list[int]] = {}
+    for link in links:
+        groups.setdefault((link["kind"], link["bytes_per_second"]), []).append(link["peer"])
+    return "; ".join(
+        f"{_ranges(peers)} by {kind}, {_scaled(rate, 1000, 'B/s')}"
+        for (kind, rate), peers in groups.items()
+    )
 
 
 def _title(platform: str, device: Mapping[str, Any]) -> str:
@@ -191,6 +209,16 @@ def _packages(report: Mapping[str, Any]) -> Section:
     return Section(
         "Kernel packages", tuple(blocks) or (Paragraph("No kernel package is installed."),)
     )
+
+
+def _plugins(plugins: Sequence[Mapping[str, Any]]) -> Section:
+    rows = tuple(
+        (plugin["package"], plugin["version"], plugin["group"], plugin["state"])
+        for plugin in plugins
+    )
+    details = tuple(plugin["detail"] for plugin in plugins)
+    head = ("package", "version", "adds", "state")
+    return Section("Plugins", (Table(head, rows, "detail", details),))
 
 
 def _settings(report: Mapping[str, Any]) -> Section:

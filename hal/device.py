@@ -80,6 +80,10 @@ class Software:
         for label in ("packages", "broken"):
             object.__setattr__(self, label, tuple(sorted(getattr(self, label))))
 
+    def with_broken(self, reasons: Mapping[str, str]) -> Software:
+        """Return a copy in which further packages are broken, for the reasons given."""
+        return dataclasses.replace(self, broken=tuple((dict(reasons) | dict(self.broken)).items()))
+
     def version_of(self, package: str) -> str | None:
         """Return the version of `package`, or None where it is not installed."""
         if package == "torch":
@@ -160,7 +164,7 @@ class DeviceSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.platform in ("cuda", "rocm", "xpu", "cpu") and self.arch.platform != self.platform:
+        if self.arch.platform != self.platform:
             raise ValueError(
                 f"{self.name}: platform {self.platform} cannot have architecture {self.arch}"
             )

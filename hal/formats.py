@@ -6,7 +6,9 @@ that its specification prints, and the table checks the two against each other o
 
 Source: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0
 (e8m0, e2m1); Noune et al., "8-bit Numerical Formats for Deep Neural Networks" (fnuz encodings);
-IEEE 754-2019 (float32, float16).
+IEEE 754-2019 (float32, float16). First releases of torch's dtypes: the macOS wheels of 2.0.1 to
+2.13.0 (torch/_C/__init__.pyi; for 2.0.1 and 2.1.0, whose stubs lack them, the names in
+libtorch_python).
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Format:
         special: Which codes are not finite.
         stated_maximum: The largest finite value as the specification prints it.
         torch_name: Name of torch's dtype, None where torch has none.
-        since_torch: First torch release that has the dtype.
+        since_torch: First torch release that has the dtype; None where 2.0 and older have it.
     """
 
     name: str
@@ -69,7 +71,7 @@ class Format:
     special: Special
     stated_maximum: float
     torch_name: str | None
-    since_torch: str = "2.6"
+    since_torch: str | None = None
     is_signed: bool = True
 
     @property
@@ -132,10 +134,10 @@ _ROWS = (
     Format("float32", 32, 8, 23, 127, Special.IEEE, _FLOAT32_MAXIMUM, "float32"),
     Format("float16", 16, 5, 10, 15, Special.IEEE, 65504.0, "float16"),
     Format("bfloat16", 16, 8, 7, 127, Special.IEEE, _BFLOAT16_MAXIMUM, "bfloat16"),
-    Format("e4m3fn", 8, 4, 3, 7, Special.ALL_ONES, 448.0, "float8_e4m3fn"),
-    Format("e4m3fnuz", 8, 4, 3, 8, Special.NEGATIVE_ZERO, 240.0, "float8_e4m3fnuz"),
-    Format("e5m2", 8, 5, 2, 15, Special.IEEE, 57344.0, "float8_e5m2"),
-    Format("e5m2fnuz", 8, 5, 2, 16, Special.NEGATIVE_ZERO, 57344.0, "float8_e5m2fnuz"),
+    Format("e4m3fn", 8, 4, 3, 7, Special.ALL_ONES, 448.0, "float8_e4m3fn", "2.1"),
+    Format("e4m3fnuz", 8, 4, 3, 8, Special.NEGATIVE_ZERO, 240.0, "float8_e4m3fnuz", "2.2"),
+    Format("e5m2", 8, 5, 2, 15, Special.IEEE, 57344.0, "float8_e5m2", "2.1"),
+    Format("e5m2fnuz", 8, 5, 2, 16, Special.NEGATIVE_ZERO, 57344.0, "float8_e5m2fnuz", "2.2"),
     Format("e8m0", 8, 8, 0, 127, Special.ALL_ONES, 2.0**127, "float8_e8m0fnu", "2.7", False),
     Format("e2m1", 4, 2, 1, 1, Special.NONE, 6.0, "float4_e2m1fn_x2", "2.8"),
     Format("int8", 8, 0, 7, 0, Special.NONE, 127.0, "int8"),

@@ -8,6 +8,7 @@ caller did not give (None) cannot fail; the selection lists it as unchecked.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 from hal.arch import Arch
 from hal.device import DeviceSpec, version_at_least
 from hal.errors import RegistrationError
-from hal.formats import Support, number_format
+from hal.formats import FORMATS, Format, Support, number_format
 
 __all__ = ["Code", "Context", "Failure", "Need", "Needs"]
 
@@ -216,6 +217,38 @@ class _Torch(Need):
 
 
 @dataclass(frozen=True, slots=True)
+class _Dtypes(Need):
+    groups: tuple[tuple[str, ...], ...]
+
+    def check(self, context: Context) -> Failure | None:
+        version = context.spec.software.torch
+        oldest = [min((FORMATS[name] for name in group), key=_release_of) for group in self.groups]
+        missing = [row for row in oldest if not _has_dtype(version, row)]
+        if not missing:
+            return None
+        since = max(missing, key=_release_of).since_torch
+        # Without torch all are missing: those that any torch has would only make the line long.
+        told = [row for row in missing if row.since_torch is not None] or missing[:1]
+        return Failure(
+            Code.TORCH_VERSION,
+            "torch" if since is None else f"torch >= {since}",
+            "torch not installed" if version is None else version,
+            "; ".join(f"torch.{row.torch_name}, format {row.name}" for row in told),
+        )
+
+
+def _release_of(row: Format) -> tuple[int, ...]:
+    return tuple(map(int, (row.since_torch or "0").split(".")))
+
+
+@functools.lru_cache(maxsize=256)
+def _has_dtype(version: str | None, row: Format) -> bool:
+    if version is None or row.since_torch is None:
+        return version is not None
+    return version_at_least(version, row.since_torch)
+
+
+@dataclass(frozen=True, slots=True)
 class _MultipleOf(Need):
     size: str
     divisor: int
@@ -404,6 +437,24 @@ class Needs:
         for release in (at_least, *(release for _, release in exceptions)):
             _release("torch", release)
         return _Torch(at_least, reason, exceptions)
+
+    @staticmethod
+    def dtype(*formats: str) -> Need:
+        """Need torch to have the dtype of one of the formats; see `dtypes`."""
+        return Needs.dtypes(formats)
+
+    @staticmethod
+    def dtypes(*groups: tuple[str, ...]) -> Need:
+        """Need torch to have dtypes: of each group of formats, that of one.
+
+        A kernel need not state it for its operands: `Operand.dtype_groups` says what they take.
+        """
+        distinct = tuple(dict.fromkeys(_some("group of formats", groups)))
+        for group in distinct:
+            for name in _some("format", group):
+                if number_format(name).torch_name is None:
+                    raise RegistrationError(f"dtype({name!r}): torch has no dtype for it")
+        return _Dtypes(distinct)
 
     @staticmethod
     def multiple_of(size: str, divisor: int, hint: str = "") -> Need:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.ops import Routing
@@ -26,9 +25,11 @@ from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_experts
 from hal.quant.quantize import quantize
 from hal.quant.scheme import Scheme, find_scheme
 from hal.quant.tensor import QTensor
+from hal.torch_compat import is_compiling_function
 
 __all__ = ["FusedMoE", "Linear"]
 
+is_compiling = is_compiling_function()
 HALVES = (torch.bfloat16, torch.float16)
 
 

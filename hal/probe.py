@@ -26,9 +26,15 @@ class Found(Generic[T]):
 
 @dataclass(frozen=True)
 class Absent:
-    """Nothing is there, for an ordinary reason."""
+    """Nothing is there, for an ordinary reason.
+
+    Attributes:
+        reason: Why, in words that follow a comma.
+        cure: What brings it back, where something does.
+    """
 
     reason: str
+    cure: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hal.arch import Arch
     from hal.device import DeviceSpec
     from hal.formats import Support
+    from hal.isolation import Isolation
     from hal.probe import Probe
     from hal.quirks import Quirk
 
@@ -70,6 +71,9 @@ class Platform(Protocol):
 
     def physical_index(self, index: int | None = None) -> int:
         """Return the driver's own number of visible device `index`."""
+
+    def isolated(self, index: int) -> Isolation:
+        """Return the environment and index with which a child sees device `index` alone."""
 
     @property
     def probes(self) -> tuple[Probe, ...]:

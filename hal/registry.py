@@ -14,14 +14,29 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeVar
+from threading import RLock
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hal.errors import RegistrationError, UnknownNameError, ValueRangeError
 from hal.formats import FORMATS, number_format
 from hal.needs import Need
 
-__all__ = ["BANDS", "Kernel", "Level", "Measurement", "Op", "Operand", "find_op", "op_names"]
+if TYPE_CHECKING:
+    from hal.plugins import Plugin
+
+__all__ = [
+    "BANDS",
+    "Kernel",
+    "Level",
+    "Measurement",
+    "Op",
+    "Operand",
+    "find_op",
+    "kernel_plugins",
+    "op_names",
+    "restore",
+    "snapshot",
+]
 
 RESERVED = frozenset(
     {
@@ -91,6 +106,8 @@ class Operand:
         scale_format: Number format of the scales; required where there are scales.
         scale_layout: Order of the scales in memory.
         layout: Order of the values in memory, a name from `hal.quant.layout`.
+        as_bytes: Formats of the values or the scales that the kernel holds in uint8 tensors, so
+            that torch needs no dtype for them.
     """
 
     name: str
@@ -99,6 +116,7 @@ class Operand:
     scale_format: str | None = None
     scale_layout: str = "row_major"
     layout: str = "canonical"
+    as_bytes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.formats:
@@ -117,6 +135,29 @@ class Operand:
             )
         if self.scale_format is not None and self.scale_format not in FORMATS:
             raise RegistrationError(f"operand {self.name}: scale format {self.scale_format!r}")
+        for name in self.as_bytes:
+            if name not in (*self.formats, self.scale_format) or FORMATS[name].bits > 8:
+                raise RegistrationError(f"operand {self.name}: holds no {name} as bytes")
+
+    def dtype_groups(self, fp8_encoding: str | None) -> tuple[tuple[str, ...], ...]:
+        """Return the formats whose dtype torch must have to hold this operand on a device.
+
+        Of each group one will do. Of the 8-bit floats e4m3fn and e4m3fnuz, only what the device
+        binds counts.
+
+        Args:
+            fp8_encoding: The device's 8-bit float, None where it has none: e4m3fn then.
+        """
+        bound = fp8_encoding or "e4m3fn"
+        values = self.formats
+        if bound in values:
+            values = tuple(f for f in values if f == bound or f not in ("e4m3fn", "e4m3fnuz"))
+        scales = () if self.scale_format is None else (self.scale_format,)
+        return tuple(
+            group
+            for group in (values, scales)
+            if group and not any(f in self.as_bytes or not FORMATS[f].torch_name for f in group)
+        )
 
     def __str__(self) -> str:
         values = "/".join(self.formats)
@@ -360,16 +401,53 @@ _OP_PACKAGES = ("hal.ops",)
 
 
 class _Loader:
-    """Import the packages that declare ops, once, when an op is first looked up."""
+    """Import what declares ops and then the plugins' kernels, once, when an op is looked up."""
 
-    @cached_property
-    def done(self) -> bool:
-        for package in _OP_PACKAGES:
-            importlib.import_module(package)
-        return True
+    def __init__(self) -> None:
+        self.started = False
+        self.done = False
+        self.plugins: tuple[Plugin, ...] = ()
+        self._lock = RLock()
+
+    def load(self) -> None:
+        with self._lock:
+            if self.started:  # a plugin that is being loaded looks up the op it adds to
+                return
+            for package in _OP_PACKAGES:
+                importlib.import_module(package)
+            from hal.plugins import load_kernels
+
+            self.started = True
+            self.plugins = load_kernels()
+            self.done = True
 
 
 _loader = _Loader()
+
+
+def kernel_plugins() -> tuple[Plugin, ...]:
+    """Return what became of every package that adds kernels."""
+    _load()
+    return _loader.plugins
+
+
+def snapshot() -> dict[str, dict[str, Kernel]]:
+    """Return which kernels every op has now, for `restore`."""
+    return {name: dict(op._kernels) for name, op in _OPS.items()}
+
+
+def restore(kernels: Mapping[str, Mapping[str, Kernel]]) -> None:
+    """Take back every op and kernel that was added since `snapshot`."""
+    for name in _OPS.keys() - kernels.keys():
+        del _OPS[name]
+    for name, op in _OPS.items():
+        for added in op._kernels.keys() - kernels[name].keys():
+            del op._kernels[added]
+
+
+def _load() -> None:
+    if not _loader.done:
+        _loader.load()
 
 
 def find_op(name: str) -> Op:
@@ -378,11 +456,13 @@ def find_op(name: str) -> Op:
     Raises:
         UnknownNameError: If there is none.
     """
-    if _loader.done and name in _OPS:
+    _load()
+    if name in _OPS:
         return _OPS[name]
     raise UnknownNameError("op", name, _OPS)
 
 
 def op_names() -> tuple[str, ...]:
     """Return the names of all ops, sorted."""
-    return tuple(sorted(_OPS)) if _loader.done else ()
+    _load()
+    return tuple(sorted(_OPS))

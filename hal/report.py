@@ -87,6 +87,7 @@ def info_report(platform: Platform) -> dict[str, Any]:
         "notes": parts.take("notes", lambda: list(map(str, getattr(platform, "notes", ()))), []),
         "packages": dict(software.packages),
         "broken_packages": dict(software.broken),
+        "plugins": parts.take("plugins", _plugins, []),
         "settings": parts.take("settings", _settings, []),
         "quirks": parts.take("quirks", lambda: _quirks(platform), []),
         "selections": parts.take("selections", lambda: _selections(parts, specs, groups), []),
@@ -184,6 +185,23 @@ def _probe(probe: Any) -> dict[str, Any]:
         "detail": probe.detail,
         "milliseconds": round(probe.milliseconds, 2),
     }
+
+
+def _plugins() -> list[dict[str, str]]:
+    from hal.platforms.plugins import platform_plugins
+    from hal.registry import kernel_plugins
+
+    return [
+        {
+            "group": plugin.entry.group,
+            "name": plugin.entry.name,
+            "package": plugin.entry.package,
+            "version": plugin.entry.version,
+            "state": plugin.state,
+            "detail": plugin.detail,
+        }
+        for plugin in (*platform_plugins().states, *kernel_plugins())
+    ]
 
 
 def _settings() -> list[dict[str, str]]:

@@ -88,10 +88,12 @@ def use_platform(choice: Platform | DeviceSpec | str) -> Iterator[Platform]:
 
 def refresh() -> None:
     """Forget what was found; the next question looks at the machine and its software again."""
+    from hal.platforms.plugins import forget_plugins
     from hal.software import forget_software
 
     with _lock:
         forget_software()
+        forget_plugins()
         _detection_once.cache_clear()
         _named.cache_clear()
 
@@ -200,10 +202,10 @@ def _named(name: str) -> Platform:
     found = _detection().present.get(head)
     if found is not None:
         return found
-    from hal.platforms.tables import PLATFORMS, device_names
+    from hal.platforms.tables import device_names, platform_names
 
-    if head not in PLATFORMS:
-        raise UnknownNameError("platform", name, (*PLATFORMS, *device_names()))
+    if head not in platform_names():
+        raise UnknownNameError("platform", name, (*platform_names(), *device_names()))
     raise PlatformError(
         f"{head} cannot be used here: {_detection().absent[head]}; devices that can be simulated: "
         + ", ".join(_examples(head))
@@ -221,11 +223,15 @@ def _class_of(name: str) -> Any:
     """Return the class that implements the platform `name`."""
     import importlib
 
-    from hal.platforms.tables import PLATFORMS
+    from hal.platforms.plugins import platform_plugins
+    from hal.platforms.tables import PLATFORMS, platform_names
 
-    if name not in PLATFORMS:
-        raise UnknownNameError("platform", name, PLATFORMS)
-    return importlib.import_module(f"hal.platforms.{name}").PLATFORM
+    if name in PLATFORMS:
+        return importlib.import_module(f"hal.platforms.{name}").PLATFORM
+    plugin = platform_plugins().loaded.get(name)
+    if plugin is None:
+        raise UnknownNameError("platform", name, platform_names())
+    return plugin.platform
 
 
 def _examples(head: str) -> list[str]:

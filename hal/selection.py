@@ -25,7 +25,7 @@ from hal.errors import (
     NoKernelError,
     UnknownNameError,
 )
-from hal.needs import Code, Context, Failure
+from hal.needs import Code, Context, Failure, Need, Needs
 from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
 
 __all__ = ["OPTION_NAMES", "Candidate", "Options", "Selection", "choose", "rank"]
@@ -309,7 +309,8 @@ def _examine(kernel: Kernel, context: Context, options: Options) -> Candidate:
     if options.force == kernel.name:
         problem["forced"] = True
     context = replace(context, problem=problem)
-    failures += [failure for need in kernel.requires if (failure := need.check(context))]
+    needs = (*kernel.requires, *_dtype_needs(kernel, context))
+    failures += [failure for need in needs if (failure := need.check(context))]
     if kernel.level < options.minimum:
         failures.append(Failure(Code.ENV, f"level {options.minimum} or above", str(kernel.level)))
     if options.batch_invariant and not kernel.batch_invariant:
@@ -317,6 +318,14 @@ def _examine(kernel: Kernel, context: Context, options: Options) -> Candidate:
     if options.deterministic and not kernel.deterministic:
         failures.append(Failure(Code.ENV, "deterministic", "order of sums can change"))
     return Candidate(kernel, tuple(failures), serves=serves)
+
+
+def _dtype_needs(kernel: Kernel, context: Context) -> tuple[Need, ...]:
+    """Return what torch must have to hold the operands of the scheme, as one need or none."""
+    encoding = context.spec.formats.fp8_encoding
+    operands = kernel.signatures.get(context.scheme, ())
+    groups = [group for operand in operands for group in operand.dtype_groups(encoding)]
+    return (Needs.dtypes(*groups),) if groups else ()
 
 
 def _nearest(

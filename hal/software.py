@@ -14,8 +14,9 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from hal.device import Software
 
@@ -26,26 +27,29 @@ __all__ = [
     "assumed_software",
     "find_software",
     "forget_software",
+    "metadata_folders",
 ]
 
-PACKAGES = (
-    "triton",
-    "pytorch-triton",
-    "pytorch-triton-rocm",
-    "pytorch-triton-xpu",
-    "intel-extension-for-pytorch",
-    "transformers",
-    "deep-gemm",
-    "flashinfer-python",
-    "vllm",
-    "amd-aiter",
-    "torchao",
-    "vllm-xpu-kernels",
-    "nvidia-ml-py",
+PACKAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "triton": "triton",
+        "pytorch-triton": "triton",
+        "pytorch-triton-rocm": "triton",
+        "pytorch-triton-xpu": "triton",
+        "intel-extension-for-pytorch": "intel_extension_for_pytorch",
+        "transformers": "transformers",
+        "deep-gemm": "deep_gemm",
+        "flashinfer-python": "flashinfer",
+        "vllm": "vllm._C",
+        "amd-aiter": "aiter",
+        "torchao": "torchao",
+        "vllm-xpu-kernels": "vllm_xpu_kernels",
+        "nvidia-ml-py": "pynvml",
+    }
 )
-"""Every package that hal asks about, by its distribution name."""
+"""Every package that hal asks about: the name to import by distribution name."""
 
-_TRITONS = PACKAGES[:4]
+_TRITONS = tuple(name for name, module in PACKAGES.items() if module == "triton")
 
 PINNED_TORCH = "2.13.0"
 PINNED_TRITON = "3.7.1"
@@ -58,9 +62,27 @@ _IPEX = "intel-extension-for-pytorch"
 def find_software() -> Software:
     """Return torch and what stands around it, as installed for this interpreter.
 
-    Imports nothing and never raises; the answer is kept until `forget_software`.
+    Imports none of it and never raises; the answer is kept until `forget_software`.
     """
-    return read_software(sys.path, _find("torch"), _find("triton"))
+    found = read_software(sys.path, _find("torch"), _find("triton"))
+    return found.with_broken(_seen_by_doctor(found))
+
+
+def _seen_by_doctor(found: Software) -> Mapping[str, str]:
+    from hal.config import cache_folder
+
+    try:
+        kept = (cache_folder() / "health.json").is_file()
+    except (OSError, RuntimeError):  # no home folder
+        return {}
+    if not kept:
+        return {}
+    from hal.health import known_health  # costs more than the rest of this file
+
+    installed = dict(found.packages)
+    if found.triton is not None:
+        installed["triton"] = found.triton
+    return known_health(installed, found.torch)
 
 
 def forget_software() -> None:
@@ -180,9 +202,8 @@ def _literals(path: Path) -> dict[str, str | None]:
     return found
 
 
-def _distributions(search: Iterable[str]) -> dict[str, str]:
-    """Return the version of every package in `PACKAGES` whose metadata lies in `search`."""
-    found: dict[str, str] = {}
+def metadata_folders(search: Iterable[str]) -> Iterator[tuple[Path, str, str]]:
+    """Yield the metadata folder, normalised name and version of every package in `search`."""
     for folder in dict.fromkeys(search):
         try:
             entries = os.scandir(folder or ".")
@@ -194,8 +215,15 @@ def _distributions(search: Iterable[str]) -> dict[str, str]:
                 if match is None:
                     continue
                 name = re.sub(r"[-_.]+", "-", match[1]).lower()
-                if name in PACKAGES:
-                    found.setdefault(name, match[2])
+                yield Path(entry.path), name, match[2]
+
+
+def _distributions(search: Iterable[str]) -> dict[str, str]:
+    """Return the version of every package in `PACKAGES` whose metadata lies in `search`."""
+    found: dict[str, str] = {}
+    for _, name, version in metadata_folders(search):
+        if name in PACKAGES:
+            found.setdefault(name, version)
     return found
 
 

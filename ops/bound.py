@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch.compiler import is_compiling
 
 from hal.config import setting
 from hal.errors import DTypeError, ShapeError, UnknownNameError
@@ -33,8 +32,14 @@ from hal.ops.prepare import (
 from hal.ops.route import Routing
 from hal.protocol import Platform
 from hal.selection import Selection
+from hal.torch_compat import is_compiling_function
 
 __all__ = ["FusedMoE", "Linear"]
+
+is_compiling = is_compiling_function()
+# What a call reads is declared by each op itself, although their base declares it too: before
+# 2.8, torch.compile reads no inherited slot (see the quirk `compile-inherited-slots`).
+_READ_BY_CALLS = ("_checks", "_dtype", "_launch", "key", "tensors")
 
 
 class _Bound:
@@ -115,7 +120,7 @@ class Linear(_Bound):
         NoKernelError: If no kernel can run; carries the table of all candidates.
     """
 
-    __slots__ = ("_columns", "_device", "rows_out")
+    __slots__ = (*_READ_BY_CALLS, "_columns", "_device", "rows_out")
     op: ClassVar[str] = "linear"
 
     def __init__(
@@ -213,7 +218,7 @@ class FusedMoE(_Bound):
         NoKernelError: If no kernel can run; carries the table of all candidates.
     """
 
-    __slots__ = ("_device", "_experts", "_hidden")
+    __slots__ = (*_READ_BY_CALLS, "_device", "_experts", "_hidden")
     op: ClassVar[str] = "fused_moe"
 
     def __init__(

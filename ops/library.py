@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from hal.errors import ArgumentError
+from hal.torch_compat import register_fake
 
 __all__ = ["enroll"]
 
@@ -61,12 +62,12 @@ _library.impl("linear", _run_linear, "CompositeExplicitAutograd")
 _library.impl("fused_moe", _run_fused_moe, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("hal::linear", lib=_library)
+@register_fake("hal::linear", lib=_library)
 def _fake_linear(x: torch.Tensor, tensors: list[torch.Tensor], key: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], _find(key).rows_out)
 
 
-@torch.library.register_fake("hal::fused_moe", lib=_library)
+@register_fake("hal::fused_moe", lib=_library)
 def _fake_fused_moe(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: list[torch.Tensor], key: int
 ) -> torch.Tensor:

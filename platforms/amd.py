@@ -4,18 +4,21 @@ The topology comes first: it is there whenever ROCm can work, in the order in wh
 devices, and reading it starts nothing. The library serves machines without it (WSL).
 
 Source: Linux drivers/gpu/drm/amd/amdkfd/kfd_topology.c (names of properties, gfx_target_version as
-major * 10000 + minor * 100 + stepping); AMD SMI Python API reference.
+major * 10000 + minor * 100 + stepping), kfd_crat.h (types of links); AMD SMI Python API reference.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
+from hal.device import Link
+from hal.platforms.interconnect import Way, pair_up, pcie_rate, slower
 from hal.platforms.machine import Machine
 from hal.probe import Absent, Found, ProbeResult
 
@@ -23,11 +26,16 @@ __all__ = ["AmdDevice", "find_in_topology", "find_with_library", "gfx_name"]
 
 _NODES = "sys/class/kfd/kfd/topology/nodes"
 _LOCAL_HEAPS = (1, 2)  # memory of the device, visible to the host or not
+_XGMI = 11  # CRAT_IOLINK_TYPE_XGMI
 
 
 @dataclass(frozen=True, slots=True)
 class AmdDevice:
-    """One device, or one partition of it, as the driver describes it."""
+    """One device, or one partition of it, as the driver describes it.
+
+    `links` name their peers by physical index; amdsmi, which serves where there is no topology, is
+    not asked for them.
+    """
 
     arch: str
     name: str | None = None
@@ -38,6 +46,7 @@ class AmdDevice:
     memory_bytes: int | None = None
     shared_memory_bytes: int | None = None
     physical_index: int = 0
+    links: tuple[Link, ...] = ()
 
 
 def gfx_name(version: int) -> str:
@@ -49,6 +58,7 @@ def gfx_name(version: int) -> str:
 def find_in_topology(machine: Machine) -> ProbeResult[tuple[AmdDevice, ...]]:
     """Return every device of /sys/class/kfd, in the order of its nodes."""
     found: list[AmdDevice] = []
+    places: list[str] = []
     nodes = machine.entries(_NODES)
     for node in nodes:
         facts = _properties(machine, f"{_NODES}/{node.name}/properties")
@@ -57,6 +67,7 @@ def find_in_topology(machine: Machine) -> ProbeResult[tuple[AmdDevice, ...]]:
             continue  # a processor, or a device that this container may not open
         units = facts["simd_count"] // max(facts.get("simd_per_cu", 4), 1)
         unique = facts.get("unique_id", 0)
+        places.append(node.name)
         found.append(
             AmdDevice(
                 arch=gfx_name(version),
@@ -71,7 +82,8 @@ def find_in_topology(machine: Machine) -> ProbeResult[tuple[AmdDevice, ...]]:
             )
         )
     if found:
-        return Found(tuple(found))
+        links = _links(machine, found, places)
+        return Found(tuple(replace(each, links=links[each.physical_index]) for each in found))
     return Absent(
         "/sys/class/kfd lists no GPU" if nodes else "no AMD compute driver (/sys/class/kfd)"
     )
@@ -131,6 +143,43 @@ def _memory(machine: Machine, node: str) -> int | None:
         if facts.get("heap_type") in _LOCAL_HEAPS:
             total += facts.get("size_in_bytes", 0)
     return total or None
+
+
+def _links(
+    machine: Machine, devices: Sequence[AmdDevice], nodes: Sequence[str]
+) -> dict[int, tuple[Link, ...]]:
+    """Return the links between devices, whose nodes of the topology are `nodes`.
+
+    Only `io_links` tell of XGMI: a link of `p2p_links` has the type of the device's own link to the
+    processor. The driver states one direction, and 0 where the route passes other devices. Older
+    drivers count 25 GT/s a lane on every product, though MI300 and MI350 have 32.
+
+    Source: Linux amdkfd/kfd_topology.c, kfd_add_peer_prop; amdgpu/amdgpu_xgmi.c,
+    amdgpu_xgmi_get_bandwidth and amdgpu_xgmi_early_init.
+    """
+    rates: dict[tuple[str, str], float] = {}
+    told = set()
+    for node in nodes:
+        for entry in machine.entries(f"{_NODES}/{node}/io_links"):
+            facts = _properties(machine, f"{_NODES}/{node}/io_links/{entry.name}/properties")
+            if "type" not in facts or "node_to" not in facts:
+                continue
+            told.add(node)
+            if facts["type"] == _XGMI:
+                rates[node, str(facts["node_to"])] = facts.get("max_bandwidth", 0) * 2e6
+
+    pcie = cache(partial(pcie_rate, machine))
+
+    def way(one: int, other: int) -> Way | None:
+        pair = nodes[one], nodes[other]
+        found = [rates[ends] for ends in (pair, (pair[1], pair[0])) if ends in rates]
+        if found:
+            return "xgmi", max(found) or None
+        if not told.issuperset(pair):
+            return None  # every device has a link to its processor: these files could not be read
+        return "pcie", slower(pcie(devices[one].pci_bus_id), pcie(devices[other].pci_bus_id))
+
+    return pair_up(range(len(devices)), way)
 
 
 def _address(facts: dict[str, int]) -> str | None:

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hal.arch import Arch, CudaArch
 from hal.device import DeviceSpec
-from hal.errors import AmbiguousDeviceError, PlatformError, ValueRangeError
+from hal.errors import (
+    AmbiguousDeviceError,
+    PlatformError,
+    SimulatedDeviceError,
+    ValueRangeError,
+)
 from hal.formats import Support
+from hal.isolation import Isolation
 from hal.platforms.ordering import Ordering, SimulatedOrdering
 from hal.probe import Probe
 
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from hal.platforms.isolation import Changes
     from hal.platforms.machine import Machine
     from hal.quirks import Quirk
 
@@ -31,12 +38,16 @@ __all__ = ["DeviceRecord", "FactsPlatform"]
 
 @dataclass(frozen=True, slots=True)
 class DeviceRecord:
-    """One visible device: its facts and the names that the driver knows it by."""
+    """One visible device: its facts and the names that the driver knows it by.
+
+    `selector` is what the vendor's variable calls it, where that is neither number nor UUID.
+    """
 
     spec: DeviceSpec
     physical_index: int
     uuid: str | None = None
     pci_bus_id: str | None = None
+    selector: str | None = None
 
 
 class FactsPlatform:
@@ -66,7 +77,9 @@ class FactsPlatform:
         if not devices:
             raise PlatformError(f"{self.platform_name}: a platform needs at least one device")
         self._devices = tuple(devices)
-        self._kinds = tuple(dict.fromkeys(record.spec.kind for record in self._devices))
+        self._kinds: tuple[DeviceSpec, ...] = tuple(
+            dict.fromkeys(record.spec.kind for record in self._devices)
+        )
         self._ordering = ordering
         self._simulated = simulated
         self._notes = tuple(notes)
@@ -163,14 +176,42 @@ class FactsPlatform:
             ValueRangeError: If no such device is visible.
         """
         if index is None and len(self._devices) > 1:
-            if len(self._kinds) > 1:
+            shared, *others = self._kinds
+            if others:
                 raise self._ambiguous("device")
-            return self._kinds[0]
+            return shared
         return self.record(index).spec
 
     def physical_index(self, index: int | None = None) -> int:
         """Return the driver's own number of visible device `index`."""
         return self.record(index).physical_index
+
+    def isolated(self, index: int) -> Isolation:
+        """Return the environment and index with which a child sees device `index` alone.
+
+        Raises:
+            ValueRangeError: If no such device is visible.
+            SimulatedDeviceError: If the device is a row of facts.
+            PlatformError: If nothing names the device for another process.
+        """
+        record = self.record(index)
+        if self._simulated:
+            raise SimulatedDeviceError(self.name, record.spec.name, f"{self.name}.isolated")
+        if self._machine is None:
+            raise PlatformError(
+                f"{self.name}.isolated: found {record.spec.name} by asking torch only, needed the "
+                "driver's name of it; set the vendor's variable for the child by hand, and use "
+                "index 0 there"
+            )
+        changes = self._child_environment(record, self._machine)
+        return Isolation(changes, 0, self.device_type if self.is_cpu else f"{self.device_type}:0")
+
+    def _child_environment(self, record: DeviceRecord, machine: Machine) -> Changes:
+        """Return the variables to set and, where None, to unset for a child with one device."""
+        raise PlatformError(
+            f"{self.name}.isolated: found no variable that hides devices, needed one; "
+            "implement _child_environment"
+        )
 
     @property
     def probes(self) -> tuple[Probe, ...]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from hal.arch import CpuArch
 from hal.device import DeviceSpec
+from hal.findings import Finding, Severity
 from hal.platforms.base import DeviceRecord, FactsPlatform
+from hal.platforms.isolation import Changes
 from hal.platforms.machine import Machine
 from hal.platforms.ordering import HostOrdering
-from hal.platforms.procfs import Processor, available_memory, find_processor
+from hal.platforms.processors import (
+    Processor,
+    find_processor,
+    machine_type,
+    scheduled_processors,
+)
+from hal.platforms.procfs import available_memory
 from hal.platforms.tables import ArchFacts, arch_facts, arch_rows, make_spec
 from hal.probe import Found, run_probe
 
@@ -28,6 +36,9 @@ class CpuPlatform(FactsPlatform):
         # A control group may allow less than what is free on the machine.
         return (free if free is None or total is None else min(free, total)), None
 
+    def _child_environment(self, record: DeviceRecord, machine: Machine) -> Changes:
+        return {}
+
 
 PLATFORM = CpuPlatform
 
@@ -37,26 +48,36 @@ def detect(machine: Machine) -> CpuPlatform:
     result = run_probe(
         "cpu", lambda: Found(find_processor(machine)), seconds=machine.seconds, log=machine.log
     )
-    notes: list[str] = []
     if isinstance(result, Found):
         found = result.value
     else:
-        found = Processor(machine.processor or "unknown", None, None, 1, None)
-        notes.append(f"asking about the CPU failed: {result.reason}")
+        note = Finding(
+            "cpu-unknown",
+            f"asking about the CPU failed: {result.reason}",
+            "mount /proc and /sys, or raise HAL_PROBE_SECONDS",
+            Severity.WARNING,
+        )
+        # The scheduler answers by itself, also where reading /proc hangs.
+        count = len(scheduled_processors()) if machine.is_here else 1
+        found = Processor(machine_type(machine), count=count, notes=(note,))
     record = DeviceRecord(cpu_spec(found, machine), 0)
-    return CpuPlatform([record], HostOrdering(), notes=notes, machine=machine)
+    return CpuPlatform([record], HostOrdering(), notes=found.notes, machine=machine)
 
 
 def cpu_spec(found: Processor, machine: Machine) -> DeviceSpec:
-    """Return the facts of a processor: its features decide which row of the table it is of."""
+    """Return the facts of a processor: its features decide which row of the table it is of.
+
+    Where nothing lists them, none is claimed, whatever the row says: a guess is never wrong.
+    """
     facts, certain = match_features(found.machine, found.features)
     return make_spec(
         facts,
         software=machine.software,
         name=found.name or str(facts.arch),
-        features=facts.features if found.features is None else found.features,
+        features=found.features or frozenset(),
         memory_bytes=found.memory_bytes,
         compute_units=found.count,
+        numa_nodes=found.numa_nodes,
         guess=not certain or facts.guess,
         origin="/proc" if found.features is not None else "os",
     )

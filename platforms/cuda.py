@@ -1,24 +1,31 @@
-"""Implement the CUDA platform: devices by NVML or /proc, order by streams and events."""
+"""Implement the CUDA platform: devices by NVML, the driver or /proc, order by streams."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 
-from hal.arch import CudaArch
+from hal.arch import Arch, CudaArch
 from hal.device import DeviceSpec
+from hal.findings import Finding, Severity, guessed
 from hal.platforms.base import DeviceRecord, FactsPlatform
+from hal.platforms.interconnect import with_links
+from hal.platforms.isolation import Changes, cuda_changes
+from hal.platforms.libcuda import find_by_driver
 from hal.platforms.machine import Machine
+from hal.platforms.mig import mig_visible
 from hal.platforms.nvidia import NvidiaDevice, ask_memory, find_devices, find_in_proc
 from hal.platforms.procfs import system_memory
 from hal.platforms.products import match_name
 from hal.platforms.streams import stream_ordering
 from hal.platforms.tables import arch_facts, make_spec
 from hal.platforms.visible import cuda_tokens, cuda_visible
-from hal.probe import Absent, Found, ProbeResult, run_probe
+from hal.probe import Absent, Broken, Found, ProbeResult, run_probe
 
 __all__ = ["PLATFORM", "CudaPlatform", "detect", "nvidia_spec"]
 
 _Devices = tuple[NvidiaDevice, ...]
+_FILES = "/proc/driver/nvidia"
 
 
 class CudaPlatform(FactsPlatform):
@@ -37,6 +44,9 @@ class CudaPlatform(FactsPlatform):
         )
         return result.value if isinstance(result, Found) else (None, None)
 
+    def _child_environment(self, record: DeviceRecord, machine: Machine) -> Changes:
+        return cuda_changes(record)
+
 
 PLATFORM = CudaPlatform
 
@@ -44,40 +54,48 @@ PLATFORM = CudaPlatform
 def detect(machine: Machine) -> ProbeResult[CudaPlatform]:
     """Return the platform of the visible NVIDIA devices, or why there is none."""
     notes: list[str] = []
-    result: ProbeResult[_Devices] = run_probe(
-        "nvml", lambda: find_devices(machine), seconds=machine.seconds, log=machine.log
-    )
+    result = _ask(machine, notes)
     if not isinstance(result, Found):
-        reason = result.reason
-        result = run_probe(
-            "/proc/driver/nvidia",
-            lambda: find_in_proc(machine),
-            seconds=machine.seconds,
-            log=machine.log,
-        )
-        if not isinstance(result, Found):
-            return Absent(f"no NVIDIA device was found: {reason}; {result.reason}")
-        notes.append(f"NVML does not answer ({reason}); devices are known from the driver's files")
-    physical = result.value
+        return result
+    physical, origin = result.value
     chosen = visible(machine, physical, notes)
     if not chosen:
-        value = machine.environment.get("CUDA_VISIBLE_DEVICES")
-        return Absent(
-            f"CUDA_VISIBLE_DEVICES={value!r} hides all NVIDIA devices here ({len(physical)}); "
-            f"unset it, or name some of 0 to {len(physical) - 1}"
-        )
+        return _all_hidden(machine.environment.get("CUDA_VISIBLE_DEVICES"), physical)
     records = []
     for device in chosen:
-        spec = nvidia_spec(device, machine, notes)
-        if spec is not None:
-            records.append(
-                DeviceRecord(spec, device.physical_index, device.uuid, device.pci_bus_id)
-            )
-    if len(records) < len(chosen):
-        # Torch counts devices that hal knows nothing about: indices would not agree.
-        return Absent("; ".join(notes) or "a device could not be described")
+        spec = nvidia_spec(device, machine, notes, origin)
+        records.append(DeviceRecord(spec, device.physical_index, device.uuid, device.pci_bus_id))
+    records = with_links(records, [device.links for device in chosen])
     ordering = stream_ordering("cuda")
     return Found(CudaPlatform(records, ordering, notes=notes, machine=machine))
+
+
+def _ask(machine: Machine, notes: list[str]) -> ProbeResult[tuple[_Devices, str]]:
+    """Return every physical device and which probe found them: the first that answers."""
+    probes = {"nvml": find_devices, "cuda driver": find_by_driver, _FILES: find_in_proc}
+    if not (machine.software.torch_build or "").startswith("cuda"):
+        del probes["cuda driver"]  # a child process is too much for a note about another device
+    reasons: list[str] = []
+    for name, find in probes.items():
+        result: ProbeResult[_Devices] = run_probe(
+            name, partial(find, machine), seconds=machine.seconds, log=machine.log
+        )
+        if isinstance(result, Found) and not all(map(_arch, result.value)):
+            result = Broken(f"{name} names devices without their compute capability")
+        if isinstance(result, Found):
+            if reasons:
+                how = "the driver's files" if name == _FILES else "the CUDA driver, in a child"
+                notes.append(
+                    Finding(
+                        "nvml",
+                        f"NVML does not answer ({reasons[0]}), so devices are known from {how}",
+                        "mount libnvidia-ml.so.1 of the driver, or reboot after a driver update",
+                        Severity.WARNING,
+                    )
+                )
+            return Found((result.value, name))
+        reasons.append(result.reason)
+    return Absent("no NVIDIA device was found: " + "; ".join(dict.fromkeys(reasons)))
 
 
 def visible(machine: Machine, physical: _Devices, notes: list[str]) -> list[NvidiaDevice]:
@@ -93,44 +111,48 @@ def visible(machine: Machine, physical: _Devices, notes: list[str]) -> list[Nvid
         ordinal = tokens is None or any(isinstance(token, int) for token in tokens)
         if ordinal and len({device.name for device in devices}) > 1:
             notes.append(
-                "the NVIDIA devices are unlike and CUDA puts the fastest first by a rule of its "
-                "own; hal assumes peak rate; set CUDA_DEVICE_ORDER=PCI_BUS_ID to be certain"
+                Finding(
+                    "device-order",
+                    "the NVIDIA devices are unlike, and CUDA puts the fastest first by a rule of "
+                    "its own, which hal takes to be the peak rate",
+                    "set CUDA_DEVICE_ORDER=PCI_BUS_ID to be certain, or name devices by UUID",
+                    Severity.WARNING,
+                )
             )
-    if value is not None and value.startswith("MIG-"):
-        parts = [part for device in devices for part in device.instances]
-        # CUDA opens one MIG instance a process, the first of the list.
-        return [parts[index] for index in cuda_visible(value, [part.uuid for part in parts])[:1]]
-    chosen = [devices[index] for index in cuda_visible(value, [each.uuid for each in devices])]
-    divided = [device for device in chosen if device.instances]
-    if divided:
-        notes.append(
-            f"{divided[0].name} is divided (MIG): CUDA sees its first instance only; name others "
-            "by UUID in CUDA_VISIBLE_DEVICES"
-        )
-        return [divided[0].instances[0]]
-    return chosen
+    if any(device.instances for device in devices):
+        return mig_visible(value, devices, notes)
+    return [devices[index] for index in cuda_visible(value, [each.uuid for each in devices])]
 
 
-def nvidia_spec(device: NvidiaDevice, machine: Machine, notes: list[str]) -> DeviceSpec | None:
-    """Return the facts of one device, or None where not even its architecture is known."""
+def _all_hidden(value: str | None, physical: _Devices) -> Absent:
+    parts = [part.uuid for device in physical for part in device.instances if part.uuid]
+    works = ",".join(str(index) for index in range(len(physical)))
+    if parts and (value or "").startswith("MIG-"):
+        works = parts[0]
+    return Absent(
+        f"CUDA_VISIBLE_DEVICES={value!r} hides all NVIDIA devices here ({len(physical)})",
+        f"unset it, or set it to {works}",
+    )
+
+
+def nvidia_spec(
+    device: NvidiaDevice, machine: Machine, notes: list[str], origin: str
+) -> DeviceSpec:
+    """Return the facts of one device whose architecture is known."""
     row = match_name("cuda", device.name, memory_bytes=device.memory_bytes)
-    if device.capability is not None:
-        arch = CudaArch(*device.capability)
-    elif row is not None and isinstance(row.arch, CudaArch):
-        arch = row.arch
-    else:
-        notes.append(f"{device.name}: its compute capability is unknown without NVML")
-        return None
+    arch = _arch(device)
+    assert arch is not None, "_ask returns no other devices"
     facts = arch_facts(arch)
     if facts.guess:
-        notes.append(f"{device.name}: {facts.note}")
+        notes.append(guessed(device.name, facts.note))
     if row is not None and row.arch != arch:
         row = None  # a product's name on another processor is another product
     memory = device.memory_bytes
     if memory is None and (row is None or row.interconnect is None):
         # GB10 and Jetson share the machine's memory and have no figure of their own.
         memory = system_memory(machine)
-        notes.append(f"{device.name}: the driver has no memory figure, the system's is taken")
+        sentence = f"{device.name}: the driver has no memory figure, the system's is taken"
+        notes.append(Finding("memory-unified", sentence))
     return make_spec(
         facts,
         row,
@@ -140,8 +162,16 @@ def nvidia_spec(device: NvidiaDevice, machine: Machine, notes: list[str]) -> Dev
         compute_units=device.multiprocessors,
         driver_version=device.driver_version,
         numa_nodes=machine.numa_nodes(device.pci_bus_id),
-        origin="nvml" if device.capability else "/proc/driver/nvidia",
+        origin=origin,
     )
+
+
+def _arch(device: NvidiaDevice) -> Arch | None:
+    """Return the architecture that the driver tells, or that the product is known to have."""
+    if device.capability is not None:
+        return CudaArch(*device.capability)
+    row = match_name("cuda", device.name, memory_bytes=device.memory_bytes)
+    return row.arch if row else None
 
 
 def _speed(device: NvidiaDevice) -> tuple[float, int]:

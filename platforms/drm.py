@@ -7,17 +7,21 @@ Documentation/ABI/testing/sysfs-driver-intel-i915 (lmem_total_bytes, gt folders)
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
+from hal.device import Link
+from hal.platforms.interconnect import Way, pair_up, pcie_rate, slower
 from hal.platforms.machine import Machine
 from hal.probe import Absent, Found, ProbeResult
 
-__all__ = ["IntelDevice", "find_devices", "generation"]
+__all__ = ["IntelDevice", "find_devices", "generation", "intel_links"]
 
 _INTEL = 0x8086
 # First match wins. Ids that match none are of generations that torch's XPU backend does not run on.
 _GENERATIONS = (
-    (r"0bd.|0b6[9e]", "xe-hpc"),
+    (r"0b[de].|0b6[9e]", "xe-hpc"),
     (r"4f8.|56..", "xe-hpg"),
     (r"e2..", "xe2"),
     (r"64[2ab]0", "xe2"),
@@ -35,7 +39,6 @@ class IntelDevice:
     pci_bus_id: str | None = None
     memory_bytes: int | None = None
     tiles: int = 1
-    physical_index: int = 0
 
 
 def generation(device_id: int) -> str | None:
@@ -76,3 +79,20 @@ def find_devices(machine: Machine) -> ProbeResult[tuple[IntelDevice, ...]]:
         tail = f" ({older} of an older generation)" if older else ""
         return Absent(f"/sys/class/drm lists no Intel GPU for XPU{tail}")
     return Found(tuple(sorted(found, key=lambda device: device.pci_bus_id or "")))
+
+
+def intel_links(machine: Machine, devices: Sequence[IntelDevice]) -> dict[int, tuple[Link, ...]]:
+    """Return the links between `devices`, by their places there.
+
+    Two devices of the Max series may be joined by Xe Link, or be tiles of one card; no file of the
+    kernel says so, and nothing is said of them here. No other series has Xe Link.
+    """
+    pcie = cache(partial(pcie_rate, machine))
+
+    def way(one: int, other: int) -> Way | None:
+        pair = devices[one], devices[other]
+        if all(device.generation == "xe-hpc" for device in pair):
+            return None
+        return "pcie", slower(*(pcie(device.pci_bus_id) for device in pair))
+
+    return pair_up(range(len(devices)), way)

@@ -12,6 +12,7 @@ from typing import Any
 
 from hal.arch import Arch, CudaArch, GfxArch, XeArch
 from hal.device import DeviceSpec, Software
+from hal.findings import Finding
 from hal.platforms.base import DeviceRecord, FactsPlatform
 from hal.platforms.drm import generation
 from hal.platforms.products import match_name
@@ -36,7 +37,8 @@ def find_live(device_type: str, software: Software) -> FactsPlatform | None:
     import importlib
 
     kind = importlib.import_module(f"hal.platforms.{name}").PLATFORM
-    notes = [f"no probe found the {name} devices; torch, which was using them, described them"]
+    sentence = f"no probe found the {name} devices; torch, which was using them, described them"
+    notes = [Finding("live", sentence)]
     found: FactsPlatform = kind(records, stream_ordering(device_type), notes=notes)
     return found
 

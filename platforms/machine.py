@@ -7,6 +7,7 @@ without NVML or an MI250X testable on a laptop.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class Machine:
         seconds: Time limit of each probe.
         nvml: A module with nvidia-ml-py's functions; None to look for one.
         amdsmi: A module with amdsmi's functions; None to look for one.
+        cuda_driver: Answers as the child process of `hal.platforms.libcuda`; None to start it.
         log: What was asked and how it answered, filled in by the probes.
     """
 
@@ -44,6 +46,7 @@ class Machine:
     seconds: float = 5.0
     nvml: Any = None
     amdsmi: Any = None
+    cuda_driver: Any = None
     log: list[Probe] = field(default_factory=list)
 
     @classmethod
@@ -66,6 +69,19 @@ class Machine:
             return (self.root / path.lstrip("/")).read_text(errors="replace").strip()
         except OSError:
             return None
+
+    def can_open(self, path: str) -> bool | None:
+        """Tell whether this user may use the device file at `path`, or one in that folder.
+
+        None where there is none.
+        """
+        place = self.root / path.lstrip("/")
+        files = [entry for entry in self.entries(path) if entry.name.startswith("render")]
+        if not files:
+            if place.is_dir() or not place.exists():
+                return None
+            files = [place]
+        return any(os.access(file, os.R_OK | os.W_OK) for file in files)
 
     def number(self, path: str) -> int | None:
         """Return the integer in the file at `path`, decimal or 0x-hexadecimal, or None."""

@@ -3,30 +3,34 @@
 Every figure may be missing: GB10 has no memory figure, containers may have no library at all.
 Where the library does not answer, the kernel driver's text files still name the devices.
 
-Source: NVML API reference; NVIDIA driver README, chapter "The /proc Filesystem Interface".
+Source: NVML API reference; NVIDIA driver README, chapter "The /proc Filesystem Interface"; MIG
+User Guide, "Deployment Considerations" (no peer access).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
+from hal.device import Link
 from hal.platforms.machine import Machine
-from hal.platforms.nvml import Nvml
+from hal.platforms.nvlink import nvidia_links
+from hal.platforms.nvml import Nvml, maybe, plain, sysfs_address
 from hal.probe import Absent, Found, ProbeResult
 
 __all__ = ["NvidiaDevice", "ask_memory", "find_devices", "find_in_proc"]
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class NvidiaDevice:
-    """One device, or one MIG instance, as the management library describes it."""
+    """One device, or one MIG instance, as the management library describes it.
+
+    `links` name their peers by physical index.
+    """
 
     name: str
     uuid: str | None
@@ -37,6 +41,8 @@ class NvidiaDevice:
     multiprocessors: int | None = None
     instances: tuple[NvidiaDevice, ...] = ()
     physical_index: int = 0
+    instance: tuple[int, int] | None = None  # GPU and compute instance, of a MIG instance
+    links: tuple[Link, ...] = ()
 
 
 def find_devices(machine: Machine) -> ProbeResult[tuple[NvidiaDevice, ...]]:
@@ -47,13 +53,21 @@ def find_devices(machine: Machine) -> ProbeResult[tuple[NvidiaDevice, ...]]:
         return Absent(f"NVIDIA's management library is not here ({error})")
     with _started(nvml):
         count = nvml.nvmlDeviceGetCount()
-        driver = _maybe(lambda: _plain(nvml.nvmlSystemGetDriverVersion()))
-        found = []
+        driver = maybe(lambda: plain(nvml.nvmlSystemGetDriverVersion()))
+        found, whole = [], {}
         for index in range(count):
-            handle = _maybe(partial(nvml.nvmlDeviceGetHandleByIndex, index))
-            if handle is not None:  # a device that fell off the bus has no handle
-                found.append(_describe(nvml, handle, index, driver))
-    return Found(tuple(found)) if found else Absent("NVML sees no device")
+            handle = maybe(partial(nvml.nvmlDeviceGetHandleByIndex, index))
+            if handle is None:  # a device that fell off the bus has no handle
+                continue
+            device = _describe(nvml, handle, index, driver)
+            found.append(device)
+            # A divided device has no peer access, over NVLink or PCIe, and nor have its instances.
+            if not device.instances:
+                whole[index] = handle, device.pci_bus_id
+        links = maybe(lambda: nvidia_links(nvml, machine, whole)) or {}
+    if not found:
+        return Absent("NVML sees no device")
+    return Found(tuple(replace(each, links=links.get(each.physical_index, ())) for each in found))
 
 
 def find_in_proc(machine: Machine) -> ProbeResult[tuple[NvidiaDevice, ...]]:
@@ -97,7 +111,7 @@ def _library(machine: Machine) -> Any:
     if machine.nvml is not None:
         return machine.nvml
     if not machine.is_here:
-        raise OSError("none was given")
+        raise OSError("libnvidia-ml.so.1: not found")
     return Nvml.load(machine.system)
 
 
@@ -107,18 +121,18 @@ def _started(nvml: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _maybe(nvml.nvmlShutdown)
+        maybe(nvml.nvmlShutdown)
 
 
 def _describe(nvml: Any, handle: Any, index: int, driver: str | None) -> NvidiaDevice:
     return NvidiaDevice(
-        name=_maybe(lambda: _plain(nvml.nvmlDeviceGetName(handle))) or "NVIDIA device",
-        uuid=_maybe(lambda: _plain(nvml.nvmlDeviceGetUUID(handle))),
-        pci_bus_id=_maybe(lambda: _sysfs_address(_plain(nvml.nvmlDeviceGetPciInfo(handle).busId))),
-        capability=_maybe(lambda: _pair(nvml.nvmlDeviceGetCudaComputeCapability(handle))),
-        memory_bytes=_maybe(lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total)) or None,
+        name=maybe(lambda: plain(nvml.nvmlDeviceGetName(handle))) or "NVIDIA device",
+        uuid=maybe(lambda: plain(nvml.nvmlDeviceGetUUID(handle))),
+        pci_bus_id=maybe(lambda: sysfs_address(plain(nvml.nvmlDeviceGetPciInfo(handle).busId))),
+        capability=maybe(lambda: _pair(nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+        memory_bytes=maybe(lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total)) or None,
         driver_version=driver,
-        multiprocessors=_maybe(
+        multiprocessors=maybe(
             lambda: int(nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount)
         ),
         instances=_instances(nvml, handle, index, driver),
@@ -128,35 +142,25 @@ def _describe(nvml: Any, handle: Any, index: int, driver: str | None) -> NvidiaD
 
 def _instances(nvml: Any, handle: Any, index: int, driver: str | None) -> tuple[NvidiaDevice, ...]:
     """Return the MIG instances of a device that is divided; empty for a whole one."""
-    mode = _maybe(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
+    mode = maybe(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
     if not mode:
         return ()
     found = []
-    for place in range(_maybe(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0):
-        part = _maybe(partial(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place))
+    for place in range(maybe(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0):
+        part = maybe(partial(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place))
         if part is not None:
-            found.append(_describe(nvml, part, index, driver))
+            ids = maybe(partial(_instance_ids, nvml, part))
+            found.append(replace(_describe(nvml, part, index, driver), instance=ids))
     return tuple(found)
 
 
-def _maybe(ask: Callable[[], T]) -> T | None:
-    """Return the answer, or None where the library has none: errors differ by its version."""
-    try:
-        return ask()
-    except Exception:
-        return None
-
-
-def _plain(text: Any) -> str:
-    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+def _instance_ids(nvml: Any, part: Any) -> tuple[int, int]:
+    return (
+        int(nvml.nvmlDeviceGetGpuInstanceId(part)),
+        int(nvml.nvmlDeviceGetComputeInstanceId(part)),
+    )
 
 
 def _pair(version: Any) -> tuple[int, int]:
     major, minor = version
     return int(major), int(minor)
-
-
-def _sysfs_address(address: str) -> str:
-    """Return `0000:18:00.0` for NVML's `00000000:18:00.0`."""
-    domain, _, rest = address.lower().partition(":")
-    return f"{domain[-4:]:0>4}:{rest}"

@@ -6,9 +6,12 @@ Source: NVML API reference, functions by the names below; nvml.h for structures 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-__all__ = ["Nvml", "NvmlError"]
+__all__ = ["Nvml", "NvmlError", "maybe", "plain", "sysfs_address"]
+
+T = TypeVar("T")
 
 _LIBRARIES = {"win32": ("nvml.dll",)}
 _ON_LINUX = ("libnvidia-ml.so.1", "/usr/lib/wsl/lib/libnvidia-ml.so.1")
@@ -42,6 +45,22 @@ class _Attributes(ctypes.Structure):
         ("gpuInstanceSliceCount", ctypes.c_uint),
         ("computeInstanceSliceCount", ctypes.c_uint),
         ("memorySizeMB", ctypes.c_ulonglong),
+    ]
+
+
+class _Value(ctypes.Union):
+    _fields_ = [("uiVal", ctypes.c_uint), ("ullVal", ctypes.c_ulonglong)]
+
+
+class _FieldValue(ctypes.Structure):
+    _fields_ = [
+        ("fieldId", ctypes.c_uint),
+        ("scopeId", ctypes.c_uint),
+        ("timestamp", ctypes.c_longlong),
+        ("latencyUsec", ctypes.c_longlong),
+        ("valueType", ctypes.c_uint),
+        ("nvmlReturn", ctypes.c_uint),
+        ("value", _Value),
     ]
 
 
@@ -124,10 +143,44 @@ class Nvml:
         self._call(name, handle, ctypes.c_uint(index), ctypes.byref(found))
         return found
 
+    def nvmlDeviceGetGpuInstanceId(self, handle: Any) -> int:
+        return self._number("nvmlDeviceGetGpuInstanceId", handle)
+
+    def nvmlDeviceGetComputeInstanceId(self, handle: Any) -> int:
+        return self._number("nvmlDeviceGetComputeInstanceId", handle)
+
     def nvmlDeviceGetAttributes(self, handle: Any) -> Any:
         attributes = _Attributes()
         self._call("nvmlDeviceGetAttributes_v2", handle, ctypes.byref(attributes))
         return attributes
+
+    def nvmlDeviceGetP2PStatus(self, one: Any, other: Any, index: int) -> int:
+        return self._number("nvmlDeviceGetP2PStatus", one, other, ctypes.c_uint(index))
+
+    def nvmlDeviceGetNvLinkState(self, handle: Any, link: int) -> int:
+        return self._number("nvmlDeviceGetNvLinkState", handle, ctypes.c_uint(link))
+
+    def nvmlDeviceGetNvLinkRemoteDeviceType(self, handle: Any, link: int) -> int:
+        return self._number("nvmlDeviceGetNvLinkRemoteDeviceType", handle, ctypes.c_uint(link))
+
+    def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: Any, link: int) -> Any:
+        info = _PciInfo()
+        name = "nvmlDeviceGetNvLinkRemotePciInfo_v2"
+        self._call(name, handle, ctypes.c_uint(link), ctypes.byref(info))
+        return info
+
+    def nvmlDeviceGetFieldValues(self, handle: Any, fields: Sequence[int]) -> Any:
+        values = (_FieldValue * len(fields))()
+        for value, field in zip(values, fields, strict=True):
+            value.fieldId = field
+        self._call("nvmlDeviceGetFieldValues", handle, len(fields), ctypes.byref(values))
+        return values
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: Any) -> int:
+        return self._number("nvmlDeviceGetMaxPcieLinkGeneration", handle)
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: Any) -> int:
+        return self._number("nvmlDeviceGetMaxPcieLinkWidth", handle)
 
     def _call(self, name: str, *arguments: Any) -> None:
         function = getattr(self._library, name, None)
@@ -148,3 +201,22 @@ class Nvml:
         number = ctypes.c_uint()
         self._call(name, *arguments, ctypes.byref(number))
         return number.value
+
+
+def maybe(ask: Callable[[], T]) -> T | None:
+    """Return the answer, or None where the library has none: errors differ by its version."""
+    try:
+        return ask()
+    except Exception:
+        return None
+
+
+def plain(text: Any) -> str:
+    """Return text that older versions of nvidia-ml-py, and ctypes, give as bytes."""
+    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+
+
+def sysfs_address(address: str) -> str:
+    """Return `0000:18:00.0` for the library's `00000000:18:00.0`."""
+    domain, _, rest = address.lower().partition(":")
+    return f"{domain[-4:]:0>4}:{rest}"

@@ -16,10 +16,13 @@ __all__ = ["match_name", "match_pci"]
 _VENDOR_WORDS = frozenset(
     "nvidia geforce quadro tesla amd instinct radeon intel arc graphics data center gpu".split()  # noqa: SIM905
 )
-# Words that say how the same product is packaged. PCIe, NVL, Ti, D and Laptop are other products.
-_PACKAGE_WORDS = frozenset(
-    ("sxm", "sxm2", "sxm3", "sxm4", "sxm5", "oam", "hbm2", "hbm2e", "hbm3", "hbm3e")
-)
+# Words that say how the same product is packaged. PCIe, NVL, Ti, D, HF and Laptop are other
+# products, and so is the one card with SXM3, V100.
+_PACKAGE_WORDS = frozenset(("sxm", "sxm2", "sxm4", "sxm5", "oam", "hbm2", "hbm2e", "hbm3", "hbm3e"))
+# Names that the driver gives to unlike modules of a family: only a memory figure tells which.
+_FAMILY_NAMES = (["orin"], ["thor"])
+# Rows whose memory is a share of the machine's that firmware and driver decide on.
+_SHARED_MEMORY = frozenset(("Radeon 8060S", "Arc 140V"))
 _MEMORY_TOLERANCE = 0.12
 
 
@@ -29,6 +32,8 @@ def match_name(platform: str, name: str, *, memory_bytes: int | None = None) -> 
     `memory_bytes` keeps apart products of one name and several sizes.
     """
     words = _words(name)
+    if words in _FAMILY_NAMES and memory_bytes is None:
+        return None
     for row in device_rows(platform):
         if any(words == _words(known) for known in (row.name, *row.aliases)):
             return row if _same_size(memory_bytes, row) else None
@@ -65,11 +70,11 @@ def match_pci(
 
 
 def _words(name: str) -> list[str]:
-    plain = re.sub(r"\((r|tm)\)", " ", name.lower())
+    plain = re.sub(r"\((r|tm)\)|[()]", " ", name.lower())
     return [word for word in re.split(r"[\s_/-]+", plain) if word and word not in _VENDOR_WORDS]
 
 
 def _same_size(memory_bytes: int | None, row: DeviceRow) -> bool:
-    if memory_bytes is None:
+    if memory_bytes is None or row.name in _SHARED_MEMORY:
         return True
     return abs(memory_bytes - row.memory_bytes) <= _MEMORY_TOLERANCE * row.memory_bytes

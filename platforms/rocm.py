@@ -6,13 +6,16 @@ import re
 
 from hal.arch import GfxArch
 from hal.device import DeviceSpec
+from hal.findings import Finding, Severity, guessed
 from hal.platforms.amd import AmdDevice, find_in_topology, find_with_library
 from hal.platforms.base import DeviceRecord, FactsPlatform
+from hal.platforms.interconnect import with_links
+from hal.platforms.isolation import Changes, rocm_changes, rocm_selector
 from hal.platforms.machine import Machine
 from hal.platforms.products import match_name, match_pci
 from hal.platforms.streams import stream_ordering
 from hal.platforms.tables import DeviceRow, arch_facts, make_spec
-from hal.platforms.visible import rocm_visible
+from hal.platforms.visible import Visible, rocm_visible, torch_rocm_count
 from hal.probe import Absent, Found, ProbeResult, run_probe
 
 __all__ = ["PLATFORM", "RocmPlatform", "amd_spec", "detect"]
@@ -36,6 +39,9 @@ class RocmPlatform(FactsPlatform):
         used = machine.number(f"{folder}/mem_info_vram_used")
         return (total - used if total is not None and used is not None else None), total
 
+    def _child_environment(self, record: DeviceRecord, machine: Machine) -> Changes:
+        return rocm_changes(record)
+
 
 PLATFORM = RocmPlatform
 
@@ -58,21 +64,46 @@ def detect(machine: Machine) -> ProbeResult[RocmPlatform]:
     if not isinstance(result, Found):
         return Absent(f"no AMD device was found: {result.reason}")
     physical = result.value
-    chosen, blame = rocm_visible(machine.environment, [device.uuid for device in physical])
-    if not chosen:
-        value = machine.environment.get(blame)
-        return Absent(
-            f"{blame}={value!r} hides the last of {len(physical)} AMD devices; "
-            "ROCR_VISIBLE_DEVICES filters first and renumbers, HIP_VISIBLE_DEVICES (or "
-            "CUDA_VISIBLE_DEVICES) counts what is left from 0"
-        )
-    notes: list[str] = []
+    uuids = [device.uuid for device in physical]
+    found = rocm_visible(machine.environment, uuids)
+    if not found.devices:
+        return _all_hidden(machine, found, len(physical))
+    notes = _torch_counts(machine, found, uuids)
     records = []
-    for index in chosen:
+    for index in found.devices:
         device = physical[index]
         spec = amd_spec(device, machine, notes, origin)
-        records.append(DeviceRecord(spec, device.physical_index, device.uuid, device.pci_bus_id))
+        names = device.physical_index, device.uuid, device.pci_bus_id
+        records.append(DeviceRecord(spec, *names, rocm_selector(index, uuids)))
+    records = with_links(records, [physical[index].links for index in found.devices])
     return Found(RocmPlatform(records, stream_ordering("cuda"), notes=notes, machine=machine))
+
+
+def _all_hidden(machine: Machine, found: Visible, count: int) -> Absent:
+    value = machine.environment.get(found.variable)
+    left = "" if found.variable.startswith("ROCR") else " that ROCR_VISIBLE_DEVICES leaves"
+    works = ",".join(str(index) for index in range(found.offered))
+    return Absent(
+        f"{found.variable}={value!r} hides the last of {count} AMD devices",
+        f"unset it, or set it to {works}, numbers of the devices{left}",
+    )
+
+
+def _torch_counts(machine: Machine, found: Visible, uuids: list[str | None]) -> list[str]:
+    """Return a note where torch, which reads the variables itself, counts other than ROCm does."""
+    count = torch_rocm_count(machine.environment, uuids)
+    if count == len(found.devices):
+        return []
+    says = "fails" if count is None else f"says {count}"
+    return [
+        Finding(
+            "masks-differ",
+            f"ROCm shows {len(found.devices)} of {len(uuids)} devices, but "
+            f"torch.cuda.device_count() {says}: it reads the variables in another way",
+            "set one of ROCR_VISIBLE_DEVICES and HIP_VISIBLE_DEVICES only, to plain numbers",
+            Severity.WARNING,
+        )
+    ]
 
 
 def amd_spec(device: AmdDevice, machine: Machine, notes: list[str], origin: str) -> DeviceSpec:
@@ -81,13 +112,19 @@ def amd_spec(device: AmdDevice, machine: Machine, notes: list[str], origin: str)
     forced = _forced_arch(machine)
     if forced is not None and forced != arch:
         notes.append(
-            f"HSA_OVERRIDE_GFX_VERSION makes {device.arch} run code for {forced}; its facts are "
-            f"those of {forced}"
+            Finding(
+                "gfx-override",
+                f"HSA_OVERRIDE_GFX_VERSION makes {device.arch} run code for {forced}, so its facts "
+                f"are those of {forced}",
+                f"unset it once your ROCm and torch support {device.arch} themselves: code for "
+                "another chip may compute wrongly",
+                Severity.WARNING,
+            )
         )
         arch = forced
     facts = arch_facts(arch)
     if facts.guess:
-        notes.append(f"{device.name or device.arch}: {facts.note}")
+        notes.append(guessed(device.name or device.arch, facts.note))
     row = _row(device)
     if row is not None and row.arch != arch:
         row = None

@@ -26,15 +26,19 @@ __all__ = [
     "PLATFORMS",
     "ArchFacts",
     "DeviceRow",
+    "Tables",
     "arch_facts",
     "arch_rows",
     "device_names",
     "device_rows",
     "device_spec",
     "make_spec",
+    "platform_names",
+    "read_tables",
 ]
 
 PLATFORMS = ("cuda", "rocm", "xpu", "cpu")
+"""The platforms that hal itself brings."""
 
 _FEATURE_NAMES = """
 triton async_copy tma thread_block_cluster programmatic_dependent_launch mma wgmma tcgen05
@@ -93,25 +97,88 @@ class DeviceRow:
     note: str = ""
 
 
-@functools.cache
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The architectures and products of one platform."""
+
+    archs: Mapping[Arch, ArchFacts]
+    devices: tuple[DeviceRow, ...]
+
+
+def platform_names() -> tuple[str, ...]:
+    """Return the platforms that can be named: hal's own, then those of plugins."""
+    from hal.platforms.plugins import platform_plugins
+
+    return (*PLATFORMS, *platform_plugins().loaded)
+
+
 def arch_rows() -> Mapping[Arch, ArchFacts]:
-    """Return the facts of every known architecture, in the order of the file."""
+    """Return the facts of every known architecture, hal's own in the order of the file."""
+    from hal.platforms.plugins import platform_plugins
+
+    rows = dict(_own_archs())
+    for tables in platform_plugins().tables.values():
+        rows |= tables.archs
+    return rows
+
+
+def device_rows(platform: str) -> tuple[DeviceRow, ...]:
+    """Return every product of one platform, in the order of the file."""
+    from hal.platforms.plugins import platform_plugins
+
+    if platform in PLATFORMS:
+        return _own_devices(platform)
+    return platform_plugins().tables[platform].devices
+
+
+def read_tables(
+    platform: str, archs: Path, devices: Path, features: frozenset[str] = frozenset()
+) -> Tables:
+    """Return the tables of a platform that is not hal's own, checked row by row.
+
+    Args:
+        platform: Name of the platform; every architecture must be of it.
+        archs: File in the form of hal's `archs.toml`.
+        devices: File in the form of hal's `devices/*.toml`.
+        features: Names that rows may have in `features` besides `FEATURES`.
+
+    Raises:
+        ValueError: If a row is at fault.
+        OSError: If a file cannot be read.
+    """
+    rows = _read_archs(archs, FEATURES | features)
+    if strangers := sorted(str(arch) for arch in rows if arch.platform != platform):
+        raise ValueError(f"{archs.name}: {strangers} are not of platform {platform}")
+    return Tables(rows, _read_devices(platform, devices, rows))
+
+
+@functools.cache
+def _own_archs() -> Mapping[Arch, ArchFacts]:
+    return _read_archs(_FOLDER / "archs.toml", FEATURES)
+
+
+@functools.cache
+def _own_devices(platform: str) -> tuple[DeviceRow, ...]:
+    return _read_devices(platform, _FOLDER / "devices" / f"{platform}.toml", _own_archs())
+
+
+def _read_archs(path: Path, features: frozenset[str]) -> Mapping[Arch, ArchFacts]:
     rows: dict[Arch, ArchFacts] = {}
-    for plain in _load(_FOLDER / "archs.toml")["arch"]:
-        facts = _arch_row(plain)
+    for plain in _load(path)["arch"]:
+        facts = _arch_row(path.name, plain, features)
         if facts.arch in rows:
-            raise ValueError(f"archs.toml: {facts.arch} has two rows")
+            raise ValueError(f"{path.name}: {facts.arch} has two rows")
         rows[facts.arch] = facts
     return rows
 
 
-@functools.cache
-def device_rows(platform: str) -> tuple[DeviceRow, ...]:
-    """Return every product of one platform, in the order of the file."""
+def _read_devices(
+    platform: str, path: Path, archs: Mapping[Arch, ArchFacts]
+) -> tuple[DeviceRow, ...]:
     rows = []
     taken: dict[str, str] = {}
-    for plain in _load(_FOLDER / "devices" / f"{platform}.toml")["device"]:
-        row = _device_row(platform, plain)
+    for plain in _load(path)["device"]:
+        row = _device_row(platform, plain, archs)
         for name in dict.fromkeys(_plain(name) for name in (row.name, *row.aliases)):
             if name in taken:
                 raise ValueError(f"{platform}.toml: {name!r} names {taken[name]} and {row.name}")
@@ -125,7 +192,7 @@ def arch_facts(arch: Arch) -> ArchFacts:
 
     Families are exact: gfx1202 does not get the row of gfx1201, nor sm_101 that of sm_100.
     """
-    known = arch_rows().get(arch)
+    known = _own_archs().get(arch) or arch_rows().get(arch)
     if known is not None:
         return known
     wide = ("float32", "float16", "bfloat16")
@@ -147,7 +214,9 @@ def arch_facts(arch: Arch) -> ArchFacts:
 def device_names() -> tuple[str, ...]:
     """Return the name of every product in the table, such as `cuda:h200`."""
     return tuple(
-        f"{platform}:{_plain(row.name)}" for platform in PLATFORMS for row in device_rows(platform)
+        f"{platform}:{_plain(row.name)}"
+        for platform in platform_names()
+        for row in device_rows(platform)
     )
 
 
@@ -155,7 +224,7 @@ def device_spec(platform: str, key: str, software: Software | None = None) -> De
     """Return the facts about a product or an architecture that need not be here.
 
     Args:
-        platform: cuda, rocm, xpu or cpu.
+        platform: cuda, rocm, xpu, cpu, or the name of a plugin's platform.
         key: A product's name or alias (`h200`), or an architecture (`gfx942`), which stands for
             the first product of the table that has it.
         software: The versions to assume around the device.
@@ -163,8 +232,8 @@ def device_spec(platform: str, key: str, software: Software | None = None) -> De
     Raises:
         UnknownNameError: If it is neither; carries the nearest names of all platforms.
     """
-    if platform not in PLATFORMS:
-        raise UnknownNameError("platform", platform, PLATFORMS)
+    if platform not in platform_names():
+        raise UnknownNameError("platform", platform, platform_names())
     wanted = _plain(key)
     rows = device_rows(platform)
     for row in rows:
@@ -237,22 +306,22 @@ def _load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _arch_row(plain: Mapping[str, Any]) -> ArchFacts:
+def _arch_row(where: str, plain: Mapping[str, Any], known: frozenset[str]) -> ArchFacts:
     arch = parse_arch(plain["platform"], plain["arch"])
     features = frozenset(plain["features"])
-    if unknown := features - FEATURES:
-        raise ValueError(f"archs.toml: {arch} has unknown features {sorted(unknown)}")
+    if unknown := features - known:
+        raise ValueError(f"{where}: {arch} has unknown features {sorted(unknown)}")
     support = {}
     for use in ("storage", "math"):
         native, emulated = plain[f"{use}_native"], plain[f"{use}_emulated"]
         if both := set(native) & set(emulated):
-            raise ValueError(f"archs.toml: {arch}: {sorted(both)} both native and emulated")
+            raise ValueError(f"{where}: {arch}: {sorted(both)} both native and emulated")
         support[use] = {name: "native" for name in native} | dict.fromkeys(emulated, "emulated")
     if not plain["source"]:
-        raise ValueError(f"archs.toml: {arch} cites no source")
+        raise ValueError(f"{where}: {arch} cites no source")
     encoding = None if plain["fp8_encoding"] == "none" else plain["fp8_encoding"]
     if encoding is not None and encoding not in support["storage"]:
-        raise ValueError(f"archs.toml: {arch} binds fp8 to {encoding}, which it cannot store")
+        raise ValueError(f"{where}: {arch} binds fp8 to {encoding}, which it cannot store")
     return ArchFacts(
         arch=arch,
         generation=plain["generation"],
@@ -265,10 +334,12 @@ def _arch_row(plain: Mapping[str, Any]) -> ArchFacts:
     )
 
 
-def _device_row(platform: str, plain: Mapping[str, Any]) -> DeviceRow:
+def _device_row(
+    platform: str, plain: Mapping[str, Any], archs: Mapping[Arch, ArchFacts]
+) -> DeviceRow:
     values = dict(plain)
     where = f"{platform}.toml: {values['name']}"
-    if (arch := parse_arch(platform, values["arch"])) not in arch_rows():
+    if (arch := parse_arch(platform, values["arch"])) not in archs:
         raise ValueError(f"{where}: architecture {arch} has no row")
     if not values["source"]:
         raise ValueError(f"{where} cites no source")

@@ -9,7 +9,7 @@ For a block of values with largest magnitude `amax`, in float32:
 - `quantization_maximum` comes from the format (448 for e4m3fn, 224 for e4m3fnuz, 127 for int8).
 - Both divisions are true divisions, not products with a reciprocal.
 - Rounding is to nearest, ties to even: by the cast for floats, explicitly for integers.
-- The clamp is explicit: a plain cast saturates in e4m3fn and gives NaN in e4m3fnuz.
+- The clamp is explicit: a plain cast gives NaN in e4m3fnuz, and in e4m3fn before torch 2.13.
 - A block with a NaN or an infinity gets a NaN scale: its values become NaN, never wrong numbers.
 - An all-zero block gets SCALE_FLOOR and zeros.
 
@@ -36,7 +36,7 @@ SCALE_FLOOR = 1e-12
 
 def amax(x: torch.Tensor, granularity: str) -> torch.Tensor:
     """Return the largest magnitude of each block of `x`, in float32, shaped like its scales."""
-    import torch
+    from hal.torch_compat import pad
 
     if granularity not in ("tensor", "channel", "token", "group128", "block128"):
         raise ArgumentError("amax", found=f"granularity {granularity!r}", needed="one with scales")
@@ -47,7 +47,7 @@ def amax(x: torch.Tensor, granularity: str) -> torch.Tensor:
     if granularity in ("channel", "token"):
         return wide.amax(-1) if columns else wide.new_zeros(wide.shape[:-1])
     tall = -rows % BLOCK if granularity == "block128" else 0
-    wide = torch.nn.functional.pad(wide, (0, -columns % BLOCK, 0, tall))
+    wide = pad(wide, (0, -columns % BLOCK, 0, tall))
     groups = wide.unflatten(-1, (-1, BLOCK)).amax(-1)
     if granularity == "group128":
         return groups

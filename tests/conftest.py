@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -21,6 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("HAL_")]:
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What `hal doctor` remembers of this machine must not decide, nor be changed by a test.
+    cache = tempfile.TemporaryDirectory(prefix="hal-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
     # torch reads this when it is first imported: workers share the cores instead of each using all.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:

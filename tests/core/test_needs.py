@@ -82,6 +82,44 @@ CASES = [
         "torch_version: found torch not installed, needs torch >= 2.6",
     ),
     (
+        Needs.dtype("e8m0"),
+        {"software": Software(torch="2.6.0+cu124")},
+        {},
+        "torch_version: found 2.6.0+cu124, needs torch >= 2.7 (torch.float8_e8m0fnu, format e8m0)",
+    ),
+    (
+        Needs.dtype("e4m3fnuz", "e4m3fn"),
+        {"software": Software(torch="2.0.1")},
+        {},
+        "torch_version: found 2.0.1, needs torch >= 2.1 (torch.float8_e4m3fn, format e4m3fn)",
+    ),
+    (
+        Needs.dtypes(("e8m0",), ("e2m1",), ("bfloat16",), ("e8m0",)),
+        {"software": Software(torch="2.6.0")},
+        {},
+        "torch_version: found 2.6.0, needs torch >= 2.8 (torch.float8_e8m0fnu, format e8m0; "
+        "torch.float4_e2m1fn_x2, format e2m1)",
+    ),
+    (
+        Needs.dtypes(("bfloat16",), ("e4m3fn",)),
+        {"software": Software()},
+        {},
+        "torch_version: found torch not installed, needs torch >= 2.1 (torch.float8_e4m3fn, format "
+        "e4m3fn)",
+    ),
+    (
+        Needs.dtype("bfloat16"),
+        {"software": Software()},
+        {},
+        "torch_version: found torch not installed, needs torch (torch.bfloat16, format bfloat16)",
+    ),
+    (
+        Needs.dtype("e4m3fn"),
+        {"software": Software(torch="1f2e3d4")},
+        {},
+        "torch_version: found 1f2e3d4, needs torch >= 2.1 (torch.float8_e4m3fn, format e4m3fn)",
+    ),
+    (
         Needs.multiple_of("n", 128),
         {},
         {"n": 192},
@@ -143,6 +181,9 @@ MET = [
     (Needs.package("torch"), {}, {}),
     (Needs.torch("2.13", ""), {"software": Software(torch="2.13.0a0+git12")}, {}),
     (Needs.torch("2.14", "", on={"sm_90": "2.13"}), {}, {}),
+    (Needs.dtype("e2m1"), {"software": Software(torch="2.8.0a0+git12")}, {}),
+    (Needs.dtype("e8m0", "e4m3fn"), {"software": Software(torch="2.1.0")}, {}),
+    (Needs.dtype("bfloat16", "float16"), {"software": Software(torch="a commit")}, {}),
     (Needs.multiple_of("n", 128), {}, {"n": 0}),
     (Needs.multiple_of("n", 128), {}, {"n": 256}),
     (Needs.between("n", 1, 64), {}, {"n": 1}),
@@ -202,6 +243,10 @@ def test_a_floor_of_another_vendor_is_never_met(arch) -> None:
         lambda: Needs.package("triton", "newest"),
         lambda: Needs.torch("2.13.0+cu130", ""),
         lambda: Needs.torch("2.13", "", on={"sm_90": "newest"}),
+        lambda: Needs.dtype(),
+        lambda: Needs.dtypes(),
+        lambda: Needs.dtypes(("bfloat16",), ()),
+        lambda: Needs.dtype("int4"),
     ],
 )
 def test_a_need_that_could_never_be_right_is_refused(declare) -> None:
@@ -209,7 +254,7 @@ def test_a_need_that_could_never_be_right_is_refused(declare) -> None:
         declare()
 
 
-@pytest.mark.parametrize("declare", [Needs.math, Needs.storage])
+@pytest.mark.parametrize("declare", [Needs.math, Needs.storage, Needs.dtype])
 def test_bare_fp8_is_refused(declare) -> None:
     with pytest.raises(UnknownNameError, match="number format 'fp8'"):
         declare("fp8")

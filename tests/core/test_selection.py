@@ -318,7 +318,7 @@ def wide_selection() -> Selection:
         ("p", "undefined symbol: _ZN3c10" + "detail14torchCheckFailEPKcS2" * 9 + "\nline two"),
     )
     spec = make_spec(name="RTX PRO 6000 Blackwell Max-Q Workstation Edition Super Limited")
-    spec = spec.replace(software=Software(broken=broken))
+    spec = spec.replace(software=Software(torch="2.13.0", broken=broken))
     return choose(op, "bf16", spec, {"hidden": 100, "intermediate": 10**30})
 
 

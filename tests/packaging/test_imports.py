@@ -20,7 +20,7 @@ FOLDERS = {"hal": "hal", "platforms": "hal.platforms", "quant": "hal.quant", "op
 # Modules of hal/ that stand on top of ops, quant and platforms; the others are the core.
 TOP = (
     *("hal.__main__", "hal.cli", "hal.describe", "hal.render", "hal.report"),
-    *("hal.integrations", "hal.nn", "hal.testing"),
+    *("hal.integrations", "hal.nn", "hal.testing", "hal.doctor", "hal.diagnosis", "hal.trials"),
 )
 # layer -> what its modules may import nowhere, neither at the top nor inside a function
 FORBIDDEN = {

@@ -124,10 +124,121 @@ class FakeNvml:
             raise Unsupported("Not Found")
         return device.instances[index]
 
+    def nvmlDeviceGetGpuInstanceId(self, device: Any) -> int:
+        return device.ids[0]
+
+    def nvmlDeviceGetComputeInstanceId(self, device: Any) -> int:
+        return device.ids[1]
+
     def nvmlDeviceGetAttributes(self, device: Any) -> Any:
         if device.sms is None:
             raise Unsupported("Not Supported")
         return SimpleNamespace(multiprocessorCount=device.sms)
+
+
+SWITCH = "switch"
+
+
+class LinkedNvml(FakeNvml):
+    """NVML with NVLink: `ends` says, for each device, where each of its links ends.
+
+    An end is the index of a device, `SWITCH`, or None for a link that is down. Functions named in
+    `unable` and fields numbered there are not supported; `asked` counts calls.
+    """
+
+    def __init__(
+        self,
+        *devices: SimpleNamespace,
+        ends: tuple[tuple[int | str | None, ...], ...],
+        speed: int = 26562,
+        status: int | None = None,
+        pcie: tuple[int, int] | None = None,
+        unable: tuple[int | str, ...] = (),
+    ) -> None:
+        super().__init__(*devices)
+        self.ends, self.speed, self.status, self.pcie = ends, speed, status, pcie
+        self.unable, self.asked = unable, 0
+
+    def _able(self, name: int | str) -> None:
+        self.asked += 1
+        if name in self.unable:
+            raise Unsupported("Not Supported")
+
+    def _ends(self, device: Any) -> tuple[int | str | None, ...]:
+        return self.ends[self.devices.index(device)]
+
+    def nvmlDeviceGetP2PStatus(self, one: Any, other: Any, index: int) -> int:
+        self._able("nvmlDeviceGetP2PStatus")
+        assert index == 2
+        if self.status is not None:
+            return self.status
+        switched = SWITCH in self._ends(one) and SWITCH in self._ends(other)
+        return 0 if switched or self.devices.index(other) in self._ends(one) else 5
+
+    def nvmlDeviceGetNvLinkState(self, device: Any, link: int) -> int:
+        self._able("nvmlDeviceGetNvLinkState")
+        if link >= len(self._ends(device)):
+            raise Unsupported("Invalid Argument")
+        return int(self._ends(device)[link] is not None)
+
+    def nvmlDeviceGetNvLinkRemoteDeviceType(self, device: Any, link: int) -> int:
+        self._able("nvmlDeviceGetNvLinkRemoteDeviceType")
+        return 2 if self._ends(device)[link] == SWITCH else 0
+
+    def nvmlDeviceGetNvLinkRemotePciInfo(self, device: Any, link: int) -> Any:
+        self._able("nvmlDeviceGetNvLinkRemotePciInfo")
+        end = self._ends(device)[link]
+        bus = "00000000:E1:00.0" if end == SWITCH else self.devices[end].bus  # type: ignore[index]
+        return SimpleNamespace(busId=bus)  # newer nvidia-ml-py returns text
+
+    def nvmlDeviceGetFieldValues(self, device: Any, fields: list[int]) -> list[Any]:
+        self._able("nvmlDeviceGetFieldValues")
+        ends = self._ends(device)
+        values = {91: len(ends), 147: ends.count(SWITCH), 90: self.speed, 164: self.speed}
+        return [
+            SimpleNamespace(
+                nvmlReturn=3 if field in self.unable else 0,
+                valueType=1,
+                value=SimpleNamespace(uiVal=values[field]),
+            )
+            for field in fields
+        ]
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, device: Any) -> int:
+        if self.pcie is None:
+            raise Unsupported("Not Supported")
+        return self.pcie[0]
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, device: Any) -> int:
+        if self.pcie is None:
+            raise Unsupported("Not Supported")
+        return self.pcie[1]
+
+
+def add_pcie(root: Path, address: str, *ports: tuple[str, object]) -> None:
+    """Write a PCI device and the ports above it, each as (speed, width), the device first."""
+    names = [address, *(f"{address}-port{number}" for number in range(1, len(ports)))]
+    folder = "/".join(["sys/devices/pci0000:00", *reversed(names)])
+    for level, (speed, width) in enumerate(ports):
+        here = "/".join(folder.split("/")[: len(folder.split("/")) - level])
+        write(root, f"{here}/max_link_speed", f"{speed}\n")
+        write(root, f"{here}/max_link_width", f"{width}\n")
+    entry = root / "sys/bus/pci/devices" / address
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    entry.symlink_to(root / folder)
+
+
+def add_io_link(
+    root: Path, node: int, to: int, *, kind: int = 11, megabytes: int = 64000, peer: bool = False
+) -> None:
+    """Write a link of a node of the topology; kind 11 is XGMI, 2 PCIe."""
+    links = f"sys/class/kfd/kfd/topology/nodes/{node}/{'p2p_links' if peer else 'io_links'}"
+    write(
+        root,
+        f"{links}/{to}/properties",
+        f"type {kind}\nversion_major 0\nnode_from {node}\nnode_to {to}\nweight 15\n"
+        f"min_bandwidth {megabytes and 64000}\nmax_bandwidth {megabytes}\nflags 1\n",
+    )
 
 
 def add_cpu(root: Path, *, online: str = "0-7", allowed: str = "0-7") -> None:

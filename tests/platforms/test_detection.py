@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,44 +324,6 @@ def test_intel_generations(tmp_path: Path, device: int, arch: str | None, found:
         assert str(platform.arch()) == arch
 
 
-def test_cpu_counts_only_what_it_may_use(tmp_path: Path) -> None:
-    fakes.add_cpu(tmp_path, online="0-5,7", allowed="4-7")
-    fakes.write(tmp_path, "proc/self/cgroup", "0::/work/pod\n")
-    fakes.write(tmp_path, "sys/fs/cgroup/work/pod/memory.max", "max\n")
-    fakes.write(tmp_path, "sys/fs/cgroup/work/memory.max", f"{8 * GIB}\n")
-    platform = detect(machine(tmp_path)).current
-    spec = platform.device(0)
-    assert (spec.compute_units, spec.memory_bytes) == (3, 8 * GIB)
-    assert (spec.name, str(spec.arch), spec.guess) == ("Intel(R) Xeon(R)", "x86_64+amx", False)
-    assert platform.memory(0) == (8 * GIB, 8 * GIB)
-
-
-@pytest.mark.parametrize(
-    ("processor", "info", "arch", "guess"),
-    [
-        ("x86_64", "flags : fpu avx2 fma\n", "x86_64", False),
-        ("AMD64", "flags : avx2 avx512f avx512bw avx512vl\n", "x86_64+avx512", False),
-        ("x86_64", "flags : fpu sse2\n", "x86_64", True),
-        ("aarch64", "Features : fp asimd sve\n", "aarch64+neon", False),
-        ("arm64", "Features : asimd asimddp i8mm bf16 sve\n", "aarch64+sve", False),
-        ("riscv64", "isa : rv64imafdc\n", "riscv64", True),
-        ("x86_64", "", "x86_64", True),
-        ("", "", "unknown", True),
-    ],
-)
-def test_processors(tmp_path: Path, processor: str, info: str, arch: str, guess: bool) -> None:
-    if info:
-        fakes.write(tmp_path, "proc/cpuinfo", info)
-    spec = detect(machine(tmp_path, processor=processor)).current.device(0)
-    assert (str(spec.arch), spec.guess) == (arch, guess)
-    assert spec.compute_units == 1
-
-
-def test_a_mac_has_a_cpu(tmp_path: Path) -> None:
-    found = detect(machine(tmp_path, system="darwin", processor="arm64"))
-    assert str(found.current.arch()) == "aarch64+neon"
-
-
 def test_a_fault_in_one_platform_s_file_is_isolated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,4 +338,76 @@ def test_a_fault_in_one_platform_s_file_is_isolated(
 
 def test_broken_packages_are_notes(tmp_path: Path) -> None:
     software = Software(torch="2.11.0+cpu", torch_build="cpu", broken=(("ipex", "ends it"),))
-    assert detect(machine(tmp_path, software)).current.notes == ("ipex: ends it",)
+    (note,) = detect(machine(tmp_path, software)).current.notes
+    assert note == "ipex: ends it; install the ipex that belongs to torch 2.11.0+cpu, or remove it"
+
+
+FIELDS = [
+    name
+    for name in dir(FakeNvml)
+    if name.startswith("nvmlDeviceGet") and name not in ("nvmlDeviceGetCount",)
+] + ["nvmlSystemGetDriverVersion", "nvmlShutdown"]
+
+
+def junk(*arguments: object) -> str:
+    return "[N/A]"
+
+
+def refuse(*arguments: object) -> None:
+    raise fakes.Unsupported("Not Supported")
+
+
+@pytest.mark.parametrize("answer", [refuse, junk])
+@pytest.mark.parametrize("field", FIELDS)
+def test_nvml_that_fails_for_one_field(tmp_path: Path, field: str, answer: object) -> None:
+    fakes.add_cpu(tmp_path)
+    fakes.add_proc_nvidia(tmp_path, "NVIDIA H200", "NVIDIA H200")
+    nvml = two_h200()
+    setattr(nvml, field, answer)
+    platform = detect(machine(tmp_path, CUDA_TORCH, nvml=nvml)).current
+    assert (platform.name, platform.device_count()) == ("cuda", 2), platform.notes
+    for index in range(2):
+        spec = platform.device(index)
+        assert str(spec.arch) == "sm_90", "known by its name where its capability is not told"
+        assert spec.memory_bytes is None or spec.memory_bytes > 0
+        json.dumps(spec.to_dict())
+        free, total = platform.memory(index)
+        assert free is None or total is None or free <= total
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_nvml_that_hangs_for_one_field(tmp_path: Path, field: str) -> None:
+    fakes.add_proc_nvidia(tmp_path, "NVIDIA H200")
+    nvml = FakeNvml(h200(0))
+    setattr(nvml, field, lambda *arguments: time.sleep(3))
+    start = time.perf_counter()
+    platform = detect(machine(tmp_path, CUDA_TORCH, nvml=nvml, seconds=0.2)).current
+    assert time.perf_counter() - start < 2.5
+    assert (platform.name, platform.device_count()) == ("cuda", 1)
+
+
+def test_wsl_has_nvml_and_nothing_in_proc_or_sys(tmp_path: Path) -> None:
+    fakes.add_cpu(tmp_path)
+    fakes.write(tmp_path, "proc/version", "Linux version 6.6.87-microsoft-standard-WSL2\n")
+    laptop = fakes.gpu("NVIDIA GeForce RTX 4090", (8, 9), 24564 << 20, "GPU-49", 0x01)
+    platform = detect(machine(tmp_path, CUDA_TORCH, nvml=FakeNvml(laptop))).current
+    spec = platform.device()
+    assert (platform.name, spec.name, spec.numa_nodes, spec.links) == ("cuda", "RTX 4090", (), ())
+    assert platform.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "arch"),
+    [("Orin (nvgpu)", (8, 7), "sm_87"), ("NVIDIA Thor", (11, 0), "sm_110")],
+)
+def test_jetson_without_memory_and_address(
+    tmp_path: Path, name: str, capability: tuple[int, int], arch: str
+) -> None:
+    fakes.add_cpu(tmp_path)
+    nvml = FakeNvml(fakes.gpu(name, capability, None, "GPU-87", 0))
+    nvml.nvmlDeviceGetPciInfo = refuse  # type: ignore[method-assign]
+    platform = detect(machine(tmp_path, CUDA_TORCH, nvml=nvml)).current
+    spec = platform.device()
+    assert (str(spec.arch), spec.memory_bytes, spec.guess) == (arch, 64 * GIB, False)
+    assert "no memory figure" in platform.notes[0]
+    assert platform.isolated(0).environment["CUDA_VISIBLE_DEVICES"] == "GPU-87"

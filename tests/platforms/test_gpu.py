@@ -198,24 +198,48 @@ def test_facts_agree_with_the_runtime(here: hal.Platform) -> None:
     for index in range(here.device_count()):
         properties, spec = module.get_device_properties(index), here.device(index)
         assert spec.memory_bytes is not None
-        assert abs(spec.memory_bytes - properties.total_memory) < 0.05 * properties.total_memory
+        assert abs(spec.memory_bytes - properties.total_memory) < 0.01 * properties.total_memory
         if here.is_cuda:
             assert here.compute_capability(index) == (properties.major, properties.minor)
             assert spec.compute_units in (None, properties.multi_processor_count)
             if hasattr(properties, "uuid"):
                 uuid = here.record(index).uuid  # type: ignore[attr-defined]
                 assert uuid is None or uuid.removeprefix("GPU-") == str(properties.uuid)
-    free, total = here.memory(0)
-    assert total
-    assert free is None or 0 < free <= total
+        free, total = here.memory(index)
+        with module.device(index):
+            seen_free, seen_total = module.mem_get_info()
+        assert total
+        assert abs(total - seen_total) < 0.01 * seen_total
+        if free is not None:
+            assert abs(free - seen_free) < 0.01 * seen_total
+
+
+def test_links_agree_with_peer_access(here: hal.Platform) -> None:
+    if here.device_count() < 2 or not torch.cuda.is_available():
+        pytest.skip("needs two torch.cuda devices")
+    for index in range(here.device_count()):
+        peers = {link.peer: link for link in here.device(index).links}
+        assert set(peers) == set(range(here.device_count())) - {index}
+        for peer, link in peers.items():
+            if link.kind in ("nvlink", "xgmi"):
+                assert torch.cuda.can_device_access_peer(index, peer)
+                assert link.bytes_per_second
 
 
 FORK = """
-import os, sys
+import ctypes, os, sys
 import hal
+from hal.doctor import doctor_report, subject_here
+from hal.report import info_report
 platform = hal.current_platform()
-platform.memory(0)
-assert "torch" not in sys.modules, "detection imported torch"
+report = info_report(platform)
+assert report["errors"] == [], report["errors"]
+doctor_report(subject_here(), seconds=None)
+assert "torch" not in sys.modules, "a report imported torch"
+if platform.is_cuda:
+    count = ctypes.c_int()
+    code = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(count))
+    assert code == 3, f"the driver answers {code}, needed 3 (CUDA_ERROR_NOT_INITIALIZED)"
 import torch
 assert not torch.cuda.is_initialized()
 child = os.fork()

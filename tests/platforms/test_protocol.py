@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import platform_fakes as fakes
 import pytest
 import torch
 
-from hal.errors import PlatformError, SimulatedDeviceError, UnknownNameError, ValueRangeError
-from hal.formats import FORMATS, Support
+import hal
+import hal.testing
+from hal.errors import PlatformError, SimulatedDeviceError
 from hal.platforms.detection import detect
-from hal.probe import Probe
 from hal.protocol import Platform
 from hal.quirks import QUIRKS, quirks_for
 from hal.runtime import platform
@@ -42,55 +43,76 @@ def some(request: pytest.FixtureRequest, tmp_path: Path) -> Platform:
 
 
 def test_the_protocol_is_small() -> None:
-    assert len(MEMBERS) <= 29
+    assert len(MEMBERS) <= 30
 
 
-def test_conformance(some: Platform) -> None:
-    assert isinstance(some, Platform)
-    for name in MEMBERS:
-        wanted = inspect.getattr_static(Platform, name)
-        mine = inspect.getattr_static(type(some), name)
-        assert isinstance(mine, property) == isinstance(wanted, property), name
-        if inspect.isfunction(wanted):
-            assert (
-                inspect.signature(mine).parameters.keys()
-                == inspect.signature(wanted).parameters.keys()
-            ), name
+@pytest.mark.parametrize("check", hal.testing.PLATFORM_CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check: Callable[[Platform], None], some: Platform) -> None:
+    check(some)
 
 
-def test_answers_fit_together(some: Platform) -> None:
-    identity = [some.is_cuda, some.is_rocm, some.is_xpu, some.is_cpu]
-    assert identity.index(True) == ["cuda", "rocm", "xpu", "cpu"].index(some.name)
-    assert sum(identity) == 1
-    assert some.torch_device_type == {"rocm": "cuda"}.get(some.name, some.name)
-    assert some.dist_backend in ("nccl", "xccl", "gloo")
-    for index in range(some.device_count()):
-        spec = some.device(index)
-        assert spec.platform == some.name
-        assert some.arch(index) == spec.arch
-        assert (some.compute_capability(index) is None) == (not some.is_cuda)
-        assert some.physical_index(index) >= 0
-        for name in FORMATS:
-            assert some.support(name, index) in Support
-            assert some.support(name, index, use="storage") in Support
-        assert some.has("triton", index) == ("triton" in spec.features)
-        if spec.formats.fp8_encoding:
-            assert some.fp8_dtype(index).itemsize == 1
-        free, total = some.memory(index)
-        assert total is None or total > 0
-        assert free is None or total is None or free <= total
-    assert some.pinned_memory == (not some.is_cpu)
-    assert some.torch_version
-    assert all(isinstance(note, str) for note in some.notes)
-    assert all(isinstance(probe, Probe) for probe in some.probes)
-    assert set(some.quirks) <= set(QUIRKS)
-    assert some.name in repr(some)
-    with pytest.raises(ValueRangeError):
-        some.device(99)
-    with pytest.raises(ValueRangeError):
-        some.device(-1)
-    with pytest.raises(UnknownNameError):
-        some.support("e4m4")
+@pytest.mark.parametrize("check", hal.testing.PLATFORM_CHECKS, ids=lambda check: check.__name__)
+def test_conformance_of_unlike_devices(check: Callable[[Platform], None], tmp_path: Path) -> None:
+    slow = fakes.gpu("NVIDIA GeForce RTX 3090", (8, 6), 24 << 30, "GPU-33", 0x01)
+    nvml = fakes.FakeNvml(slow, fakes.h200(0))
+    check(detect(fakes.machine(tmp_path, fakes.CUDA_TORCH, nvml=nvml)).current)
+
+
+@pytest.mark.gpu
+def test_conformance_of_the_devices_here() -> None:
+    hal.testing.check_platform(hal.current_platform())
+
+
+@pytest.mark.parametrize("name", ["cuda", "rocm", "xpu"])
+def test_names_for_torch(name: str) -> None:
+    some = platform(SIMULATED[["cuda", "rocm", "xpu"].index(name)])
+    assert some.torch_device_type == {"rocm": "cuda"}.get(name, name)
+    assert some.dist_backend == {"xpu": "xccl"}.get(name, "nccl")
+    assert some.pinned_memory
+
+
+FAULTS: dict[str, tuple[str, object, str]] = {
+    "another name": ("says_who_it_is", {"name": property(lambda self: "cuba")}, "is_cuda"),
+    "no backend": ("says_who_it_is", {"dist_backend": property(lambda self: "")}, "dist_backend"),
+    "a method": ("has_the_members", {"notes": lambda self: ()}, "notes: not a property"),
+    "arguments": ("has_the_members", {"arch": lambda self: None}, "arch: found arguments"),
+    "device 0": (
+        "refuses_other_indices",
+        {"device": lambda self, index=None: self._devices[0].spec},
+        "device(-1)",
+    ),
+    "bool": ("answers_for_every_format", {"support": lambda *a, **k: True}, "support("),
+    "capability": (
+        "answers_for_every_format",
+        {"compute_capability": lambda self, index=None: None},
+        "it is CUDA's alone",
+    ),
+    "fp8": (
+        "answers_for_every_format",
+        {"supports_fp8": lambda self, index=None: False},
+        "supports_fp8(0)",
+    ),
+    "memory": ("reports_what_it_knows", {"memory": lambda self, index=None: (2, 1)}, "memory(0)"),
+    "notes": ("reports_what_it_knows", {"notes": property(lambda self: (3,))}, "notes"),
+    "acts": ("orders_work", {"synchronize": lambda self, index=None: None}, "synchronize()"),
+    "no origin": (
+        "describes_every_device",
+        {"device": lambda self, index=None: self._devices[0].spec.replace(origin="")},
+        "origin is empty",
+    ),
+    "no devices": ("describes_every_device", {"device_count": lambda self: 0}, "at least 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_checks_find_faults(fault: str) -> None:
+    name, members, words = FAULTS[fault]
+    check = next(check for check in hal.testing.PLATFORM_CHECKS if check.__name__ == name)
+    right = platform("cuda:h200")
+    wrong = type("Wrong", (type(right),), members).simulate(right.device(0))  # type: ignore[call-overload]
+    check(right)
+    with pytest.raises(hal.testing.ConformanceError, match=re.escape(words)):
+        check(wrong)
 
 
 @pytest.mark.parametrize("name", SIMULATED)

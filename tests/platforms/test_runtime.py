@@ -52,7 +52,7 @@ def test_names(text: str, name: str, arch: str) -> None:
 @pytest.mark.parametrize(
     ("text", "nearest"),
     [
-        ("cuda:h20", "cuda:h200"),
+        ("cuda:h20x", "cuda:h200"),
         ("rocm:mi300", "rocm:mi300x"),
         ("h200", "cuda:h200"),
         ("cud", "cuda"),
@@ -107,7 +107,7 @@ def test_use_platform_nests() -> None:
                 assert hal.current_platform() is h100
             assert hal.current_platform() is mi300x
         assert hal.current_platform() is h100
-        with pytest.raises(UnknownNameError), hal.use_platform("cuda:h20"):
+        with pytest.raises(UnknownNameError), hal.use_platform("cuda:h20x"):
             pass
         assert hal.current_platform() is h100
         with pytest.raises(KeyError), hal.use_platform("xpu:b580"):
@@ -265,3 +265,68 @@ def test_selection_works_for_devices_that_are_not_here() -> None:
         selection = hal.select("linear", scheme="bf16", platform=name)
         assert selection.kernel is not None
         assert selection.spec.key.startswith(name.partition(":")[0])
+
+
+def mixed() -> hal.Platform:
+    """Return an RTX 3090 and an H200 in one machine."""
+    from hal.platforms.base import DeviceRecord
+    from hal.platforms.cuda import CudaPlatform
+    from hal.platforms.ordering import SimulatedOrdering
+
+    specs = [hal.platform(f"cuda:{name}").device() for name in ("rtx-3090", "h200")]
+    records = [DeviceRecord(spec, index) for index, spec in enumerate(specs)]
+    return CudaPlatform(records, SimulatedOrdering("cuda", "two"), simulated=True)
+
+
+def test_nothing_is_answered_for_device_0_because_no_other_was_named() -> None:
+    both = mixed()
+    with pytest.raises(hal.errors.AmbiguousDeviceError) as caught:
+        hal.select("linear", scheme="fp8_channel", platform=both)
+    assert "0: RTX 3090, 1: H200" in str(caught.value)
+    assert caught.value.devices == ("RTX 3090", "H200")
+    chosen = [
+        hal.select("linear", scheme="fp8_channel", platform=both, device=index).spec.name
+        for index in range(2)
+    ]
+    assert chosen == ["RTX 3090", "H200"]
+    for ask in (both.device, both.arch, both.fp8_dtype, both.compute_capability, both.memory):
+        with pytest.raises(hal.errors.AmbiguousDeviceError):
+            ask()
+
+
+def test_alike_devices_share_their_answers_and_nothing_else() -> None:
+    from hal.device import Link
+    from hal.platforms.base import DeviceRecord
+    from hal.platforms.cuda import CudaPlatform
+    from hal.platforms.ordering import SimulatedOrdering
+
+    spec = hal.platform("cuda:h200").device()
+    records = [
+        DeviceRecord(spec.replace(numa_nodes=(i,), links=(Link(1 - i, "nvlink"),)), i)
+        for i in range(2)
+    ]
+    both = CudaPlatform(records, SimulatedOrdering("cuda", "two"), simulated=True)
+    assert both.device() == spec
+    assert both.device(1).numa_nodes == (1,)
+    assert both.arch() == spec.arch
+    assert hal.select("linear", scheme="bf16", platform=both).kernel is not None
+    with pytest.raises(hal.errors.AmbiguousDeviceError):
+        both.physical_index()
+
+
+def test_explain_tells_one_table_for_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from hal.cli import main
+
+    with hal.use_platform(mixed()):
+        assert main(["explain", "linear", "--scheme", "fp8_channel"]) == 0
+        text = capsys.readouterr().out
+        assert "cuda:rtx-3090 (sm_86)" in text
+        assert "cuda:h200 (sm_90)" in text
+        assert main(["explain", "linear", "--scheme", "fp8_channel", "--json"]) == 0
+        first, second = json.loads(capsys.readouterr().out)
+        assert (first["arch"], second["arch"]) == ("sm_86", "sm_90")
+        assert main(["explain", "linear", "--scheme", "fp8_channel", "--device", "1"]) == 0
+        assert "rtx-3090" not in capsys.readouterr().out
+        assert main(["explain", "linear", "--scheme", "fp8_channel", "--device", "2"]) == 2

@@ -171,7 +171,7 @@ def test_nothing_is_imported_for_a_whole_report() -> None:
         "p = hal.current_platform()\n"
         "hal.platform('rocm:gfx942').device().to_dict()\n"
         "[p.device(i).to_dict() for i in range(p.device_count())], p.notes, p.probes, p.quirks\n"
-        "p.memory()\n"
+        "[p.memory(i) for i in range(p.device_count())]\n"
         "bad = {'torch', 'triton', 'numpy', 'pynvml', 'amdsmi', 'importlib.metadata'}\n"
         "print(sorted(bad & set(sys.modules)))\n"
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +55,7 @@ def test_dtypes_of_the_format_table() -> None:
 
 def test_a_missing_dtype_names_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.dtype.cache_clear()
-    monkeypatch.delattr(torch, "float8_e8m0fnu")
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)
     try:
         with pytest.raises(PlatformError, match=r"torch\.float8_e8m0fnu .* needed torch >= 2\.7"):
             compat.dtype("e8m0")
@@ -75,22 +79,27 @@ def test_scaled_mm_rowwise(device: str, rows: int, has_bias: bool) -> None:
     bias = torch.randn(256, device=device).bfloat16() if has_bias else None
     wanted = (a.float() * a_scales[:, None]) @ (b.float() * b_scales[:, None]).t()
     wanted = wanted if bias is None else wanted + bias.float()
-    close(compat.scaled_mm_rowwise(a, b.t(), a_scales, b_scales, torch.bfloat16, bias), wanted)
     call = compat.scaled_mm_rowwise_function()
     assert call is compat.scaled_mm_rowwise_function()
+    close(call(a, b.t(), a_scales, b_scales, torch.bfloat16, bias), wanted)
     close(call(a, b.t(), a_scales[:, None], b_scales[None], torch.bfloat16, bias), wanted)
 
 
-@pytest.mark.skipif(not compat.has_scaled_mm_block128(), reason="needs torch 2.10")
+HAS_SCALED_MM = hasattr(torch.nn.functional, "scaled_mm")
+
+
+@pytest.mark.skipif(not HAS_SCALED_MM, reason="needs torch 2.10")
 def test_rowwise_by_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_rowwise("cpu")
     a, a_scales = rows_and_scales(8, 64, "cpu")
     b, b_scales = rows_and_scales(32, 64, "cpu")
-    wanted = compat.scaled_mm_rowwise(a, b.t(), a_scales, b_scales, torch.bfloat16)
+    call = compat.scaled_mm_rowwise_function()
+    wanted = call(a, b.t(), a_scales, b_scales, torch.bfloat16)
     compat.scaled_mm_rowwise_function.cache_clear()
     monkeypatch.delattr(torch, "_scaled_mm")
     try:
-        found = compat.scaled_mm_rowwise(a, b.t(), a_scales, b_scales, torch.bfloat16)
+        call = compat.scaled_mm_rowwise_function()
+        found = call(a, b.t(), a_scales, b_scales, torch.bfloat16)
     finally:
         compat.scaled_mm_rowwise_function.cache_clear()
     assert torch.equal(found, wanted)
@@ -121,7 +130,7 @@ def test_weight_scales_are_arranged_once(blocks: int) -> None:
 def test_scaled_mm_block128(rows: int, k: int) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no sm_90: torch has this product nowhere else")
-    if not compat.has_scaled_mm_block128():
+    if not HAS_SCALED_MM:
         pytest.skip("torch is older than 2.10")
     n = 256
     a = torch.randn(rows, k // 128, 128, device="cuda")
@@ -134,12 +143,18 @@ def test_scaled_mm_block128(rows: int, k: int) -> None:
         b8.float() * b_scales[:, None, :, None]
     ).view(n, k).t()
     a8, b8 = a8.view(rows, k), b8.view(n, k)
-    close(compat.scaled_mm_block128(a8, b8.t(), a_scales, b_scales, torch.bfloat16), wanted)
+    a_scales = compat.block128_activation_scales(a_scales, "cuda")
+    b_scales = compat.block128_weight_scales(b_scales, "cuda")
+    call = compat.scaled_mm_block128_function()
+    close(call(a8, b8.t(), a_scales, b_scales, torch.bfloat16), wanted)
 
 
+HAS_GROUPED_MM = hasattr(torch, "_grouped_mm") or hasattr(torch.nn.functional, "grouped_mm")
+
+
+@pytest.mark.skipif(not HAS_GROUPED_MM, reason="needs torch 2.8")
 @pytest.mark.parametrize("ends", [[5, 5, 8, 16], [0, 16, 16, 16], [4, 8, 12, 16]])
 def test_grouped_mm(device: str, ends: list[int]) -> None:
-    assert compat.has_grouped_mm()
     a = torch.randn(16, 64, device=device).bfloat16()
     b = torch.randn(4, 32, 64, device=device).bfloat16()
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -150,14 +165,13 @@ def test_grouped_mm(device: str, ends: list[int]) -> None:
             for g, (i, j) in enumerate(zip(starts, ends, strict=True))
         ]
     )
-    close(compat.grouped_mm(a, b.transpose(1, 2), offs), wanted)
+    close(compat.grouped_mm_function()(a, b.transpose(1, 2), offs=offs), wanted)
 
 
 @pytest.mark.gpu
 def test_scaled_grouped_mm() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no sm_90")
-    assert compat.has_scaled_grouped_mm()
     ends = [16, 16, 40, 64]
     a, a_scales = rows_and_scales(64, 128, "cuda")
     flat, b_scales = rows_and_scales(4 * 64, 128, "cuda")
@@ -168,7 +182,8 @@ def test_scaled_grouped_mm() -> None:
         wide_a[i:j] @ wide_b[g].t()
         for g, (i, j) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     ]
-    found = compat.scaled_grouped_mm(a, b.transpose(1, 2), a_scales, b_scales, offs, torch.bfloat16)
+    call = compat.scaled_grouped_mm_function()
+    found = call(a, b.transpose(1, 2), a_scales, b_scales, offs, torch.bfloat16)
     close(found, torch.cat(parts))
 
 
@@ -176,17 +191,9 @@ def test_int_mm(device: str) -> None:
     a = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
     b = torch.randint(-128, 128, (48, 64), dtype=torch.int8)
     wanted = a.int() @ b.int().t()
-    found = compat.int_mm(a.to(device), b.to(device).t())
+    found = compat.int_mm_function()(a.to(device), b.to(device).t())
     assert found.dtype is torch.int32
     assert torch.equal(found.cpu(), wanted)
-
-
-def test_weight_int8pack_mm() -> None:
-    x = torch.randn(4, 64).bfloat16()
-    w = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
-    scales = torch.rand(32).bfloat16() / 64
-    wanted = x.float() @ (w.float() * scales.float()[:, None]).t()
-    close(compat.weight_int8pack_mm(x, w, scales), wanted)
 
 
 def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,24 +202,131 @@ def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_grouped_mm", "_scaled_grouped_mm", "_int_mm"):
         monkeypatch.delattr(torch, name, raising=False)
     getters = {
-        compat.grouped_mm_function: "2.8",
-        compat.scaled_grouped_mm_function: "2.8",
-        compat.scaled_mm_block128_function: "2.10",
-        compat.int_mm_function: "no longer",
+        compat.grouped_mm_function: r"torch\._grouped_mm: .* needed torch >= 2\.8",
+        compat.scaled_grouped_mm_function: r"torch\._scaled_grouped_mm: .* needed torch >= 2\.7",
+        compat.scaled_mm_block128_function: r"functional\.scaled_mm: .* needed torch >= 2\.10",
+        compat.int_mm_function: r"no longer has torch\._int_mm",
     }
     for getter, words in getters.items():
         getter.cache_clear()  # type: ignore[attr-defined]
         with pytest.raises(PlatformError, match=words):
             getter()
         getter.cache_clear()  # type: ignore[attr-defined]
-    assert not compat.has_grouped_mm()
-    assert not compat.has_scaled_grouped_mm()
-    assert not compat.has_scaled_mm_block128()
+
+
+def test_scaled_grouped_mm_by_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def public(a, b, scale_a, kind_a, scale_b, kind_b, *, offs, output_dtype):  # type: ignore[no-untyped-def]
+        return a, b, scale_a, kind_a, scale_b, kind_b, offs, output_dtype
+
+    functional = torch.nn.functional
+    monkeypatch.delattr(torch, "_scaled_grouped_mm", raising=False)
+    monkeypatch.setattr(functional, "scaled_grouped_mm", public, raising=False)
+    kinds = SimpleNamespace(RowWise="rows")
+    monkeypatch.setattr(functional, "ScalingType", kinds, raising=False)
+    compat.scaled_grouped_mm_function.cache_clear()
+    try:
+        found = compat.scaled_grouped_mm_function()("a", "b", "sa", "sb", "offs", "dtype")
+    finally:
+        compat.scaled_grouped_mm_function.cache_clear()
+    assert found == ("a", "b", "sa", "rows", "sb", "rows", "offs", "dtype")
 
 
 def test_is_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not compat.is_compiling()
+    assert not compat.is_compiling_function()()
     fake = SimpleNamespace(is_compiling=lambda: True)
     monkeypatch.setattr(torch, "compiler", fake)
-    assert compat.is_compiling()
     assert compat.is_compiling_function() is fake.is_compiling
+
+
+def test_view_takes_numbers_and_sequences() -> None:
+    x = torch.arange(24)
+    assert compat.view(x, 2, 3, 4).shape == (2, 3, 4)
+    assert compat.view(x, (2, 3), 4).shape == (2, 3, 4)
+    assert compat.view(x.view(2, 12), x.view(2, 12).shape[:-1], [3, -1]).shape == (2, 3, 4)
+    assert compat.view(x[:1], ()).shape == ()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0), (0, 0)])
+@pytest.mark.parametrize("amounts", [(0, 3), (0, 3, 0, 0), (1, 2, 0, 4), (0, 0, 0, 0)])
+def test_pad(shape: tuple[int, int], amounts: tuple[int, ...]) -> None:
+    x = torch.ones(shape, dtype=torch.bfloat16)
+    found = compat.pad(x, amounts)
+    before, after, above, below = (*amounts, 0, 0)[:4]
+    assert found.shape == (shape[0] + above + below, shape[1] + before + after)
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found[above : above + shape[0], before : before + shape[1]], x)
+    assert found.sum() == x.sum()
+
+
+def test_schemas() -> None:
+    def writes(
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        parts: Sequence[torch.Tensor],
+        sizes: list[int] | None = None,
+        scale: float = 1.0,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        raise NotImplementedError
+
+    def nothing(x: torch.Tensor) -> None: ...
+    def wrong(x: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor: ...
+
+    assert compat.schema_of(writes, ["out"]) == (
+        "(Tensor x, Tensor(a1!)? out, Tensor[] parts, SymInt[]? sizes=None, float scale=1.0) "
+        "-> (Tensor, Tensor[])"
+    )
+    assert compat.schema_of(nothing) == "(Tensor x) -> ()"
+    with pytest.raises((ValueError, AttributeError)):
+        compat.schema_of(wrong)
+
+
+BUILDS = [
+    ({"cuda": "13.0", "hip": None, "xpu": None}, "cuda"),
+    ({"cuda": None, "hip": "6.4", "xpu": None}, "cuda"),
+    ({"cuda": None, "hip": None, "xpu": "20250201"}, "xpu"),
+    ({"cuda": None, "hip": None}, None),
+]
+
+
+@pytest.mark.parametrize(("build", "name"), BUILDS)
+def test_accelerator_type_without_torch_accelerator(
+    build: dict[str, str | None], name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch, "accelerator", raising=False)
+    monkeypatch.setattr(torch, "version", SimpleNamespace(**build))
+    assert compat.accelerator_type() == name
+
+
+def test_accelerator_type_by_torch_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter((torch.device("xpu"), None))
+    fake = SimpleNamespace(current_accelerator=lambda: next(answers))
+    monkeypatch.setattr(torch, "accelerator", fake, raising=False)
+    assert [compat.accelerator_type(), compat.accelerator_type()] == ["xpu", None]
+
+
+def test_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlatformError, match="memory of cpu"):
+        compat.device_memory(torch.device("cpu"))
+    fake = SimpleNamespace(
+        current_accelerator=lambda: torch.device("mtia"), get_memory_info=lambda device: (3, 4)
+    )
+    monkeypatch.setattr(torch, "accelerator", fake, raising=False)
+    monkeypatch.delattr(torch, "mtia", raising=False)
+    assert compat.device_memory(torch.device("mtia:1")) == (3, 4)
+
+
+def test_graph_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.graph_type("cuda") is torch.cuda.CUDAGraph
+    fake = SimpleNamespace(XPUGraph=object)
+    monkeypatch.setattr(torch, "xpu", fake, raising=False)
+    assert compat.graph_type("xpu") is object
+    del fake.XPUGraph
+    with pytest.raises(PlatformError, match=r"torch\.xpu\.XPUGraph: .* needed torch >= 2\.11"):
+        compat.graph_type("xpu")
+    with pytest.raises(PlatformError, match="devices of type cpu"):
+        compat.graph_type("cpu")
+
+
+def test_importing_the_shim_imports_no_torch(tmp_path: Path) -> None:
+    code = "import hal.torch_compat, hal.quirk_probes, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)

@@ -1,0 +1,1 @@
+"""Add the platform `acme` and a kernel of the op `linear` to hal."""
