@@ -60,8 +60,29 @@ def no_gpu() -> str | None:
     return "no CUDA/ROCm/XPU device"
 
 
+@functools.cache
+def no_interpreter() -> str | None:
+    """Return why Triton cannot interpret kernels here, or None.
+
+    Triton before 3.7 makes Python numbers of arrays of one element, which numpy 2.4 refuses.
+    """
+    import numpy
+    import triton
+
+    from hal.device import version_at_least
+
+    try:
+        int(numpy.ones(1))
+    except TypeError:
+        if not version_at_least(triton.__version__, "3.7"):
+            return f"Triton {triton.__version__} cannot interpret with numpy {numpy.__version__}"
+    return None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip `gpu` tests where there is no GPU, and `serial` tests beside other workers."""
+    """Skip tests that this machine, or this process, cannot run."""
+    if item.get_closest_marker("interpreter") and INTERPRETING and (reason := no_interpreter()):
+        pytest.skip(reason)
     if item.get_closest_marker("gpu") and (reason := no_gpu()):
         pytest.skip(reason)
     if item.get_closest_marker("serial") and "PYTEST_XDIST_WORKER" in os.environ:
