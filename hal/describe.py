@@ -16,7 +16,7 @@ __all__ = ["explain_text", "info_sections"]
 UNKNOWN = "unknown"
 _EXPLAIN_STYLES = {"-> ": "bold", " * ": "green", " - ": "dim"}
 # Every device holds and adds these; the tables state nothing about them.
-_UNTABULATED = ("int32", "int64")
+_UNTABULATED = ("int32", "int64", "uint4")
 SIMULATED = (
     "The device is a row of hal's tables: it is not in this machine, nothing about it was "
     "measured, and nothing can run on it."

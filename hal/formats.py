@@ -144,6 +144,7 @@ _ROWS = (
     Format("int32", 32, 0, 31, 0, Special.NONE, 2.0**31 - 1, "int32"),
     Format("int64", 64, 0, 63, 0, Special.NONE, 2.0**63 - 1, "int64"),
     Format("int4", 4, 0, 3, 0, Special.NONE, 7.0, None),
+    Format("uint4", 4, 0, 4, 0, Special.NONE, 15.0, None, None, False),
 )
 
 FORMATS: MappingProxyType[str, Format] = MappingProxyType({row.name: row for row in _ROWS})

@@ -24,7 +24,7 @@ from hal.ops.checks import ACTIVATION_DTYPES, stamp
 from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_experts
 from hal.quant.quantize import quantize
 from hal.quant.scheme import Scheme, find_scheme
-from hal.quant.tensor import QTensor
+from hal.quant.tensor import TENSORS, QTensor
 from hal.torch_compat import is_compiling_function
 
 __all__ = ["FusedMoE", "Linear"]
@@ -89,7 +89,7 @@ class _Quantized(torch.nn.Module):
 
     def weight_of(self, name: str) -> QTensor:
         """Return the quantized weight called `name`."""
-        parts = {part: getattr(self, f"{name}_{part}", None) for part in ("values", "scales")}
+        parts = {part: getattr(self, f"{name}_{part}", None) for part in TENSORS}
         tensors = {part: tensor for part, tensor in parts.items() if tensor is not None}
         return QTensor.from_state_dict(tensors, self._tags[name])
 

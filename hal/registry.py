@@ -59,8 +59,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 BANDS = ("reference", "portable", "tuned", "specialised", "plugin")
 """Named priorities within a level, lowest first."""
 
-GRANULARITIES = ("none", "tensor", "token", "channel", "group32", "group128", "block128")
-"""How many values share a scale: nothing, all, a row of x, a row of w, 32, 128, or 128x128."""
+GRANULARITIES = (
+    *("none", "tensor", "token", "channel"),
+    *("group16", "group32", "group64", "group128", "block128"),
+)
+"""How many values share a scale: nothing, a matrix, a row of x, a row of w, 16 to 128 neighbours
+of a row, or 128x128."""
 
 
 class Level(enum.IntEnum):
@@ -105,6 +109,7 @@ class Operand:
         granularity: How many values share a scale, one of `GRANULARITIES`.
         scale_format: Number format of the scales; required where there are scales.
         scale_layout: Order of the scales in memory.
+        second: How many values share a second scale, a float32 factor; `none` without one.
         layout: Order of the values in memory, a name from `hal.quant.layout`.
         as_bytes: Formats of the values or the scales that the kernel holds in uint8 tensors, so
             that torch needs no dtype for them.
@@ -117,6 +122,7 @@ class Operand:
     scale_layout: str = "row_major"
     layout: str = "canonical"
     as_bytes: tuple[str, ...] = ()
+    second: str = "none"
 
     def __post_init__(self) -> None:
         if not self.formats:
@@ -126,8 +132,9 @@ class Operand:
                 number_format(name)
             except UnknownNameError as error:
                 raise RegistrationError(f"operand {self.name}: {error}") from None
-        if self.granularity not in GRANULARITIES:
-            raise RegistrationError(f"operand {self.name}: granularity {self.granularity!r}")
+        for granularity in (self.granularity, self.second):
+            if granularity not in GRANULARITIES:
+                raise RegistrationError(f"operand {self.name}: granularity {granularity!r}")
         if (self.granularity == "none") != (self.scale_format is None):
             raise RegistrationError(
                 f"operand {self.name}: granularity {self.granularity} with scale format "
@@ -162,6 +169,7 @@ class Operand:
     def __str__(self) -> str:
         values = "/".join(self.formats)
         scales = f" x {self.scale_format} per {self.granularity}" if self.scale_format else ""
+        scales += f" x float32 per {self.second}" if self.second != "none" else ""
         place = f", {self.layout}" if self.layout != "canonical" else ""
         return f"{self.name}: {values}{scales}{place}"
 

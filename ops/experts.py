@@ -24,7 +24,15 @@ from hal.needs import Needs
 from hal.ops.adapters.decode import Decoder, decoder
 from hal.ops.adapters.int_mm import exact_sums, quantize_rows
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.fused_moe import ACTIVATIONS, FUSED_MOE, QUANTIZED, activate, moe_signatures
+from hal.ops.fused_moe import (
+    ACTIVATIONS,
+    BYTEWISE,
+    FUSED_MOE,
+    QUANTIZED,
+    activate,
+    moe_signatures,
+)
+from hal.ops.linear import row_scales
 from hal.ops.slots import Runs, combine, sort_slots
 from hal.registry import Level
 
@@ -108,13 +116,9 @@ def _expanded(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight in `dtype`, one expert at a time: float32 of all would take four times."""
     import torch
 
-    from hal.quant.codec import decode
-
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    assert weight.scales is not None
     for expert in range(weight.shape[0]):
-        codes, scales = weight.values[expert], weight.scales[expert]
-        out[expert] = decode(codes, scales, weight.scheme.weight.granularity)
+        out[expert] = weight.matrix(expert).dequantize()
     return out
 
 
@@ -218,7 +222,7 @@ def _int8(dtype_name: str) -> Stage:
     "torch_experts_decode",
     level=Level.WEIGHT_ONLY,
     band="portable",
-    signatures=moe_signatures(*QUANTIZED, weight_only=True),
+    signatures=moe_signatures(*BYTEWISE, weight_only=True),
     requires=(
         # Not ROCm: the shifts read e4m3fn, and gfx942 holds e4m3fnuz.
         Needs.platform("cpu", "cuda", "xpu"),
@@ -230,7 +234,7 @@ def bind_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Decode the weights of the experts that are hit, at each call; keeps them quantized."""
     wide = binding.problem("dtype", "bfloat16")
     stages = _decoded(decoder(w13, wide)), _decoded(decoder(w2, wide))
-    return _bind(binding, w13, w2, *stages, (*w13.tensors, *w2.tensors))
+    return _bind(binding, w13, w2, *stages, (*row_scales(w13), *row_scales(w2)))
 
 
 def _decoded(decode: Decoder) -> Stage:

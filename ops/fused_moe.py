@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
-from hal.ops.linear import TileChoice, multiply
+from hal.ops.linear import TileChoice, multiply, product_kind, row_scales
 from hal.ops.quantize import fake_quantize
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.scheme import SCHEMES
@@ -44,6 +44,7 @@ FUSED_MOE = Op(
     at_most=(("top_k", "experts"),),
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
+BYTEWISE = tuple(name for name in QUANTIZED if SCHEMES[name].weight.bytewise)
 
 
 def moe_signatures(*names: str, weight_only: bool = False) -> dict[str, Any]:
@@ -116,8 +117,6 @@ def activate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
 )
 def bind_reference(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Follow the formula expert by expert in float32."""
-    from dataclasses import replace
-
     scheme, encoding = w13.scheme, w13.encoding
     activation = binding.problem("activation", "silu")
     width = len(w13.tensors)
@@ -126,9 +125,8 @@ def bind_reference(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
     ) -> torch.Tensor:
-        first, second = tensors[:width], tensors[width:]
-        wide13 = replace(w13, values=first[0], scales=(*first, None)[1]).dequantize()
-        wide2 = replace(w2, values=second[0], scales=(*second, None)[1]).dequantize()
+        wide13 = w13.with_tensors(tensors[:width]).dequantize()
+        wide2 = w2.with_tensors(tensors[width:]).dequantize()
         rows = fake_quantize(x, scheme, encoding)
         out = rows.new_zeros(x.shape[0], w2.shape[1])
         for expert in range(w13.shape[0]):
@@ -157,7 +155,7 @@ def bind_triton_bf16(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     "triton_fp8",
     level=Level.NATIVE,
     band="tuned",
-    signatures=moe_signatures("fp8_channel", "fp8_block128"),
+    signatures=moe_signatures("fp8_tensor", "fp8_channel", "fp8_block128"),
     requires=(
         *TRITON,
         Needs.triton_math("e4m3fn", "e4m3fnuz"),
@@ -167,7 +165,7 @@ def bind_triton_bf16(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
 )
 def bind_triton_fp8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Sort tokens by expert and multiply 8-bit floats in Triton."""
-    return _bind_triton(binding, w13, w2, w13.scheme.name)
+    return _bind_triton(binding, w13, w2, product_kind(w13.scheme))
 
 
 @FUSED_MOE.kernel(
@@ -191,12 +189,12 @@ def bind_triton_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     "triton_decode",
     level=Level.WEIGHT_ONLY,
     band="tuned",
-    signatures=moe_signatures(*QUANTIZED, weight_only=True),
+    signatures=moe_signatures(*BYTEWISE, weight_only=True),
     requires=(*TRITON, Needs.triton_math("bfloat16")),
 )
 def bind_triton_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Decode weight bytes in the loop by integer shifts; needs no fp8 in hardware."""
-    return _bind_triton(binding, w13, w2, f"{w13.scheme.name}_decode")
+    return _bind_triton(binding, w13, w2, product_kind(w13.scheme) + "_decode")
 
 
 def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Bound:
@@ -212,13 +210,13 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
     intermediate = columns // 2
     scheme, encoding = w13.scheme, w13.encoding
     activation = binding.problem("activation", "silu")
-    quantizes = kind == scheme.name and scheme.activation.dynamic
-    granularity = scheme.activation.granularity
+    quantizes = not kind.endswith("_decode") and scheme.activation.dynamic
+    how = scheme.activation
     width = len(w13.tensors)
     tiles13 = TileChoice(binding, kind, columns, hidden)
     tiles2 = TileChoice(binding, kind, hidden, intermediate)
     common: dict[str, Any] = {"kind": kind, "fnuz": encoding == "e4m3fnuz"}
-    gate = _gate_and_quantize(encoding, granularity, activation) if quantizes else None
+    gate = _gate_and_quantize(encoding, how.granularity, activation) if quantizes else None
 
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
@@ -234,7 +232,7 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
         (b13, s13), (b2, s2) = _pair(tensors[:width]), _pair(tensors[width:])
         a, a_scales = x, None
         if quantizes:
-            a, a_scales = quantize_triton(x, encoding, granularity)
+            a, a_scales = quantize_triton(x, encoding, how)
         gate_up = x.new_empty(slots, columns)
         grouped_gemm(
             a,
@@ -269,7 +267,7 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
         combine(y.view(tokens, top_k, hidden), out, ids, experts, weights)
         return out
 
-    return launch, (*w13.tensors, *w2.tensors)
+    return launch, (*row_scales(w13), *row_scales(w2))
 
 
 def _gate_and_quantize(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from hal.ops.tiles import Tile
+    from hal.quant.scheme import Scheme
     from hal.quant.tensor import QTensor
 
 __all__ = ["LINEAR", "bind_reference", "linear"]
@@ -39,6 +40,8 @@ LINEAR = Op(
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
 WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
+BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.bytewise}
+PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in BYTEWISE}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
 TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
 QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
@@ -81,15 +84,13 @@ def linear(
 )
 def bind_reference(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Represent both operands as the scheme does and multiply in float32."""
-    from dataclasses import replace
-
     scheme, encoding, shape = weight.scheme, weight.encoding, weight.shape
+    width = len(weight.tensors)
     single = binding.selection.options.batch_invariant
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, shape[-1])
-        scales = tensors[1] if scheme.weight.format else None
-        wide = replace(weight, values=tensors[0], scales=scales).dequantize()
+        wide = weight.with_tensors(tensors[:width]).dequantize()
         out = multiply(fake_quantize(rows, scheme, encoding), wide, single)
         if bias is not None:
             out = out + tensors[-1].float()
@@ -160,12 +161,12 @@ def bind_triton_bf16(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
     "triton_fp8",
     level=Level.NATIVE,
     band="tuned",
-    signatures={name: ALL[name] for name in ("fp8_channel", "fp8_block128")},
+    signatures={name: ALL[name] for name in ("fp8_tensor", "fp8_channel", "fp8_block128")},
     requires=(*TRITON, Needs.triton_math("e4m3fn", "e4m3fnuz"), QUANTIZED_ROWS),
 )
 def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Quantize the input and multiply 8-bit floats in Triton."""
-    return _bind_triton(binding, weight, bias, weight.scheme.name)
+    return _bind_triton(binding, weight, bias, product_kind(weight.scheme))
 
 
 @LINEAR.kernel(
@@ -184,12 +185,28 @@ def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
     "triton_decode",
     level=Level.WEIGHT_ONLY,
     band="tuned",
-    signatures=WEIGHT_ONLY,
+    signatures=BYTEWISE,
     requires=(*TRITON, Needs.triton_math("bfloat16")),
 )
 def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Decode weight bytes in the loop by integer shifts; needs no fp8 in hardware."""
-    return _bind_triton(binding, weight, bias, f"{weight.scheme.name}_decode")
+    return _bind_triton(binding, weight, bias, product_kind(weight.scheme) + "_decode")
+
+
+def product_kind(scheme: Scheme) -> str:
+    """Return what Triton's kernels call the product of a scheme whose codes are bytes."""
+    how = scheme.weight
+    if how.format == "int8":
+        return "int8_channel"
+    return "fp8_block128" if how.granularity == "block128" else "fp8_channel"
+
+
+def row_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
+    """Return codes and scales, `[..., N]` of them where the weight has one a matrix."""
+    if weight.scheme.weight.granularity != "tensor" or weight.scales is None:
+        return weight.tensors
+    scales = weight.scales.unsqueeze(-1).expand(weight.shape[:-1]).contiguous()
+    return weight.values, scales
 
 
 def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, kind: str) -> Bound:
@@ -199,7 +216,7 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
 
     encoding, scheme = weight.encoding, weight.scheme
     rows_out, columns = weight.shape
-    quantizes = kind == scheme.name and scheme.activation.dynamic
+    quantizes = not kind.endswith("_decode") and scheme.activation.dynamic
     tiles = TileChoice(binding, kind, rows_out, columns)
     has_scales, has_bias = weight.scales is not None, bias is not None
     fnuz = encoding == "e4m3fnuz"
@@ -208,7 +225,7 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
         out = x.new_empty(x.shape[0], rows_out)
         a, a_scales = x, None
         if quantizes:
-            a, a_scales = quantize_triton(x, encoding, scheme.activation.granularity)
+            a, a_scales = quantize_triton(x, encoding, scheme.activation)
         gemm(
             a,
             tensors[0],
@@ -222,7 +239,75 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
         )
         return out
 
-    return launch, _with_bias(weight.tensors, bias)
+    return launch, _with_bias(row_scales(weight), bias)
+
+
+@LINEAR.kernel(
+    "triton_packed",
+    level=Level.WEIGHT_ONLY,
+    band="tuned",
+    signatures=PACKED,
+    requires=(*TRITON, Needs.triton_math("bfloat16")),
+)
+def bind_triton_packed(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Decode codes of four bits, or scales of exponents, in the loop by integer shifts."""
+    from hal.ops.kernels.linear import gemm
+
+    rows_out, columns = weight.shape
+    kind = packed_kind(weight)
+    tiles = TileChoice(binding, kind, rows_out, columns)
+    has_zeros, has_second = weight.zeros is not None, kind == "nvfp4_decode"
+    has_bias, fnuz = bias is not None, weight.encoding == "e4m3fnuz"
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], rows_out)
+        gemm(
+            x,
+            tensors[0],
+            out,
+            b_scales=tensors[1],
+            b_second=tensors[2] if has_second else None,
+            b_zeros=tensors[2] if has_zeros else None,
+            bias=tensors[-1] if has_bias else None,
+            kind=kind,
+            tile=tiles(x.shape[0]),
+            fnuz=fnuz,
+        )
+        return out
+
+    return launch, _with_bias(packed_tensors(weight), bias)
+
+
+def packed_kind(weight: QTensor) -> str:
+    """Return what Triton's kernels call the product of codes under scales per group."""
+    how = weight.scheme.weight
+    if how.format == "int4":
+        return f"{weight.encoding}_group_decode"
+    if how.scale_format == "e4m3fn":
+        return "nvfp4_decode"
+    return "mxfp4_decode" if how.packed else "mxfp8_decode"
+
+
+def packed_tensors(weight: QTensor) -> tuple[torch.Tensor, ...]:
+    """Return what those kernels read; two-level scales of int4 become one float32 each.
+
+    Scales and zero points of neighbouring rows lie side by side: a tile reads those of one group.
+    """
+    assert weight.scales is not None
+    scales = weight.scales
+    if weight.scheme.weight.second == "channel":
+        assert weight.global_scale is not None
+        scales = scales.float() * weight.global_scale.unsqueeze(-1)
+    if weight.zeros is not None:
+        return weight.values, _by_column(scales), _by_column(weight.zeros)
+    if weight.scheme.weight.second == "tensor":
+        assert weight.global_scale is not None
+        return weight.values, _by_column(scales), weight.global_scale
+    return weight.values, _by_column(scales)
+
+
+def _by_column(scales: torch.Tensor) -> torch.Tensor:
+    return scales.T.contiguous().T
 
 
 class TileChoice:

@@ -90,12 +90,26 @@ def prepare(binding: Binding, weight: QTensor, name: str) -> QTensor:
     platform, scheme = binding.platform, weight.scheme.name
     with platform.ordered(weight.tensors):
         if weight.scales is not None and weight.device.type != "meta":
-            require_finite(f"{where} scales", weight.scales)
+            require_finite_scales(f"{where} scales", weight)
         weight = bind_encoding(weight, binding.spec.formats.fp8_encoding, where=where)
     operand = kernel.operand(scheme, name)
     weight = to_layout(weight, operand.layout, platform)
     weight.require(where, layout=operand.layout, encodings=operand.formats)
     return weight
+
+
+def require_finite_scales(where: str, weight: QTensor) -> None:
+    """Raise if a scale, in whatever format, is NaN or infinite; synchronises with the device."""
+    import torch
+
+    scales = weight.scales
+    assert scales is not None
+    if weight.scheme.weight.scale_format == "e8m0":
+        # The byte 255 is NaN.
+        scales = torch.where(scales == 255, torch.nan, 0.0)
+    require_finite(where, scales.float())
+    if weight.global_scale is not None:
+        require_finite(where, weight.global_scale)
 
 
 def require_finite(where: str, tensor: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Quantize activations at run time, per token or per group of 128.
+"""Quantize activations at run time, as a scheme says.
 
 The formula is that of `hal.quant.codec`: scale = max(amax / maximum, floor), codes by true
 division, clamp and round-to-nearest-even. Rows (or groups) with a NaN or an infinity get a NaN
@@ -13,8 +13,8 @@ from hal.errors import DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, dtype_name
-from hal.quant.codec import SCALE_FLOOR, decode, encode
-from hal.quant.quantize import encoding_for
+from hal.quant.codec import SCALE_FLOOR, encode
+from hal.quant.represent import encoding_of, numbers, represent
 from hal.quant.scheme import BLOCK, SCHEMES, find_scheme, scale_shape
 from hal.registry import Level, Op
 from hal.selection import choose
@@ -22,7 +22,7 @@ from hal.selection import choose
 if TYPE_CHECKING:
     import torch
 
-    from hal.quant.scheme import Scheme
+    from hal.quant.scheme import Quantization, Scheme
 
 __all__ = ["QUANTIZE", "fake_quantize", "quantize", "quantizer"]
 
@@ -37,23 +37,35 @@ CACHE_ELEMENTS = 1 << 18
 come from fresh pages, which cost a CPU 5 times as long as the quantization (docs/cpu.md)."""
 DYNAMIC = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.dynamic)
 SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in DYNAMIC}
+PLAIN = {
+    name: operands
+    for name, operands in SIGNATURES.items()
+    if SCHEMES[name].activation.scale_format == "float32"
+}
+"""Schemes whose activations have float32 scales per token or per 128."""
 
 QuantizeFunction = Any
-"""`(x [tokens, features], format, granularity) -> (codes, scales)`."""
+"""`(x [tokens, features], encoding, how) -> (codes, scales)`, then second scales, if any."""
 
 
 def fake_quantize(x: torch.Tensor, scheme: Scheme, encoding: str) -> torch.Tensor:
-    """Return `x` in float32 as the scheme's activations represent it."""
+    """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`."""
     how = scheme.activation
     if how.format is None:
         return x.float()
-    values, scales = encode(x, encoding, how.granularity)
-    return decode(values, scales, how.granularity)
+    own = activation_encoding(scheme, encoding)
+    return numbers(represent(x, how, own), how, own, x.shape[-1])
+
+
+def activation_encoding(scheme: Scheme, encoding: str) -> str:
+    """Return the number format of activations beside weights of an encoding."""
+    own = scheme.activation.format or "bfloat16"
+    return encoding if own == "e4m3fn" and encoding == "e4m3fnuz" else own
 
 
 def quantize(
     x: torch.Tensor, scheme: str | Scheme, *, platform: Any = None, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Return (codes, scales) of activations `x` `[tokens, features]` under a scheme.
 
     Args:
@@ -63,7 +75,8 @@ def quantize(
         **options: `force`, `minimum` and the other options of `hal.select`.
 
     Returns:
-        Codes `[tokens, features]` and float32 scales, `[tokens]` or `[tokens, groups]`.
+        Codes `[tokens, features]`, of four bits two in a byte, and scales, `[tokens]` or
+        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides.
 
     Raises:
         ShapeError: If `x` is not a matrix.
@@ -85,9 +98,9 @@ def quantize(
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     function = selection.kernel.load()
-    encoding = encoding_for(how, selection.spec.formats.fp8_encoding)
-    values, scales = function(x, encoding, how.activation.granularity)
-    return values, scales
+    encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
+    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation)
+    return found
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -105,23 +118,22 @@ def quantizer(binding: Binding, features: int) -> QuantizeFunction:
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
-def quantize_reference(
-    x: torch.Tensor, format: str, granularity: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_reference(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
     """Follow the codec's formula in float32."""
-    return encode(x, format, granularity)
+    coded = represent(x, how, format)
+    return tuple(tensor for tensor in coded if tensor is not None)
 
 
 @QUANTIZE.kernel(
     "torch",
     level=Level.NATIVE,
     band="portable",
-    signatures=SIGNATURES,
+    signatures=PLAIN,
     requires=(Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch")),
     batch_invariant=True,
 )
 def quantize_torch(
-    x: torch.Tensor, format: str, granularity: str
+    x: torch.Tensor, format: str, how: Quantization
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do the same in few passes over the data."""
     import torch
@@ -129,7 +141,7 @@ def quantize_torch(
     from hal.formats import number_format
     from hal.torch_compat import dtype
 
-    shape = tuple(x.shape)
+    shape, granularity = tuple(x.shape), how.granularity
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
     if not whole or not x.numel():
         return encode(x, format, granularity)
@@ -154,12 +166,12 @@ def quantize_torch(
     "torch_cached",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SIGNATURES,
+    signatures=PLAIN,
     requires=(Needs.platform("cpu"), Needs.package("torch")),
     batch_invariant=True,
 )
 def quantize_cached(
-    x: torch.Tensor, format: str, granularity: str
+    x: torch.Tensor, format: str, how: Quantization
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Go over the rows in pieces that stay in the cache of a core."""
     import torch
@@ -167,14 +179,14 @@ def quantize_cached(
     from hal.torch_compat import dtype
 
     if x.numel() <= CACHE_ELEMENTS:
-        return quantize_torch(x, format, granularity)
+        return quantize_torch(x, format, how)
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
-    scales = torch.empty(scale_shape(granularity, tuple(x.shape)), device=x.device)
+    scales = torch.empty(scale_shape(how.granularity, tuple(x.shape)), device=x.device)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
     for part, codes, factors in zip(
         x.split(rows), values.split(rows), scales.split(rows), strict=True
     ):
-        codes_of_part, factors_of_part = quantize_torch(part, format, granularity)
+        codes_of_part, factors_of_part = quantize_torch(part, format, how)
         codes.copy_(codes_of_part)
         factors.copy_(factors_of_part)
     return values, scales
@@ -184,7 +196,7 @@ def quantize_cached(
     "triton",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SIGNATURES,
+    signatures=PLAIN,
     requires=(
         Needs.feature("triton"),
         Needs.package("triton", "3.2"),
@@ -194,7 +206,7 @@ def quantize_cached(
     batch_invariant=True,
 )
 def quantize_triton(
-    x: torch.Tensor, format: str, granularity: str
+    x: torch.Tensor, format: str, how: Quantization
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the largest magnitude and round in one Triton launch."""
     import torch
@@ -205,9 +217,9 @@ def quantize_triton(
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
-    shape = scale_shape(granularity, tuple(x.shape))
+    shape = scale_shape(how.granularity, tuple(x.shape))
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     top = number_format(format).quantization_maximum
-    launch = quantize_rows if granularity == "token" else quantize_groups
+    launch = quantize_rows if how.granularity == "token" else quantize_groups
     launch(x, values, scales, top, SCALE_FLOOR)
     return values, scales

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 # Bytes of an element of (a, b) as they lie in memory, by kind.
-OPERAND_BYTES: dict[str, tuple[int, int]] = {
+OPERAND_BYTES: dict[str, tuple[float, float]] = {
     "bf16": (2, 2),
     "fp8_channel": (1, 1),
     "fp8_block128": (1, 1),
@@ -17,7 +17,17 @@ OPERAND_BYTES: dict[str, tuple[int, int]] = {
     "fp8_channel_decode": (2, 1),
     "fp8_block128_decode": (2, 1),
     "int8_channel_decode": (2, 1),
+    "fp8_tensor_decode": (2, 1),
+    "int4_group_decode": (2, 0.5),
+    "uint4_group_decode": (2, 0.5),
+    "mxfp8_decode": (2, 1),
+    "mxfp4_decode": (2, 0.5),
+    "nvfp4_decode": (2, 0.5),
 }
+# Kinds whose weights come as words of several codes (see ops/kernels/packed.py); of those, the ones
+# with float32 scales, which apply to the sum of a group: a second accumulator.
+GROUP_SUMS = frozenset(("int4_group_decode", "uint4_group_decode"))
+PACKED_KINDS = GROUP_SUMS | {"fp8_tensor_decode", "mxfp8_decode", "mxfp4_decode", "nvfp4_decode"}
 # Triton adds barriers, reduction and layout-conversion scratch that the estimate cannot see.
 SHARED_MEMORY_RESERVE = 1024
 
@@ -27,7 +37,9 @@ class Tile:
     """Describe how a GEMM is cut: tile sizes in elements, warps (waves), pipeline stages.
 
     group_m: row tiles that run together to share weights in L2. swap: compute the transpose,
-    so that few tokens form the short side of the matrix instruction.
+    so that few tokens form the short side of the matrix instruction. lanes: reorder k so that
+    packed weights need no exchange between threads. split_k: programs that share one tile of out,
+    each with a part of k; a second kernel adds up (of `gemm` alone).
     """
 
     block_m: int
@@ -37,14 +49,19 @@ class Tile:
     stages: int
     group_m: int = 8
     swap: bool = False
+    lanes: bool = False
+    split_k: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"Tile: {name} is {value}, must be a power of two")
-        if self.stages < 1 or self.group_m < 1:
-            raise ValueError(f"Tile: stages {self.stages} and group_m {self.group_m} must be > 0")
+        if self.stages < 1 or self.group_m < 1 or self.split_k < 1:
+            raise ValueError(
+                f"Tile: stages {self.stages}, group_m {self.group_m} and split_k {self.split_k} "
+                "must be > 0"
+            )
 
     def shared_memory_bytes(self, kind: str, *, platform: str = "cuda") -> int:
         """Estimate the shared memory (LDS) of one program from above, in bytes.
@@ -60,7 +77,10 @@ class Tile:
         total = buffers * (a_tile + b_tile)
         if kind.endswith("_decode"):
             total += self.block_n * self.block_k * a_bytes
-        return max(total, self.block_m * self.block_n * 4) + SHARED_MEMORY_RESERVE
+        if kind in PACKED_KINDS:
+            # Scales and zero points: at most a byte for 16 elements, or five for a group.
+            total += buffers * self.block_n * max(self.block_k // 16, 5)
+        return max(int(total), self.block_m * self.block_n * 4) + SHARED_MEMORY_RESERVE
 
 
 def choose_tile(
@@ -86,10 +106,14 @@ def choose_tile(
     """
     if platform == "rocm":
         tile = _rocm_tile(kind, rows, arch)
+    elif kind in PACKED_KINDS:
+        tile = _cuda_packed_tile(kind, rows, arch, several=matrices > 1)
     else:
         tile = _cuda_tile(kind, rows, arch, several=matrices > 1)
     tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, compute_units)
     tile = _shrink_to_problem(tile, n, k)
+    if kind in PACKED_KINDS and matrices == 1 and rows <= 16:
+        tile = _split(tile, n, k, compute_units)
     return fit(tile, kind, shared_memory_bytes, platform=platform)
 
 
@@ -135,12 +159,41 @@ def _cuda_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
     return Tile(128, 256 if warpgroup else 128, block_k, 8, 4 if warpgroup else 3)
 
 
+def _cuda_packed_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
+    """Choose for packed weights; by instructions a weight in the loop, not measured yet."""
+    sums = kind in GROUP_SUMS
+    hopper = arch.startswith("sm_9")
+    if rows <= 16:
+        long = hopper and not sums and not several and OPERAND_BYTES[kind][1] < 1
+        block_k = 256 if long else 128
+        return Tile(16, 128 if hopper else 64, block_k, 4, 4, 1, swap=hopper, lanes=hopper)
+    if rows <= 64:
+        # With more rows the small copies that `lanes` makes of a cost more than they save.
+        swap = hopper and rows <= 32
+        return Tile(32 if rows <= 32 else 64, 128 if hopper else 64, 128, 4, 3, 1, swap=swap)
+    if hopper and sums:
+        return Tile(128, 128, 128, 8, 3, swap=True)
+    # Decoding a tile of weights costs as much as multiplying 128 rows by it.
+    return Tile(256 if hopper and rows > 1024 else 128, 128, 64, 8, 3)
+
+
+def _split(tile: Tile, n: int, k: int, compute_units: int) -> Tile:
+    """Divide k among programs while they are fewer than compute units and k is long."""
+    programs, splits = -(-n // tile.block_n), 1
+    while programs * splits < compute_units and k // (2 * splits) >= 1024:
+        splits *= 2
+    return replace(tile, split_k=splits)
+
+
 def _rocm_tile(kind: str, rows: int, arch: str) -> Tile:
     narrow = OPERAND_BYTES[kind] == (1, 1)
     rdna = arch.startswith(("gfx11", "gfx12")) and arch != "gfx1250"
     block_k = 128 if narrow or "block128" in kind else 64
     if rows <= 32:
         return Tile(16 if rows <= 16 else 32, 64, 128, 4, 2, group_m=1)
+    if rdna and kind in GROUP_SUMS:
+        # A second accumulator, and 64 steps of k, spill.
+        return Tile(64, 64, 32, 4, 2)
     if rows <= 128 or rdna or kind.endswith("_decode"):
         return Tile(64, 128 if not rdna else 64, block_k, 4, 2)
     return Tile(128, 128, block_k, 8 if "block128" in kind else 4, 2)

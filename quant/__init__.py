@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hal.quant.checkpoint import Checkpoint, load, save
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.layout import LAYOUTS, Layout, register_layout, to_layout
 from hal.quant.quantize import bind_encoding, quantize
@@ -12,14 +13,17 @@ __all__ = [
     "LAYOUTS",
     "SCALE_FLOOR",
     "SCHEMES",
+    "Checkpoint",
     "Layout",
     "QTensor",
     "Quantization",
     "Scheme",
     "bind_encoding",
     "find_scheme",
+    "load",
     "quantize",
     "register_layout",
+    "save",
     "scale_shape",
     "to_layout",
 ]

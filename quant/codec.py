@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from hal.errors import ArgumentError
 from hal.formats import number_format
-from hal.quant.scheme import BLOCK
+from hal.quant.scheme import BLOCK, group_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,18 +38,20 @@ def amax(x: torch.Tensor, granularity: str) -> torch.Tensor:
     """Return the largest magnitude of each block of `x`, in float32, shaped like its scales."""
     from hal.torch_compat import pad
 
-    if granularity not in ("tensor", "channel", "token", "group128", "block128"):
+    group = group_of(granularity)
+    if group is None and granularity not in ("tensor", "channel", "token", "block128"):
         raise ArgumentError("amax", found=f"granularity {granularity!r}", needed="one with scales")
     wide = x.float().abs()
-    if granularity == "tensor":
-        return wide.amax() if wide.numel() else wide.new_zeros(())
     rows, columns = wide.shape[-2:]
+    if granularity == "tensor":
+        return wide.amax((-2, -1)) if rows and columns else wide.new_zeros(wide.shape[:-2])
     if granularity in ("channel", "token"):
         return wide.amax(-1) if columns else wide.new_zeros(wide.shape[:-1])
     tall = -rows % BLOCK if granularity == "block128" else 0
-    wide = pad(wide, (0, -columns % BLOCK, 0, tall))
-    groups = wide.unflatten(-1, (-1, BLOCK)).amax(-1)
-    if granularity == "group128":
+    width = group or BLOCK
+    wide = pad(wide, (0, -columns % width, 0, tall))
+    groups = wide.unflatten(-1, (-1, width)).amax(-1)
+    if group:
         return groups
     return groups.unflatten(-2, (-1, BLOCK)).amax(-2)
 
@@ -57,12 +59,13 @@ def amax(x: torch.Tensor, granularity: str) -> torch.Tensor:
 def expand_scales(scales: torch.Tensor, granularity: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return `scales` so that they multiply values of `shape` element by element."""
     if granularity == "tensor":
-        return scales
+        return scales[..., None, None]
     if granularity in ("channel", "token"):
         return scales.unsqueeze(-1)
     rows, columns = shape[-2:]
-    wide = scales.repeat_interleave(BLOCK, -1)[..., :columns]
-    if granularity == "group128":
+    group = group_of(granularity)
+    wide = scales.repeat_interleave(group or BLOCK, -1)[..., :columns]
+    if group:
         return wide
     return wide.repeat_interleave(BLOCK, -2)[..., :rows, :]
 

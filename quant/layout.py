@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import LayoutError, RegistrationError, ShapeError, UnknownNameError
+from hal.registry import GRANULARITIES
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,8 @@ class Layout:
         name: Name that kernels declare and tensors are tagged with.
         forward: Takes canonical codes.
         inverse: Gives canonical codes back, bit for bit.
-        forward_scales: The same for scales of granularity `channel`; None keeps them.
-        inverse_scales: Its inverse.
+        forward_rows: The same for what goes with rows, `[..., N, any]`; None keeps it.
+        inverse_rows: Its inverse.
         row_multiple: What N must be a multiple of.
         granularities: Weight granularities that the layout is defined for.
         keeps_shape: Whether codes keep shape, so that the step can be done in place.
@@ -48,10 +49,10 @@ class Layout:
     name: str
     forward: Transform
     inverse: Transform
-    forward_scales: Transform | None = None
-    inverse_scales: Transform | None = None
+    forward_rows: Transform | None = None
+    inverse_rows: Transform | None = None
     row_multiple: int = 1
-    granularities: tuple[str, ...] = ("none", "tensor", "channel", "block128")
+    granularities: tuple[str, ...] = GRANULARITIES
     keeps_shape: bool = False
 
 
@@ -97,18 +98,18 @@ def to_layout(
     _check(weight, current, inplace)
     where = platform_of(weight.device, platform)
     with where.ordered(weight.tensors, stream=stream):
-        values = target.forward(current.inverse(weight.values))
-        scales = weight.scales
-        if scales is not None and weight.scheme.weight.granularity == "channel":
-            for transform in (current.inverse_scales, target.forward_scales):
-                scales = scales if transform is None else transform(scales)
-        if inplace:
-            values = weight.values.copy_(values)
-            if weight.scales is not None and scales is not None:
-                scales = weight.scales.copy_(scales)
-        elif scales is not None and scales is weight.scales:
-            scales = scales.clone()  # a later step in place must not reach the other weight
-    result = replace(weight, values=values, scales=scales, layout=layout)
+        found: dict[str, Any] = {"values": target.forward(current.inverse(weight.values))}
+        for name, factors in list(weight.state_of().items())[1:]:
+            how = weight.scheme.weight
+            granularity = how.second if name == "global_scale" else how.granularity
+            found[name] = _reordered(factors, granularity, current.inverse_rows)
+            found[name] = _reordered(found[name], granularity, target.forward_rows)
+        for name, old in weight.state_of().items():
+            if inplace:
+                found[name] = old.copy_(found[name])
+            elif found[name] is old:
+                found[name] = old.clone()  # a later step in place must not reach the other weight
+    result = replace(weight, layout=layout, **found)
     # New memory belongs to the body's stream; from here on it is the caller's, and ordered.
     with where.ordered(result.tensors):
         return result
@@ -140,6 +141,17 @@ def _check(weight: QTensor, layout: Layout, inplace: bool) -> None:
         raise LayoutError(
             where, found="inplace=True", needed="inplace=False", cure="the shape of codes changes"
         )
+
+
+def _reordered(
+    factors: torch.Tensor, granularity: str, transform: Transform | None
+) -> torch.Tensor:
+    """Return scales in the order of rows that a transform gives; what no row has stays."""
+    if transform is None or granularity == "tensor":
+        return factors
+    if granularity == "channel":
+        return transform(factors.unsqueeze(-1)).squeeze(-1)
+    return transform(factors)
 
 
 def _interleave_rows(values: torch.Tensor) -> torch.Tensor:
@@ -174,10 +186,11 @@ register_layout(
         "interleaved",
         _interleave_rows,
         _separate_rows,
-        lambda scales: _interleave_rows(scales.unsqueeze(-1)).squeeze(-1),
-        lambda scales: _separate_rows(scales.unsqueeze(-1)).squeeze(-1),
+        _interleave_rows,
+        _separate_rows,
         row_multiple=2,
-        granularities=("none", "tensor", "channel"),
+        # A block of 128 rows would hold gate and up under one scale.
+        granularities=tuple(name for name in GRANULARITIES if name != "block128"),
         keeps_shape=True,
     )
 )

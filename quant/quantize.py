@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import DTypeError, ShapeError, ValueRangeError
-from hal.quant.codec import amax, encode
-from hal.quant.scheme import BLOCK, Scheme, find_scheme, scale_shape
+from hal.quant.codec import amax
+from hal.quant.represent import Coded, encoding_of, largest, represent
+from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, find_scheme
 from hal.quant.tensor import QTensor
+from hal.torch_compat import dtype
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +21,17 @@ SLICE_ELEMENTS = 1 << 24
 """Values that are quantized at a time: 64 MiB in float32."""
 
 
+Reduce = Callable[["torch.Tensor"], "torch.Tensor"]
+"""Takes largest magnitudes of one shard and returns those of the whole, as all-reduce does."""
+
+
 def quantize(
-    weight: torch.Tensor, scheme: Scheme | str, *, platform: Any = None, device: int | None = None
+    weight: torch.Tensor,
+    scheme: Scheme | str,
+    *,
+    platform: Any = None,
+    device: int | None = None,
+    reduce: Reduce | None = None,
 ) -> QTensor:
     """Return `weight` quantized under `scheme`, in the encoding of the platform's device.
 
@@ -32,6 +44,11 @@ def quantize(
         platform: Platform that will read the weight; None means that of the weight's device.
         device: Visible index on that platform; None means the device of the weight if it lives
             on that platform, else the first.
+        reduce: For a shard of a matrix: takes the largest magnitudes found in it, float32, and
+            returns those of the whole matrix, so that all shards together hold the bits of the
+            whole (`lambda found: all_reduce(found, MAX)`). It is called equally often, with
+            equal shapes, for shards of equal shape. Scales per group and block ask for nothing:
+            a shard must hold whole groups and blocks.
 
     Raises:
         DTypeError: If the weight is not a float tensor.
@@ -55,16 +72,20 @@ def quantize(
     weight = weight.detach()
     if how.weight.format is None:
         weight = weight if weight.dtype is not torch.float32 else weight.bfloat16()
-        _require_finite(amax(weight, "tensor"))
+        _require_finite(amax(weight, "tensor").amax())
         return QTensor(weight.contiguous(), None, how, _format_of(weight))
     if device is None:
         lives_there = weight.device.type == where.torch_device_type and not where.simulated
         device = (weight.device.index or 0) if lives_there else 0
     encoding = encoding_for(how, where.device(device).formats.fp8_encoding)
+    shape = tuple(weight.shape)
     with where.ordered((weight,)):
-        values, scales = _encode_slices(weight, encoding, how.weight.granularity)
-        _require_finite(scales.amax())
-    return QTensor(values, scales, how, encoding)
+        top, coded = _encode_slices(weight, how.weight, encoding, reduce)
+        _require_finite(top)
+    tensors = coded.values, coded.scales
+    return QTensor(
+        *tensors, how, encoding, logical_shape=shape, global_scale=coded.second, zeros=coded.zeros
+    )
 
 
 def encoding_for(scheme: Scheme, fp8_encoding: str | None) -> str:
@@ -74,8 +95,7 @@ def encoding_for(scheme: Scheme, fp8_encoding: str | None) -> str:
         scheme: A quantizing scheme.
         fp8_encoding: The device's 8-bit float encoding, None where it has none.
     """
-    name = scheme.weight.format or "bfloat16"
-    return fp8_encoding if name == "e4m3fn" and fp8_encoding is not None else name
+    return encoding_of(scheme.weight.format, fp8_encoding)
 
 
 def bind_encoding(weight: QTensor, fp8_encoding: str | None, *, where: str) -> QTensor:
@@ -87,53 +107,96 @@ def bind_encoding(weight: QTensor, fp8_encoding: str | None, *, where: str) -> Q
     from dataclasses import replace
 
     from hal.quant.fp8 import to_fnuz
+    from hal.quant.mx import to_fnuz_mx
 
     needed = encoding_for(weight.scheme, fp8_encoding)
-    if weight.scheme.weight.format is None or weight.encoding == needed:
+    how = weight.scheme.weight
+    if how.format != "e4m3fn" or weight.encoding == needed or weight.scales is None:
         return weight
-    if weight.encoding == "e4m3fn" and needed == "e4m3fnuz" and weight.scales is not None:
-        values, scales = to_fnuz(weight.values, weight.scales)
+    if weight.encoding == "e4m3fn" and needed == "e4m3fnuz":
+        convert = to_fnuz_mx if how.scale_format == "e8m0" else to_fnuz
+        values, scales = convert(weight.values, weight.scales)
         return replace(weight, values=values, scales=scales, encoding=needed)
     weight.require(where, layout=weight.layout, encodings=(needed,))
     return weight
 
 
 def _encode_slices(
-    weight: torch.Tensor, encoding: str, granularity: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `encode` returns, from slices of whole blocks that share no scale."""
+    weight: torch.Tensor, how: Quantization, encoding: str, reduce: Reduce | None
+) -> tuple[torch.Tensor, Coded]:
+    """Return the largest magnitude, and what `represent` returns, from slices of whole blocks."""
     import torch
 
-    from hal.torch_compat import dtype
-
-    if granularity == "tensor":
-        return encode(weight, encoding, granularity)
     shape = tuple(weight.shape)
-    values = torch.empty(shape, dtype=dtype(encoding), device=weight.device)
-    needed = scale_shape(granularity, shape)
-    scales = torch.empty(needed, dtype=torch.float32, device=weight.device)
     rows, columns = shape[-2:]
     step = max(SLICE_ELEMENTS // columns // BLOCK, 1) * BLOCK
-    scale_step = step if granularity == "channel" else step // BLOCK
-    places = zip(
-        weight.reshape(-1, rows, columns),
-        values.view(-1, rows, columns),
-        scales.view(-1, *needed[len(shape) - 2 :]),
-        strict=True,
+    kind = dtype("uint8" if how.packed else encoding)
+    values = torch.empty(code_shape(how, shape), dtype=kind, device=weight.device)
+    top = weight.new_zeros((), dtype=torch.float32)
+    factors: list[Coded] = []
+    codes_out = values.view(-1, rows, values.shape[-1])
+    for matrix, codes in zip(weight.reshape(-1, rows, columns), codes_out, strict=True):
+        parts = matrix.split(step)
+        # Not by Python's max: a NaN must stay one.
+        top = torch.maximum(top, torch.cat([amax(part, "channel") for part in parts]).amax())
+        found = []
+        for part, target, maximum in zip(
+            parts, codes.split(step), _maxima(parts, how, reduce), strict=True
+        ):
+            coded = represent(part, how, encoding, maximum)
+            target.copy_(coded.values)
+            found.append(coded._replace(values=target))
+        factors.append(_joined(found, how))
+    names = ("scales", "second", "zeros")
+    joined = {name: _stacked([getattr(f, name) for f in factors], shape[:-2]) for name in names}
+    return top, Coded(values, **joined)
+
+
+def _maxima(
+    parts: Sequence[torch.Tensor], how: Quantization, reduce: Reduce | None
+) -> list[torch.Tensor | None]:
+    """Return what each slice takes as its largest magnitudes, where it cannot know them itself."""
+    import torch
+
+    whole = "tensor" in (how.granularity, how.second)
+    if not whole and reduce is None:
+        return [None] * len(parts)
+    tops = [largest(part, how) for part in parts]
+    if whole:
+        top = torch.stack([top for top in tops if top is not None]).amax(0)
+        return [top if reduce is None else reduce(top)] * len(parts)
+    return [None if top is None or reduce is None else reduce(top) for top in tops]
+
+
+def _joined(parts: list[Coded], how: Quantization) -> Coded:
+    """Return the scales of the slices of one matrix as those of the matrix."""
+    import torch
+
+    def join(name: str, granularity: str) -> torch.Tensor | None:
+        column = [getattr(part, name) for part in parts]
+        whole = len(parts) == 1 or column[0] is None or granularity == "tensor"
+        return column[0] if whole else torch.cat(column)
+
+    return Coded(
+        parts[0].values,
+        join("scales", how.granularity),
+        join("second", how.second),
+        join("zeros", how.granularity),
     )
-    for matrix, codes_out, scales_out in places:
-        parts = zip(
-            matrix.split(step), codes_out.split(step), scales_out.split(scale_step), strict=True
-        )
-        for part, codes_part, scales_part in parts:
-            codes, found = encode(part, encoding, granularity)
-            codes_part.copy_(codes)
-            scales_part.copy_(found)
-    return values, scales
 
 
-def _require_finite(scales: torch.Tensor) -> None:
-    if scales.device.type != "meta" and not bool(scales.isfinite()):
+def _stacked(column: list[torch.Tensor | None], lead: tuple[int, ...]) -> torch.Tensor | None:
+    """Return one tensor of those of each matrix."""
+    import torch
+
+    found = [tensor for tensor in column if tensor is not None]
+    if not found:
+        return None
+    return torch.stack(found).view((*lead, *found[0].shape))
+
+
+def _require_finite(top: torch.Tensor) -> None:
+    if top.device.type != "meta" and not bool(top.isfinite()):
         raise ValueRangeError(
             "quantize", found="NaN or infinity in the weight", needed="finite values"
         )

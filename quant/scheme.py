@@ -7,11 +7,14 @@ a device.
 | granularity | values | scales |
 |---|---|---|
 | none | any | none |
-| tensor | any | `[]` |
+| tensor | `[..., N, K]` | `[...]`, one a matrix |
 | token | `[tokens, K]` | `[tokens]` |
 | channel | `[..., N, K]` | `[..., N]` |
-| group128 | `[tokens, K]` | `[tokens, ceil(K / 128)]` |
+| group16 to group128 | `[..., rows, K]` | `[..., rows, ceil(K / group)]` |
 | block128 | `[..., N, K]` | `[..., ceil(N / 128), ceil(K / 128)]` |
+
+Codes of four bits lie in bytes, `[..., N, ceil(K / 2)]`, the even column in the low half. A second
+scale is a float32 factor besides: value = code * scale * second scale.
 """
 
 from __future__ import annotations
@@ -23,7 +26,17 @@ from hal.errors import RegistrationError, ShapeError, UnknownNameError
 from hal.formats import number_format
 from hal.registry import GRANULARITIES, Operand
 
-__all__ = ["BLOCK", "SCHEMES", "Quantization", "Scheme", "find_scheme", "scale_shape"]
+__all__ = [
+    "BLOCK",
+    "ENCODINGS",
+    "SCHEMES",
+    "Quantization",
+    "Scheme",
+    "code_shape",
+    "find_scheme",
+    "group_of",
+    "scale_shape",
+]
 
 BLOCK = 128
 """Side of a weight block and length of an activation group, as DeepSeek-V3 checkpoints use."""
@@ -36,7 +49,9 @@ class Quantization:
     Attributes:
         format: Number format of the values; None keeps what the caller gives (bf16 or fp16).
         granularity: How many values share a scale.
-        scale_format: Number format of the scales, None without scales.
+        scale_format: Number format of the scales, None without scales. e8m0 scales are held as
+            bytes.
+        second: How many values share a second scale, a float32 factor; `none` without one.
         dynamic: Whether scales are computed from the data at each call.
     """
 
@@ -44,10 +59,12 @@ class Quantization:
     granularity: str = "none"
     scale_format: str | None = None
     dynamic: bool = False
+    second: str = "none"
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise RegistrationError(f"granularity {self.granularity!r}")
+        for granularity in (self.granularity, self.second):
+            if granularity not in GRANULARITIES:
+                raise RegistrationError(f"granularity {granularity!r}")
         if self.format is not None:
             number_format(self.format)
         if self.scale_format is not None:
@@ -56,11 +73,22 @@ class Quantization:
         if scaled != (self.format is not None,) * 2:
             raise RegistrationError("quantized values have scales, others have none")
 
+    @property
+    def bytewise(self) -> bool:
+        """Tell whether codes are bytes under float32 scales, as most kernels read them."""
+        return self.format in ("e4m3fn", "int8") and self.scale_format == "float32"
+
+    @property
+    def packed(self) -> bool:
+        """Tell whether two codes lie in a byte."""
+        return self.format is not None and number_format(self.format).bits == 4
+
     def __str__(self) -> str:
         if self.format is None:
             return "as given"
         when = "dynamic" if self.dynamic else "static"
-        return f"{self.format}, {self.scale_format} scale per {self.granularity}, {when}"
+        second = f" x float32 per {self.second}" if self.second != "none" else ""
+        return f"{self.format}, {self.scale_format} scale per {self.granularity}{second}, {when}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +121,102 @@ class Scheme:
         )
 
 
+ENCODINGS: MappingProxyType[str | None, tuple[str, ...]] = MappingProxyType(
+    {"e4m3fn": ("e4m3fn", "e4m3fnuz"), "int4": ("int4", "uint4")}
+)
+"""What the codes of a format may be held as; of others, as themselves. uint4 has zero points."""
+
+
 def _operand(name: str, how: Quantization, layout: str) -> Operand:
     if how.format is None:
         return Operand(name, ("bfloat16", "float16"), layout=layout)
-    formats = ("e4m3fn", "e4m3fnuz") if how.format == "e4m3fn" else (how.format,)
-    return Operand(name, formats, how.granularity, how.scale_format, layout=layout)
+    formats = ENCODINGS.get(how.format, (how.format,))
+    # Half a byte has no dtype of torch, nor has an exponent in every release: they lie in uint8.
+    as_bytes = formats if how.packed else ()
+    as_bytes += ("e8m0",) if how.scale_format == "e8m0" else ()
+    return Operand(
+        name,
+        formats,
+        how.granularity,
+        how.scale_format,
+        layout=layout,
+        as_bytes=as_bytes,
+        second=how.second,
+    )
+
+
+_GIVEN = Quantization()
+_FP8_TOKEN = Quantization("e4m3fn", "token", "float32", dynamic=True)
+_OCP_FP8 = "OCP 8-bit Floating Point Specification 1.0"
+_OCP_MX = "OCP Microscaling Formats (MX) Specification 1.0"
+_NVFP4 = "NVIDIA cuDNN and PTX documentation, NVFP4: e2m1 in blocks of 16 with e4m3 scales"
+
+
+def _fp8(granularity: str) -> Quantization:
+    return Quantization("e4m3fn", granularity, "float32")
+
+
+def _int4(group: int) -> Quantization:
+    return Quantization("int4", f"group{group}", "float32")
+
+
+def _mx(format: str, *, dynamic: bool = False) -> Quantization:
+    return Quantization(format, "group32", "e8m0", dynamic=dynamic)
+
+
+def _nvfp4(second: str, *, dynamic: bool = False) -> Quantization:
+    return Quantization("e2m1", "group16", "e4m3fn", dynamic=dynamic, second=second)
 
 
 _ROWS = (
     Scheme(
         "bf16",
-        Quantization(),
-        Quantization(),
+        _GIVEN,
+        _GIVEN,
         "weights and activations in bf16 or fp16",
         "IEEE 754-2019; bfloat16",
     ),
     Scheme(
+        "fp8_tensor",
+        _fp8("tensor"),
+        _FP8_TOKEN,
+        "e4m3 weights with one scale a matrix, e4m3 activations scaled per token",
+        _OCP_FP8,
+    ),
+    Scheme(
         "fp8_channel",
-        Quantization("e4m3fn", "channel", "float32"),
-        Quantization("e4m3fn", "token", "float32", dynamic=True),
+        _fp8("channel"),
+        _FP8_TOKEN,
         "e4m3 weights scaled per output channel, e4m3 activations scaled per token",
-        "OCP 8-bit Floating Point Specification 1.0",
+        _OCP_FP8,
     ),
     Scheme(
         "fp8_block128",
-        Quantization("e4m3fn", "block128", "float32"),
+        _fp8("block128"),
         Quantization("e4m3fn", "group128", "float32", dynamic=True),
         "e4m3 weights scaled per 128x128 block, e4m3 activations per 1x128 group",
         "DeepSeek-V3 Technical Report, section 3.3 (arXiv:2412.19437)",
+    ),
+    Scheme(
+        "fp8_w8a16_tensor",
+        _fp8("tensor"),
+        _GIVEN,
+        "e4m3 weights with one scale a matrix, activations as given",
+        _OCP_FP8,
+    ),
+    Scheme(
+        "fp8_w8a16",
+        _fp8("channel"),
+        _GIVEN,
+        "e4m3 weights scaled per output channel, activations as given",
+        _OCP_FP8,
+    ),
+    Scheme(
+        "fp8_w8a16_block128",
+        _fp8("block128"),
+        _GIVEN,
+        "e4m3 weights scaled per 128x128 block, activations as given",
+        _OCP_FP8,
     ),
     Scheme(
         "int8_channel",
@@ -128,6 +224,72 @@ _ROWS = (
         Quantization("int8", "token", "float32", dynamic=True),
         "int8 weights scaled per output channel, int8 activations scaled per token",
         "symmetric int8, codes -127 to 127",
+    ),
+    Scheme(
+        "int8_w8a16",
+        Quantization("int8", "channel", "float32"),
+        _GIVEN,
+        "int8 weights scaled per output channel, activations as given",
+        "symmetric int8, codes -127 to 127",
+    ),
+    *(
+        Scheme(
+            f"int4_w4a16{'' if group == 128 else f'_g{group}'}",
+            _int4(group),
+            _GIVEN,
+            f"int4 weights scaled per {group} of a row, activations as given",
+            "GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) checkpoints",
+        )
+        for group in (128, 64, 32)
+    ),
+    Scheme(
+        "int4_w4a8_fp8",
+        Quantization("int4", "group128", "e4m3fn", second="channel"),
+        _FP8_TOKEN,
+        "int4 weights under e4m3 scales per 128 and float32 per channel, e4m3 tokens",
+        "NVIDIA CUTLASS, example 55: mixed-input GEMM on Hopper, int4 times e4m3 scales",
+    ),
+    Scheme(
+        "mxfp8",
+        _mx("e4m3fn"),
+        _mx("e4m3fn", dynamic=True),
+        "e4m3 weights and activations under power-of-two scales per 32",
+        _OCP_MX,
+    ),
+    Scheme(
+        "mxfp4_w4a16",
+        _mx("e2m1"),
+        _GIVEN,
+        "e2m1 weights under power-of-two scales per 32, activations as given",
+        _OCP_MX,
+    ),
+    Scheme(
+        "mxfp4_w4a8",
+        _mx("e2m1"),
+        _mx("e4m3fn", dynamic=True),
+        "e2m1 weights, e4m3 activations, both under power-of-two scales per 32",
+        _OCP_MX,
+    ),
+    Scheme(
+        "mxfp4",
+        _mx("e2m1"),
+        _mx("e2m1", dynamic=True),
+        "e2m1 weights and activations under power-of-two scales per 32",
+        _OCP_MX,
+    ),
+    Scheme(
+        "nvfp4_w4a16",
+        _nvfp4("tensor"),
+        _GIVEN,
+        "e2m1 weights under e4m3 scales per 16 and float32 per matrix, activations as given",
+        _NVFP4,
+    ),
+    Scheme(
+        "nvfp4",
+        _nvfp4("tensor"),
+        _nvfp4("token", dynamic=True),
+        "e2m1 weights and activations under e4m3 scales per 16 and float32 per matrix or token",
+        _NVFP4,
     ),
 )
 
@@ -149,21 +311,31 @@ def find_scheme(name: str | Scheme) -> Scheme:
         raise UnknownNameError("scheme", name, SCHEMES) from None
 
 
+def group_of(granularity: str) -> int | None:
+    """Return how many neighbours of a row share a scale; None where the granularity is another."""
+    return int(granularity[5:]) if granularity.startswith("group") else None
+
+
 def scale_shape(granularity: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the scales of values shaped `shape`.
 
     Raises:
         ShapeError: If the rank is too low for the granularity.
     """
-    if granularity == "tensor":
-        return ()
     if len(shape) < 2:
         raise ShapeError("scales", found=f"shape {list(shape)}", needed="at least 2 dimensions")
     *lead, rows, columns = shape
+    if granularity == "tensor":
+        return tuple(lead)
     if granularity in ("channel", "token"):
         return (*lead, rows)
-    if granularity == "group128":
-        return (*lead, rows, -(-columns // BLOCK))
+    if group := group_of(granularity):
+        return (*lead, rows, -(-columns // group))
     if granularity == "block128":
         return (*lead, -(-rows // BLOCK), -(-columns // BLOCK))
     raise RegistrationError(f"granularity {granularity!r} has no scales")
+
+
+def code_shape(how: Quantization, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the codes of values shaped `shape`: of four bits two lie in a byte."""
+    return (*shape[:-1], -(-shape[-1] // 2)) if how.packed else shape

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import DeviceMismatchError, DTypeError, EncodingError, LayoutError, ShapeError
-from hal.quant.codec import decode
-from hal.quant.scheme import Scheme, find_scheme, scale_shape
+from hal.quant.scheme import Quantization, Scheme, code_shape, find_scheme, scale_shape
+from hal.torch_compat import dtype
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["QTensor"]
+__all__ = ["TENSORS", "QTensor"]
+
+
+TENSORS = ("values", "scales", "global_scale", "zeros")
+"""What a weight may consist of, in this order."""
+
+
+def _dtype_of(name: str, how: Quantization) -> torch.dtype:
+    """Return the dtype of the scales, second scales or zero points of codes stored in one way."""
+    if name == "zeros" or (name == "scales" and how.scale_format == "e8m0"):
+        return dtype("uint8")
+    return dtype(how.scale_format or "float32" if name == "scales" else "float32")
 
 
 def encodings_of(scheme: Scheme) -> tuple[str, ...]:
@@ -26,12 +37,17 @@ class QTensor:
     """A weight `[..., N, K]` under a scheme.
 
     Attributes:
-        values: Codes; in layout `canonical` shaped `[..., N, K]` with K contiguous.
-        scales: float32 scales shaped by the scheme's granularity; None for `bf16`.
+        values: Codes; in layout `canonical` shaped `[..., N, K]` with K contiguous, or
+            `[..., N, ceil(K / 2)]` bytes of two codes each.
+        scales: Scales in the scheme's format, shaped by its granularity (e8m0 as bytes); None for
+            `bf16`.
         scheme: What the weight is quantized to.
         encoding: Number format of the codes: what the bytes mean.
         layout: Order of the codes in memory.
-        logical_shape: `[..., N, K]` of the weight, whatever the layout.
+        logical_shape: `[..., N, K]` of the weight, whatever the layout; needed where two codes
+            lie in a byte.
+        global_scale: float32 second scales, where the scheme has them.
+        zeros: Codes that mean zero, uint8 shaped like the scales; of encoding uint4 only.
     """
 
     values: torch.Tensor
@@ -40,54 +56,70 @@ class QTensor:
     encoding: str
     layout: str = "canonical"
     logical_shape: tuple[int, ...] = ()
+    global_scale: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        how = self.scheme.weight
+        self._check_codes(how)
+        granularities = {
+            "scales": how.granularity,
+            "global_scale": how.second,
+            "zeros": how.granularity if self.encoding == "uint4" else "none",
+        }
+        for name, granularity in granularities.items():
+            self._check_factors(name, granularity, _dtype_of(name, how))
+
+    def _check_codes(self, how: Quantization) -> None:
         from hal.quant.layout import find_layout
-        from hal.torch_compat import dtype
 
         keeps_shape = find_layout(self.layout).keeps_shape
         shape = tuple(self.logical_shape)
-        if not shape and keeps_shape:
+        if not shape and keeps_shape and not how.packed:
             shape = tuple(self.values.shape)
         object.__setattr__(self, "logical_shape", shape)
         if len(shape) < 2:
             raise ShapeError("QTensor", found=f"shape {list(shape)}", needed="[..., N, K]")
-        if keeps_shape and tuple(self.values.shape) != shape:
-            raise ShapeError("QTensor values", found=list(self.values.shape), needed=list(shape))
+        needed = code_shape(how, shape)
+        if keeps_shape and tuple(self.values.shape) != needed:
+            raise ShapeError("QTensor values", found=list(self.values.shape), needed=list(needed))
         encodings = encodings_of(self.scheme)
         if self.encoding not in encodings:
             raise EncodingError(
                 f"QTensor of {self.scheme}", found=self.encoding, needed=" or ".join(encodings)
             )
-        if self.values.dtype is not dtype(self.encoding):
+        wanted = "uint8" if how.packed else self.encoding
+        if self.values.dtype is not dtype(wanted):
             raise EncodingError(
                 "QTensor", found=f"values of {self.values.dtype}", needed=f"{self.encoding}"
             )
-        how = self.scheme.weight
-        if how.format is None:
-            if self.scales is not None:
-                raise EncodingError("QTensor", found="scales", needed=f"none for {self.scheme}")
+
+    def _check_factors(self, name: str, granularity: str, wanted: torch.dtype) -> None:
+        found: torch.Tensor | None = getattr(self, name)
+        where = f"QTensor {name}"
+        if granularity == "none":
+            if found is not None:
+                needed = f"none for {self.scheme} ({self.encoding})"
+                raise EncodingError("QTensor", found=name, needed=needed)
             return
-        if self.scales is None:
-            raise EncodingError("QTensor", found="no scales", needed=f"scales for {self.scheme}")
-        if str(self.scales.dtype) != f"torch.{how.scale_format}":
+        if found is None:
+            raise EncodingError("QTensor", found=f"no {name}", needed=f"{name} for {self.scheme}")
+        if found.dtype is not wanted:
             raise DTypeError(
-                "QTensor scales",
-                found=self.scales.dtype,
-                needed=how.scale_format,
+                where,
+                found=found.dtype,
+                needed=str(wanted).removeprefix("torch."),
                 cure="e8m0 bytes and float32 scales are different things; decode them first",
             )
-        if self.scales.device != self.values.device:
+        if found.device != self.values.device:
             raise DeviceMismatchError(
                 "QTensor",
-                found=f"values on {self.values.device} and scales on {self.scales.device}",
+                found=f"values on {self.values.device} and {name} on {found.device}",
                 needed="one device",
             )
-        needed = scale_shape(how.granularity, self.logical_shape)
-        if tuple(self.scales.shape) != needed:
-            raise ShapeError(
-                "QTensor scales", found=list(self.scales.shape), needed=f"{list(needed)}"
-            )
+        shape = scale_shape(granularity, self.logical_shape)
+        if tuple(found.shape) != shape:
+            raise ShapeError(where, found=list(found.shape), needed=f"{list(shape)}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,21 +133,37 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that values and scales take."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.values.nbytes + scales
+        """Return the bytes that codes and scales take."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Return values and, if any, scales."""
-        return (self.values,) if self.scales is None else (self.values, self.scales)
+        """Return values and, if any, scales, second scales and zero points, in this order."""
+        return tuple(self.state_of().values())
+
+    def state_of(self) -> dict[str, torch.Tensor]:
+        """Return what there is of the tensors, by name."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def matrix(self, index: int) -> QTensor:
+        """Return one matrix of a weight `[E, N, K]`, over the same memory."""
+        found: dict[str, Any] = {name: part[index] for name, part in self.state_of().items()}
+        return replace(self, logical_shape=self.logical_shape[1:], **found)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> QTensor:
+        """Return the same weight over other memory: tensors in the order of `tensors`."""
+        found: dict[str, Any] = dict(zip(self.state_of(), tensors, strict=True))
+        return replace(self, **found)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the weight as `[..., N, K]` float32, or in `dtype`."""
         from hal.quant.layout import to_layout
+        from hal.quant.represent import Coded, numbers
 
         plain = to_layout(self, "canonical")
-        wide = decode(plain.values, plain.scales, self.scheme.weight.granularity)
+        coded = Coded(plain.values, plain.scales, plain.global_scale, plain.zeros)
+        wide = numbers(coded, self.scheme.weight, self.encoding, self.logical_shape[-1])
         return wide if dtype is None else wide.to(dtype)
 
     def require(self, where: str, *, layout: str, encodings: tuple[str, ...]) -> None:
@@ -139,8 +187,7 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         """Return the weight on `device`."""
-        scales = None if self.scales is None else self.scales.to(device)
-        return replace(self, values=self.values.to(device), scales=scales)
+        return self.with_tensors([tensor.to(device) for tensor in self.tensors])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return tensors only, which safetensors and `torch.load(weights_only=True)` take.
@@ -149,9 +196,12 @@ class QTensor:
         """
         import torch
 
-        raw = self.values.contiguous()  # safetensors takes nothing else
-        raw = raw.view(torch.uint8) if raw.element_size() == 1 else raw
-        return {"values": raw} if self.scales is None else {"values": raw, "scales": self.scales}
+        # safetensors takes nothing but contiguous tensors
+        found = {name: tensor.contiguous() for name, tensor in self.state_of().items()}
+        return {
+            name: tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+            for name, tensor in found.items()
+        }
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -175,23 +225,26 @@ class QTensor:
         """
         import torch
 
-        from hal.torch_compat import dtype
-
-        raw, wanted = tensors["values"], dtype(metadata["encoding"])
-        if raw.dtype is not wanted and (raw.dtype is not torch.uint8 or wanted.itemsize != 1):
-            raise EncodingError(
-                "QTensor.from_state_dict", found=f"values of {raw.dtype}", needed=wanted
-            )
-        values = raw.view(wanted)
+        scheme, encoding = find_scheme(metadata["scheme"]), metadata["encoding"]
+        how = scheme.weight
+        wanted = {name: _dtype_of(name, how) for name in TENSORS[1:]}
+        wanted["values"] = dtype("uint8" if how.packed else encoding)
+        typed: dict[str, torch.Tensor | None] = dict.fromkeys(TENSORS)
+        for name in TENSORS:
+            if tensors.get(name) is None and name != "values":
+                continue
+            raw, needed = tensors[name], wanted[name]
+            as_bytes = raw.dtype is torch.uint8 and needed.itemsize == 1
+            if name == "values" and raw.dtype is not needed and not as_bytes:
+                raise EncodingError(
+                    "QTensor.from_state_dict", found=f"values of {raw.dtype}", needed=needed
+                )
+            typed[name] = raw.view(needed) if as_bytes else raw
         shape = tuple(int(size) for size in metadata["logical_shape"].split(","))
-        return cls(
-            values,
-            tensors.get("scales"),
-            find_scheme(metadata["scheme"]),
-            metadata["encoding"],
-            metadata["layout"],
-            shape,
-        )
+        values, scales, global_scale, zeros = typed.values()
+        assert values is not None
+        layout = metadata["layout"]
+        return cls(values, scales, scheme, encoding, layout, shape, global_scale, zeros)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.logical_shape))

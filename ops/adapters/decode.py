@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hal.errors import ValueRangeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import LINEAR, WEIGHT_ONLY
+from hal.ops.linear import BYTEWISE, LINEAR, row_scales
 from hal.quant.codec import expand_scales
 from hal.quant.scheme import BLOCK
 from hal.registry import Level
@@ -89,14 +89,17 @@ def decoder(weight: QTensor, dtype_name: str) -> Decoder:
                 raise ValueRangeError(
                     "torch_decode", found="a NaN code in the weight", needed="finite codes"
                 )
-    return Decoder(float8, weight.scheme.weight.granularity, dtype(dtype_name))
+    granularity = weight.scheme.weight.granularity
+    # With one scale a matrix, `row_scales` makes them one a row.
+    granularity = "channel" if granularity == "tensor" else granularity
+    return Decoder(float8, granularity, dtype(dtype_name))
 
 
 @LINEAR.kernel(
     "torch_decode",
     level=Level.WEIGHT_ONLY,
     band="portable",
-    signatures=WEIGHT_ONLY,
+    signatures=BYTEWISE,
     requires=(
         Needs.platform("cpu", "cuda", "xpu"),
         Needs.package("torch"),
@@ -132,4 +135,4 @@ def bind_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
             out = out + tensors[-1]
         return out.to(x.dtype)
 
-    return launch, (*weight.tensors, *(() if bias is None else (bias,)))
+    return launch, (*row_scales(weight), *(() if bias is None else (bias,)))

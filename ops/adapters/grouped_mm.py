@@ -113,7 +113,7 @@ def bind_scaled_grouped(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
 
     multiply, experts = scaled_grouped_mm_function(), w13.shape[0]
     activation, encoding = binding.problem("activation", "silu"), w13.encoding
-    quantize = quantizer(binding, max(w13.shape[2], w2.shape[2]))
+    quantize, how = quantizer(binding, max(w13.shape[2], w2.shape[2])), w13.scheme.activation
 
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
@@ -121,11 +121,11 @@ def bind_scaled_grouped(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
         b13, s13, b2, s2 = tensors
         order, ends = group_slots(ids, experts)
         token = order // ids.shape[1]
-        codes, scales = quantize(x, encoding, "token")
+        codes, scales = quantize(x, encoding, how)
         gate_up = multiply(
             _rows(codes, token), b13.transpose(1, 2), scales[token], s13, ends, x.dtype
         )
-        codes, scales = quantize(activate(gate_up, activation), encoding, "token")
+        codes, scales = quantize(activate(gate_up, activation), encoding, how)
         y = multiply(codes, b2.transpose(1, 2), scales, s2, ends, x.dtype)
         return combine(y, order, ids, weights, experts)
 

@@ -21,6 +21,7 @@ from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR
 from hal.ops.quantize import CACHE_ELEMENTS, quantize_cached, quantizer
 from hal.quant.codec import SCALE_FLOOR
+from hal.quant.scheme import SCHEMES
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["exact_sums", "int_mm_rows", "quantize_rows", "scaled"]
 
 INT8_MAXIMUM = number_format("int8").quantization_maximum
+PER_TOKEN = SCHEMES["int8_channel"].activation
 CUDA_LEAST_ROWS = 17
 LARGE_WEIGHT = 1 << 21
 """Elements from which on reordering the weight, as oneDNN does at each call, costs more."""
@@ -78,7 +80,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     if x.numel() > CACHE_ELEMENTS:
-        codes, scales = quantize_cached(x, "int8", "token")
+        codes, scales = quantize_cached(x, "int8", PER_TOKEN)
         return codes, scales.unsqueeze(-1)
     ratio = x.to(torch.float32, copy=True)
     scales = ratio.abs().amax(-1, keepdim=True).div_(INT8_MAXIMUM).clamp_min_(SCALE_FLOOR)
@@ -158,7 +160,7 @@ def bind_cuda(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> B
     quantize = quantizer(binding, weight.shape[1])
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, "int8", "token")
+        codes, scales = quantize(x, "int8", PER_TOKEN)
         rows = codes.shape[0]
         if rows < CUDA_LEAST_ROWS:
             codes = pad(codes, (0, 0, 0, 32 - rows))

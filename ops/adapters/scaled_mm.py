@@ -52,10 +52,10 @@ def bind_rowwise(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -
     from hal.torch_compat import scaled_mm_rowwise_function
 
     multiply, quantize = scaled_mm_rowwise_function(), quantizer(binding, weight.shape[1])
-    encoding, has_bias = weight.encoding, bias is not None
+    encoding, how, has_bias = weight.encoding, weight.scheme.activation, bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, encoding, "token")
+        codes, scales = quantize(x, encoding, how)
         # Not every version of the row-wise product takes a bias: add it here.
         out = multiply(codes, tensors[0].t(), scales, tensors[1], x.dtype)
         return out.add_(tensors[2]) if has_bias else out
@@ -90,6 +90,7 @@ def bind_block128(binding: Binding, weight: QTensor, bias: torch.Tensor | None) 
 
     multiply, quantize = scaled_mm_block128_function(), quantizer(binding, weight.shape[1])
     kind, encoding, has_bias = weight.device.type, weight.encoding, bias is not None
+    how = weight.scheme.activation
     assert weight.scales is not None
     arranged = block128_weight_scales(weight.scales, kind)
 
@@ -98,7 +99,7 @@ def bind_block128(binding: Binding, weight: QTensor, bias: torch.Tensor | None) 
         if rows % 4:
             # cuBLAS reads columns of the scales, one value a row, at 16-byte steps.
             x = pad(x, (0, 0, 0, -rows % 4))
-        codes, scales = quantize(x, encoding, "group128")
+        codes, scales = quantize(x, encoding, how)
         scales = block128_activation_scales(scales, kind)
         out = multiply(codes, tensors[0].t(), scales, tensors[1], x.dtype)[:rows]
         return out.add_(tensors[2]) if has_bias else out

@@ -3,43 +3,38 @@
     acc[m, n] = sum_k a[m, k] * b[n, k], then * a_scales[m] * b_scales[n]           (channel)
     acc[m, n] = sum_g a_scales[m, g] * b_scales[n // 128, g] * sum_{k in g} ...     (block128)
 
-`KINDS` names the products: what is scaled how, and how weights are decoded in the loop.
+`KINDS` names the products: what is scaled how, and how weights are decoded in the loop. The
+products of `WEIGHT_ONLY_KINDS` read packed weights and have their loop in `packed`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import decode_fp8, dot, is_fp8
+from hal.ops.kernels.kinds import ALL_KINDS, KINDS, WEIGHT_ONLY_KINDS, Kind, Weight, as_weight
 from hal.ops.tiles import Tile
+
+__all__ = [
+    "ALL_KINDS",
+    "KINDS",
+    "WEIGHT_ONLY_KINDS",
+    "Weight",
+    "accumulate",
+    "as_weight",
+    "check_operands",
+    "scale_strides",
+    "tile_options",
+]
 
 # Elements of n and k that share a scale of the block128 kinds.
 SCALE_BLOCK = tl.constexpr(128)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Say how one kind of product is scaled ("", "channel", "block128") and decoded."""
-
-    scales: str = ""
-    decode: str = ""  # "", "fp8" or "int8": the format of weights that become a's dtype
-    a_scaled: bool = False
-    integer: bool = False
-
-
-KINDS = {
-    "bf16": Kind(),
-    "fp8_channel": Kind("channel", a_scaled=True),
-    "fp8_block128": Kind("block128", a_scaled=True),
-    "int8_channel": Kind("channel", a_scaled=True, integer=True),
-    "fp8_channel_decode": Kind("channel", decode="fp8"),
-    "fp8_block128_decode": Kind("block128", decode="fp8"),
-    "int8_channel_decode": Kind("channel", decode="int8"),
-}
 
 
 @triton.jit
@@ -127,36 +122,31 @@ def accumulate(
     return result
 
 
-def weight_bytes(kind: str, b: torch.Tensor, fnuz: bool) -> tuple[torch.Tensor, bool]:
-    """View fp8 weights that are decoded in the loop as uint8; return them and whether fnuz."""
-    if kind in KINDS and KINDS[kind].decode == "fp8" and is_fp8(b.dtype):
-        return b.view(torch.uint8), b.dtype is torch.float8_e4m3fnuz
-    return b, fnuz
-
-
 def check_operands(
     kind: str,
     a: torch.Tensor,
-    b: torch.Tensor,
     a_scales: torch.Tensor | None,
-    b_scales: torch.Tensor | None,
+    weight: Weight,
     tile: Tile,
 ) -> None:
     """Check that the operands are what `kind` reads; raise ValueError naming what is not."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
-    spec = KINDS[kind]
-    if (b_scales is not None) != bool(spec.scales) or (a_scales is not None) != spec.a_scaled:
+    if kind not in ALL_KINDS:
+        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(ALL_KINDS)}")
+    spec = ALL_KINDS[kind]
+    scaled = weight.scales is not None or (spec.scales == "tensor" and weight.second is not None)
+    if scaled != bool(spec.scales) or (a_scales is not None) != spec.a_scaled:
         raise ValueError(f"{kind}: needs a_scales: {spec.a_scaled}, b_scales: {bool(spec.scales)}")
     if spec.scales == "block128" and 128 % tile.block_k:
         raise ValueError(f"{kind}: block_k is {tile.block_k}, must divide 128")
-    if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"{kind}: a has {a.shape[-1]} inner elements, b {b.shape[-1]}")
-    if not _dtypes_match(spec, a.dtype, b.dtype):
-        raise ValueError(f"{kind}: cannot multiply {a.dtype} by {b.dtype}")
+    if a.shape[-1] != weight.k:
+        raise ValueError(f"{kind}: a has {a.shape[-1]} inner elements, b {weight.k}")
+    if not _dtypes_match(spec, a.dtype, weight.codes.dtype):
+        raise ValueError(f"{kind}: cannot multiply {a.dtype} by {weight.codes.dtype}")
 
 
 def _dtypes_match(spec: Kind, a: torch.dtype, b: torch.dtype) -> bool:
+    if spec.packed:
+        return a in (torch.bfloat16, torch.float16) and b in (torch.uint8, torch.int32)
     if spec.decode:
         stored = torch.uint8 if spec.decode == "fp8" else torch.int8
         return a.is_floating_point and a.itemsize == 2 and b == stored
@@ -168,26 +158,64 @@ def _dtypes_match(spec: Kind, a: torch.dtype, b: torch.dtype) -> bool:
 
 
 def scale_strides(
-    kind: str, a_scales: torch.Tensor | None, b_scales: torch.Tensor | None
-) -> tuple[int, int, int, int]:
-    """Return the strides (row, group) of a_scales, then (column, group) of b_scales.
+    kind: str, a_scales: torch.Tensor | None, weight: Weight, dimensions: int
+) -> tuple[int, int, int, int, int]:
+    """Return the strides (row, group) of a_scales, (column, group) of b's, then of the second.
 
-    b_scales may have a leading dimension of experts, which does not count here.
+    dimensions: 2, or 3 where the weight has a leading dimension of experts, which does not count.
     """
-    blocks = KINDS[kind].scales == "block128"
-    row = group = column = column_group = 0
+    blocks = ALL_KINDS[kind].scales in ("block128", "group")
+    row = group = column = column_group = second = 0
     if a_scales is not None:
         row = a_scales.stride(0)
         group = a_scales.stride(1) if blocks else 0
-    if b_scales is not None:
-        column = b_scales.stride(-2) if blocks else b_scales.stride(-1)
-        column_group = b_scales.stride(-1) if blocks else 0
-    return row, group, column, column_group
+    if weight.scales is not None:
+        column = weight.scales.stride(-2) if blocks else weight.scales.stride(-1)
+        column_group = weight.scales.stride(-1) if blocks else 0
+    factor = weight.second
+    if factor is not None and factor.dim() == dimensions - 1 and factor.shape[-1] > 1:
+        second = factor.stride(-1)
+    return row, group, column, column_group, second
 
 
-def tile_options(kind: str, tile: Tile, n: int, k: int, fnuz: bool) -> dict[str, object]:
-    """Return the constexpr arguments and compile options that all GEMM kernels take."""
-    spec = KINDS[kind]
+def _with_sums(kind: str, group: int, dtype: torch.dtype, tile: Tile) -> tuple[bool, Tile]:
+    """Say whether scales apply to sums of groups, and return the tile for that.
+
+    Float32 scales are exact on sums alone, powers of two also on weights in bf16. A step must then
+    lie within a group (more stages make up for shorter ones), and there are two accumulators.
+    """
+    spec = ALL_KINDS[kind]
+    exact = spec.scale_format == "e4m3fn" or (spec.scale_format, dtype) == ("e8m0", torch.bfloat16)
+    if spec.scales != "group" or exact:
+        return False, tile
+    block_k, block_n, stages = min(tile.block_k, group), tile.block_n, tile.stages
+    if stages > 2:
+        stages = min(stages * (tile.block_k // block_k), 8)
+    while tile.block_m * block_n > 2048 * tile.warps:
+        block_n //= 2
+    return True, replace(tile, block_n=block_n, block_k=block_k, stages=stages)
+
+
+def tile_options(
+    kind: str, tile: Tile, n: int, weight: Weight, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the constexpr arguments and compile options that all GEMM kernels take.
+
+    BLOCK_N and BLOCK_K may be less than the tile's, which knows neither a's dtype nor the group.
+    The dict is the same object at each call with the same arguments: do not change it.
+    """
+    second = weight.second is not None
+    return _options(kind, tile, n, weight.k, weight.group, weight.fnuz, weight.words, second, dtype)
+
+
+# Looked up at each launch: building it takes longer than all else that a launcher does.
+@lru_cache(maxsize=4096)
+def _options(
+    kind: str, tile: Tile, n: int, k: int, group: int, fnuz: bool, words: bool, second: bool,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    spec = ALL_KINDS[kind]
+    sums, tile = _with_sums(kind, group, dtype, tile)
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -201,6 +229,13 @@ def tile_options(kind: str, tile: Tile, n: int, k: int, fnuz: bool) -> dict[str,
         "DECODE": spec.decode,
         "FNUZ": fnuz,
         "INTEGER": spec.integer,
+        "PACKED": spec.packed,
+        "WORDS": words,
+        "LANES": tile.lanes,
+        "SCALE_FORMAT": spec.scale_format if spec.scales == "group" else "",
+        "GROUP": group,
+        "SUMS": sums,
+        "SECOND": second,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

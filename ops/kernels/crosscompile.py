@@ -41,6 +41,12 @@ OWN_FORMAT = {
     "fp8_channel_decode": "bfloat16",
     "fp8_block128_decode": "bfloat16",
     "int8_channel_decode": "bfloat16",
+    "fp8_tensor_decode": "bfloat16",
+    "int4_group_decode": "bfloat16",
+    "uint4_group_decode": "bfloat16",
+    "mxfp8_decode": "bfloat16",
+    "mxfp4_decode": "bfloat16",
+    "nvfp4_decode": "bfloat16",
 }
 """The format that each kind of product multiplies: its matrix instruction proves `native`."""
 
@@ -202,7 +208,7 @@ def _empty(*shape: int, dtype: str = "bfloat16") -> Any:
 
 def _product(target: Target, op: str, kind: str, size: str) -> None:
     """Call the launcher of a product as the ops do for this device."""
-    from hal.ops.kernels.accumulate import KINDS
+    from hal.ops.kernels.accumulate import ALL_KINDS
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.linear import gemm
     from hal.ops.tiles import choose_tile
@@ -217,7 +223,7 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
         shared_memory_bytes=target.shared_memory_bytes, compute_units=target.compute_units,
         matrices=min(EXPERTS, tokens * TOP_K) if grouped else 1,
     )  # fmt: skip
-    spec = KINDS[kind]
+    spec = ALL_KINDS[kind]
     low = "int8" if "int8" in kind else f"float8_{target.fp8}"
     experts = (EXPERTS,) if grouped else ()
     blocks = spec.scales == "block128"
@@ -227,7 +233,9 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
     scales: dict[str, Any] = {}
     if spec.a_scaled:
         scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype="float32")
-    if spec.scales:
+    if spec.packed:
+        b, scales = _packed_weight(kind, experts, n, k)
+    elif spec.scales:
         shape = (-(-n // 128), groups) if blocks else (n,)
         scales["b_scales"] = _empty(*experts, *shape, dtype="float32")
     if not grouped:
@@ -240,6 +248,26 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
         _empty(padded, dtype="int32"), _empty(padded // m, dtype="int32"), _empty(1, dtype="int32"),
         top_k_divisor=TOP_K, **scales, kind=kind, tile=tile,
     )  # fmt: skip
+
+
+def _packed_weight(
+    kind: str, experts: tuple[int, ...], n: int, k: int
+) -> tuple[Any, dict[str, Any]]:
+    """Return b and the scales that a packed kind takes, with the largest group."""
+    from hal.ops.kernels.accumulate import ALL_KINDS
+
+    spec = ALL_KINDS[kind]
+    b = _empty(*experts, n, -(-k // spec.per_byte), dtype="uint8")
+    if spec.scales == "tensor":
+        return b, {"b_scales": _empty(*experts, dtype="float32")}
+    shape = (*experts, n, -(-k // spec.groups[0]))
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
+    scales = {"b_scales": _empty(*shape, dtype=stored)}
+    if spec.decode == "uint4":
+        scales["b_zeros"] = _empty(*shape, dtype="uint8")
+    if spec.second:
+        scales["b_second"] = _empty(*experts, dtype="float32")
+    return b, scales
 
 
 def _align(tokens: int, experts: int = EXPERTS) -> None:

@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.accumulate import (
+    Weight,
     accumulate,
+    as_weight,
     check_operands,
     scale_strides,
     tile_options,
-    weight_bytes,
 )
 from hal.ops.kernels.common import launch, offsets_need_64_bits, program_tile
+from hal.ops.kernels.packed import accumulate_packed
 from hal.ops.tiles import Tile
 
 
@@ -27,15 +29,17 @@ from hal.ops.tiles import Tile
 @triton.jit(do_not_specialize=["n_slots"], do_not_specialize_on_alignment=["n_padded_ptr"])
 def _grouped_gemm_kernel(
     a_ptr, b_ptr, out_ptr, a_scales_ptr, b_scales_ptr, slot_weights_ptr,
-    sorted_slots_ptr, block_experts_ptr, n_padded_ptr,
+    sorted_slots_ptr, block_experts_ptr, n_padded_ptr, b_zeros_ptr, b_second_ptr,
     n_slots, n_columns, k_size,
     stride_am, stride_ak, stride_be, stride_bn, stride_bk, stride_om, stride_on,
-    stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk,
+    stride_asm, stride_ask, stride_bse, stride_b2e, stride_bsn, stride_bsk, stride_b2n,
     TOP_K: tl.constexpr, HAS_SLOT_WEIGHTS: tl.constexpr,
     WIDE_ROWS: tl.constexpr, WIDE_MATRIX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr,
     A_SCALED: tl.constexpr, DECODE: tl.constexpr, FNUZ: tl.constexpr, INTEGER: tl.constexpr,
+    PACKED: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, SCALE_FORMAT: tl.constexpr,
+    GROUP: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     # The grid covers the worst case; the blocks in use come first.
     n_blocks = tl.load(n_padded_ptr) // BLOCK_M
@@ -61,15 +65,26 @@ def _grouped_gemm_kernel(
         inner = inner.to(tl.int64)
     # One scalar a program: 64 bits cost nothing here, whatever the sizes.
     expert = expert.to(tl.int64)
-    result = accumulate(
-        a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak,
-        b_ptr + expert * stride_be + (columns[None, :] * stride_bn + inner[:, None] * stride_bk),
-        row_inside, columns, n_columns, k_size, stride_ak, stride_bk,
-        a_scales_ptr + rows * stride_asm, b_scales_ptr + expert * stride_bse,
-        stride_ask, stride_bsn, stride_bsk,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
-        SCALES, A_SCALED, DECODE, FNUZ, INTEGER, WIDE_ROWS or WIDE_MATRIX,
-    )  # fmt: skip
+    if PACKED:
+        result = accumulate_packed(
+            a_ptr + rows * stride_am, b_ptr + expert * stride_be,
+            row_inside, columns, n_columns, k_size, stride_ak, stride_bn, stride_bk,
+            b_scales_ptr + expert * stride_bse, b_zeros_ptr + expert * stride_bse,
+            stride_bsn, stride_bsk, b_second_ptr + expert * stride_b2e, stride_b2n,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
+            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SUMS, SECOND, WIDE_ROWS or WIDE_MATRIX,
+        )  # fmt: skip
+    else:
+        result = accumulate(
+            a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak,
+            b_ptr + expert * stride_be
+            + (columns[None, :] * stride_bn + inner[:, None] * stride_bk),
+            row_inside, columns, n_columns, k_size, stride_ak, stride_bk,
+            a_scales_ptr + rows * stride_asm, b_scales_ptr + expert * stride_bse,
+            stride_ask, stride_bsn, stride_bsk,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
+            SCALES, A_SCALED, DECODE, FNUZ, INTEGER, WIDE_ROWS or WIDE_MATRIX,
+        )  # fmt: skip
     if HAS_SLOT_WEIGHTS:
         weights = tl.load(slot_weights_ptr + slots, mask=row_inside, other=0.0)
         result = result * weights.to(tl.float32)[:, None]
@@ -82,7 +97,7 @@ def _grouped_gemm_kernel(
 
 def grouped_gemm(
     a: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | Weight,
     out: torch.Tensor,
     sorted_slots: torch.Tensor,
     block_experts: torch.Tensor,
@@ -91,6 +106,8 @@ def grouped_gemm(
     top_k_divisor: int,
     a_scales: torch.Tensor | None = None,
     b_scales: torch.Tensor | None = None,
+    b_zeros: torch.Tensor | None = None,
+    b_second: torch.Tensor | None = None,
     slot_weights: torch.Tensor | None = None,
     kind: str,
     tile: Tile,
@@ -101,11 +118,17 @@ def grouped_gemm(
     sorted_slots, block_experts and n_padded come from `align` with block = tile.block_m.
     channel: a_scales [rows] f32 (not for decode kinds), b_scales [experts, n] f32. block128:
     a_scales [rows, ceil(k / 128)], b_scales [experts, ceil(n / 128), ceil(k / 128)].
+    tensor, groups, and b as a `Weight`: as for `gemm`, with a leading dimension of experts.
     slot_weights [slots] f32, bf16 or fp16, or None. Any strides of b are accepted.
     """
-    b, fnuz = weight_bytes(kind, b, fnuz)
-    check_operands(kind, a, b, a_scales, b_scales, tile)
-    slots, n, k = out.shape[0], b.shape[1], b.shape[2]
+    weight = (
+        b
+        if isinstance(b, Weight)
+        else as_weight(kind, a.shape[-1], b, b_scales, b_zeros, b_second, fnuz=fnuz)
+    )
+    check_operands(kind, a, a_scales, weight, tile)
+    codes = weight.codes
+    slots, n = out.shape[0], codes.shape[1]
     blocks = block_experts.numel()
     if blocks * tile.block_m != sorted_slots.numel():
         raise ValueError(
@@ -118,26 +141,31 @@ def grouped_gemm(
         raise ValueError("grouped_gemm: slot_weights must be contiguous")
     if slots == 0 or n == 0 or blocks == 0:
         return
+    options = tile_options(kind, tile, n, weight, a.dtype)
     # Not read when absent, but a kernel argument must be something.
     unused = out
     launch(
-        _grouped_gemm_kernel, (blocks * triton.cdiv(n, tile.block_n),),
-        a, b, out,
+        _grouped_gemm_kernel, (blocks * -(-n // options["BLOCK_N"]),),
+        a, codes, out,
         unused if a_scales is None else a_scales,
-        unused if b_scales is None else b_scales,
+        unused if weight.scales is None else weight.scales,
         unused if slot_weights is None else slot_weights,
         sorted_slots, block_experts, n_padded,
-        slots, n, k, *a.stride(), *b.stride(), *out.stride(),
-        *_expert_scale_strides(kind, a_scales, b_scales),
+        unused if weight.zeros is None else weight.zeros,
+        unused if weight.second is None else weight.second,
+        slots, n, weight.k, *a.stride(), *codes.stride(), *out.stride(),
+        *_expert_scale_strides(kind, a_scales, weight),
         TOP_K=top_k_divisor, HAS_SLOT_WEIGHTS=slot_weights is not None,
-        WIDE_ROWS=offsets_need_64_bits(a, out), WIDE_MATRIX=offsets_need_64_bits(b, skip=1),
-        **tile_options(kind, tile, n, k, fnuz),
+        WIDE_ROWS=offsets_need_64_bits(a, out), WIDE_MATRIX=offsets_need_64_bits(codes, skip=1),
+        **options,
     )  # fmt: skip
 
 
 def _expert_scale_strides(
-    kind: str, a_scales: torch.Tensor | None, b_scales: torch.Tensor | None
-) -> tuple[int, int, int, int, int]:
-    row, group, column, column_group = scale_strides(kind, a_scales, b_scales)
-    expert = 0 if b_scales is None else b_scales.stride(0)
-    return row, group, expert, column, column_group
+    kind: str, a_scales: torch.Tensor | None, weight: Weight
+) -> tuple[int, ...]:
+    row, group, *columns = scale_strides(kind, a_scales, weight, 3)
+    expert, second = (
+        0 if scales is None else scales.stride(0) for scales in (weight.scales, weight.second)
+    )
+    return row, group, expert, second, *columns

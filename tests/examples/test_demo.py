@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from hal.quant import SCHEMES
-
 for package in ("torch", "transformers", "matplotlib", "rich"):
     pytest.importorskip(package)
 
@@ -30,9 +28,15 @@ def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
     )
 
 
+SHOWN = (
+    *("bf16", "fp8_channel", "fp8_block128", "int8_channel"),
+    *("int4_w4a16", "mxfp4_w4a16", "nvfp4_w4a16"),
+)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Return a finished run over all schemes, and its folder."""
+    """Return a finished run over the schemes that are shown by default, and its folder."""
     folder = tmp_path_factory.mktemp("demo")
     return run(folder, "--bytes", "2048"), folder
 
@@ -71,18 +75,18 @@ def test_every_line_fits_a_terminal(done):
 def test_table_lists_every_scheme(done):
     found = sections(done[0].stdout)
     rows = [line.split() for line in found["bits per byte, beside bf16"][1:] if line]
-    assert [row[0] for row in rows] == list(SCHEMES)
+    assert [row[0] for row in rows] == list(SHOWN)
     base = float(rows[0][1])
     for row in rows:
         scheme, bits, change, weight_bytes, kernel_bytes, speed = row
         assert 1 < float(bits) < 3
         assert float(change.rstrip("%")) / 100 == pytest.approx(float(bits) / base - 1, abs=2e-4)
-        # So few bytes are noisy; tests/integrations demands 1% on the CPU.
-        assert abs(float(change.rstrip("%"))) < 2, scheme
+        # So few bytes are noisy; tests/integrations demands 1% and 5% on the CPU.
+        assert abs(float(change.rstrip("%"))) < (6 if "4_w4" in scheme else 2), scheme
         assert int(kernel_bytes.replace(",", "")) >= int(weight_bytes.replace(",", "")) > 0
         assert int(speed.replace(",", "")) > 0
     for title in ("kernels and why", "continuation (greedy)"):
-        assert all(any(scheme in line for line in found[title]) for scheme in SCHEMES)
+        assert all(any(scheme in line for line in found[title]) for scheme in SHOWN)
 
 
 def test_progress_goes_to_stderr(done):

@@ -334,6 +334,11 @@ class TestCasts:
         assert not list(module.parameters())
 
 
+def bound_of(scheme):
+    """Return how far a quantized layer may be from its source, in the Frobenius norm."""
+    return 0.06 if SCHEMES[scheme].weight.format not in ("int4", "e2m1") else 0.16
+
+
 class TestFromModule:
     @pytest.mark.parametrize("scheme", SCHEMES)
     @pytest.mark.parametrize("bias", [False, True])
@@ -342,7 +347,7 @@ class TestFromModule:
         before = {name: tensor.clone() for name, tensor in linear.named_parameters()}
         module = hal.nn.Linear.from_module(linear, scheme)
         with torch.no_grad():
-            assert difference(run(module), linear(numbers(5, 128, seed=9))) < 0.06
+            assert difference(run(module), linear(numbers(5, 128, seed=9))) < bound_of(scheme)
         module.load_state_dict(hal.nn.Linear.from_module(source(bias, 5), scheme).state_dict())
         assert all(torch.equal(dict(linear.named_parameters())[k], before[k]) for k in before)
         wanted = run(module)
@@ -364,7 +369,9 @@ class TestFromModule:
             hal.nn.Linear.from_module(linear, scheme)
         module = hal.nn.Linear.from_module(linear, scheme, dtype=torch.bfloat16)
         with torch.no_grad():
-            assert difference(run(module), linear(numbers(5, 128, seed=9).float())) < 0.06
+            assert difference(run(module), linear(numbers(5, 128, seed=9).float())) < bound_of(
+                scheme
+            )
 
     def test_unknown_scheme(self):
         with pytest.raises(UnknownNameError, match="int8_channel"):

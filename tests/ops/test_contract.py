@@ -14,8 +14,9 @@ import hal
 from hal.errors import ForcedKernelError
 from hal.ops import FusedMoE, Linear, Routing
 from hal.ops.fused_moe import ACTIVATIONS, activate
+from hal.ops.quantize import activation_encoding
 from hal.quant import SCHEMES, quantize
-from hal.quant.codec import decode, encode
+from hal.quant.represent import numbers, represent
 from hal.registry import Level, find_op
 
 QUANTIZES = (Level.NATIVE, Level.EMULATED, Level.REFERENCE)
@@ -51,7 +52,14 @@ def as_seen(x: torch.Tensor, scheme: str, encoding: str, level: Level) -> torch.
     how = SCHEMES[scheme].activation
     if how.format is None or level not in QUANTIZES or not x.numel():
         return x.double()
-    return decode(*encode(x, encoding, how.granularity), how.granularity).double()
+    own = activation_encoding(SCHEMES[scheme], encoding)
+    return numbers(represent(x, how, own), how, own, x.shape[-1]).double()
+
+
+def tolerance(scheme: str, level: Level) -> float:
+    """Return the error that is allowed: the coarser the codes, the more one of them moves."""
+    narrow = SCHEMES[scheme].activation.format == "e2m1" and level in QUANTIZES
+    return 5 * TOLERANCE if narrow else TOLERANCE
 
 
 def expected_moe(x, w13, w2, ids, weights, activation, level, roundings=0) -> torch.Tensor:
@@ -201,7 +209,7 @@ def test_moe_against_float64(
     found = bound(x, Routing(ids=ids, weights=weights))
     case = (x, w13, w2, ids, weights, "silu", bound.selection.level)
     assert found.dtype is x.dtype
-    assert moe_error(found, slice(None), *case) < TOLERANCE
+    assert moe_error(found, slice(None), *case) < tolerance(scheme, case[-1])
     gone = ((ids < 0) | (ids >= experts)).all(-1)
     assert not found[gone].any()
 
@@ -221,7 +229,7 @@ def test_moe_activations_and_dtypes(device, kernel, scheme, activation, dtype):
             found = bound(x, Routing(ids=ids, weights=weights))
             case = (x, w13, w2, ids, weights, activation, bound.selection.level)
             assert found.dtype is dtype
-            assert moe_error(found, slice(None), *case) < TOLERANCE
+            assert moe_error(found, slice(None), *case) < tolerance(scheme, case[-1])
 
 
 @pairs("fused_moe")
@@ -243,14 +251,16 @@ def test_moe_of_nasty_input(device, kernel, scheme):
     assert not found[6].any()
     rest = [row for row in range(16) if row != 2]
     case = (x, w13, w2, ids, weights, "silu", bound.selection.level)
-    assert moe_error(found, rest, *case) < TOLERANCE
+    assert moe_error(found, rest, *case) < tolerance(scheme, case[-1])
 
 
 @pairs("fused_moe")
 def test_claims_about_batches_hold(device, kernel, scheme):
     w13 = quantize(random(4, 128, 128, seed=1, device=device, scale=0.1), scheme)
     w2 = quantize(random(4, 128, 64, seed=2, device=device, scale=0.1), scheme)
-    bound = bind(FusedMoE, w13, w2, force=kernel, tokens=16)
+    # What a kernel claims, it keeps where it is asked for.
+    claims = find_op("fused_moe").find(kernel).batch_invariant
+    bound = bind(FusedMoE, w13, w2, force=kernel, tokens=16, batch_invariant=claims)
     x = random(50, 128, seed=3, device=device)
     ids, weights = routing(50, 2, 4, device, "plain")
     whole = bound(x, Routing(ids=ids, weights=weights))

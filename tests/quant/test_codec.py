@@ -181,13 +181,15 @@ def test_nothing_becomes_nothing(granularity: str, shape: tuple[int, ...]) -> No
     assert decode(codes, scales, granularity).shape == codes.shape
 
 
-def test_one_scale_for_a_tensor() -> None:
+def test_one_scale_for_a_matrix() -> None:
     x = values(2, 5, 7)
     codes, scales = encode(x, "e4m3fn", "tensor")
-    assert scales.shape == ()
-    assert scales.item() == np.float32(x.abs().max().double().item() / 448)
-    expected = reference.round_to((x / scales).double().numpy(), "e4m3fn")
+    assert scales.shape == (2,)
+    for index in range(2):
+        assert scales[index].item() == np.float32(x[index].abs().max().double().item() / 448)
+    expected = reference.round_to((x / scales[:, None, None]).double().numpy(), "e4m3fn")
     np.testing.assert_array_equal(represented(codes), expected)
+    assert encode(x[0], "e4m3fn", "tensor")[1].shape == ()
 
 
 def test_decode_without_scales_widens() -> None:
@@ -195,7 +197,7 @@ def test_decode_without_scales_widens() -> None:
     assert torch.equal(decode(x, None, "none"), x.float())
 
 
-@pytest.mark.parametrize("granularity", ["none", "group32", "row"])
+@pytest.mark.parametrize("granularity", ["none", "blocks", "row"])
 def test_a_granularity_without_a_rule_is_refused(granularity: str) -> None:
     with pytest.raises(ArgumentError, match=granularity):
         encode(values(2, 2), "e4m3fn", granularity)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal.errors import EncodingError
+from hal.errors import EncodingError, UnknownNameError
 from hal.quant import bind_encoding, quantize, to_layout
-from hal.quant.fp8 import to_fnuz
+from hal.quant.fp8 import doubled_e8m0, saturate, to_fn, to_fnuz
 
 ALL = torch.arange(256, dtype=torch.uint8)
 ONE = torch.tensor([1.0])
@@ -121,3 +121,81 @@ def test_quantizing_to_fnuz_is_quantizing_and_converting(row: list[float]) -> No
     assert straight.encoding == around.encoding == "e4m3fnuz"
     assert torch.equal(straight.scales, around.scales)
     assert torch.equal(straight.values.view(torch.uint8), around.values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("encoding", "top"), [("e4m3fn", 448), ("e4m3fnuz", 240)])
+def test_casts_saturate(encoding: str, top: float, source: torch.dtype) -> None:
+    far = [float("inf"), 6e4, top * 1.01, top, 0.0, -top, -top * 1.2, -6e4, -float("inf")]
+    found = saturate(torch.tensor(far).to(source), encoding)
+    assert found.dtype is getattr(torch, f"float8_{encoding}")
+    assert found.float().tolist() == [top] * 4 + [0] + [-top] * 4
+    nan = saturate(torch.tensor([float("nan"), -float("nan")], dtype=source), encoding)
+    assert nan.view(torch.uint8).tolist() == [0x7F if encoding == "e4m3fn" else 0x80] * 2
+
+
+@pytest.mark.parametrize("encoding", ["e4m3fn", "e4m3fnuz"])
+def test_casts_are_nearest_even_for_all_codes_and_all_midpoints(encoding: str) -> None:
+    grid = reference.byte_values(encoding)[: 0x7F if encoding == "e4m3fn" else 0x80]
+    middle = (grid[1:] + grid[:-1]) / 2
+    even = np.array([code + code % 2 for code in range(len(middle))])
+    for sign in (1, -1):
+        bit = np.where(np.arange(len(grid)) > 0, 0x80, 0 if "uz" in encoding else 0x80)
+        bit = bit if sign < 0 else bit * 0
+        found = saturate(torch.from_numpy(grid * sign).float(), encoding).view(torch.uint8)
+        np.testing.assert_array_equal(found.numpy(), np.arange(len(grid)) | bit)
+        found = saturate(torch.from_numpy(middle * sign).float(), encoding).view(torch.uint8)
+        np.testing.assert_array_equal(found.numpy(), even | bit[even])
+        for toward, code in ((0, np.arange(len(middle))), (500, np.arange(len(middle)) + 1)):
+            near = np.nextafter(middle.astype(np.float32), np.float32(toward)) * sign
+            found = saturate(torch.from_numpy(near), encoding).view(torch.uint8)
+            np.testing.assert_array_equal(found.numpy(), code | bit[code])
+
+
+def test_all_bytes_of_fnuz_mean_in_fn_what_they_meant() -> None:
+    source = ALL.clone().view(torch.float8_e4m3fnuz)
+    values, scales = to_fn(source, torch.tensor([3.0]))
+    assert values.dtype is torch.float8_e4m3fn
+    assert scales.item() == 1.5
+    codes = values.view(torch.uint8).numpy()
+    means = reference.byte_values("e4m3fn")[codes] * 1.5
+    meant = reference.byte_values("e4m3fnuz") * 3
+    meant[[0x7F, 0xFF]] = np.nan  # +-240: e4m3fn has no such byte
+    np.testing.assert_array_equal(means, meant)
+    assert torch.equal(source.view(torch.uint8), ALL)
+    again, _ = to_fn(source, ONE, inplace=True)
+    assert again.data_ptr() == source.data_ptr()
+    with pytest.raises(EncodingError, match="float8_e4m3fn, needed float8_e4m3fnuz; convert exact"):
+        to_fn(again, ONE)
+    with pytest.raises(EncodingError, match="to_fn: scales"):
+        to_fn(ALL.view(torch.float8_e4m3fnuz), ONE.bfloat16())
+
+
+def test_there_and_back_is_where_it_began_but_for_zero_and_nan() -> None:
+    values, scales = to_fn(*to_fnuz(all_bytes(), ONE))
+    assert scales.item() == 1
+    found = values.view(torch.uint8)
+    kept = [byte for byte in range(256) if byte not in (0x80, 0xFF)]
+    assert torch.equal(found[kept], ALL[kept])
+    assert found[[0x80, 0xFF]].tolist() == [0x00, 0x7F]
+
+
+def test_bytes_of_e8m0_double_and_nan_stays_nan() -> None:
+    found = doubled_e8m0(ALL)
+    assert found.dtype is torch.uint8
+    assert found.tolist() == [*range(1, 255), 254, 255]
+
+
+def test_an_unknown_encoding_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="fp8 encoding"):
+        saturate(ONE, "e5m2")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ["e4m3fn", "e4m3fnuz"])
+def test_the_gpu_saturates_to_the_bits_of_the_cpu(encoding: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 200
+    x[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    here, there = saturate(x, encoding), saturate(x.to(device), encoding)
+    assert torch.equal(there.cpu().view(torch.uint8), here.view(torch.uint8))

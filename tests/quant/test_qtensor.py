@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hal.errors import (
     ShapeError,
     UnknownNameError,
 )
-from hal.quant import SCHEMES, QTensor, find_scheme, quantize, to_layout
+from hal.quant import SCHEMES, QTensor, find_scheme, quantize, scale_shape, to_layout
 
 SHAPE = (130, 140)
 
@@ -31,6 +32,7 @@ def fields_of(scheme: str) -> dict:
     return {
         "values": made.values, "scales": made.scales, "scheme": made.scheme,
         "encoding": made.encoding, "layout": made.layout, "logical_shape": made.logical_shape,
+        "global_scale": made.global_scale, "zeros": made.zeros,
     }  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def same(one: QTensor, other: QTensor) -> bool:
         and one.values.dtype is other.values.dtype
         and one.values.shape == other.values.shape
         and all(
-            torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+            torch.equal(mine.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8))
             for mine, theirs in zip(one.tensors, other.tensors, strict=True)
         )
     )
@@ -51,13 +53,16 @@ def test_a_right_weight_is_accepted_and_described(scheme: str) -> None:
     made = QTensor(**fields_of(scheme))
     assert made.shape == made.logical_shape == SHAPE
     assert made.device == torch.device("cpu")
-    rows, columns = SHAPE
-    scales = {"bf16": 0, "fp8_block128": 4 * 2 * 2}.get(scheme, 4 * rows)
-    assert made.nbytes == rows * columns * (2 if scheme == "bf16" else 1) + scales
+    how, (rows, columns) = SCHEMES[scheme].weight, SHAPE
+    bits = {"bf16": 16, "e2m1": 4, "int4": 4}.get(how.format or "bf16", 8)
+    scales = 0 if how.format is None else math.prod(scale_shape(how.granularity, SHAPE))
+    width = {"float32": 4, "e8m0": 1, "e4m3fn": 1, None: 0}[how.scale_format]
+    second = {"none": 0, "tensor": 4, "channel": 4 * rows}[how.second]
+    assert made.nbytes == rows * columns * bits // 8 + scales * width + second
     assert repr(made) == (
         f"QTensor(130x140, {scheme}, {made.encoding}, layout=canonical, cpu, {made.nbytes} bytes)"
     )
-    assert len(made.tensors) == (1 if scheme == "bf16" else 2)
+    assert len(made.tensors) == (1 if scheme == "bf16" else 2 + (second > 0))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ CASES = [
     (scheme, layout)
     for scheme in SCHEMES
     for layout in ("canonical", "k_major", "interleaved")
-    if (scheme, layout) != ("fp8_block128", "interleaved")
+    if SCHEMES[scheme].weight.granularity != "block128" or layout != "interleaved"
 ]
 
 

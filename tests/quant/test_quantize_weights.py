@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import hal
 from hal.errors import ArgumentError, DTypeError, ShapeError, UnknownNameError, ValueRangeError
 from hal.quant import SCHEMES, QTensor, quantize
-from hal.quant.codec import encode
+from hal.quant.represent import represent
 
 # `hal.quant.quantize` is the function; the module of that name is behind it.
 module = importlib.import_module("hal.quant.quantize")
@@ -25,10 +25,9 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def equal(one: QTensor, other: QTensor) -> bool:
-    return (
-        one.metadata == other.metadata
-        and torch.equal(raw(one.values), raw(other.values))
-        and (one.scales is None or torch.equal(one.scales, other.scales))
+    return one.metadata == other.metadata and all(
+        torch.equal(raw(mine), raw(theirs))
+        for mine, theirs in zip(one.tensors, other.tensors, strict=True)
     )
 
 
@@ -48,9 +47,10 @@ def test_slices_give_what_the_whole_gives(scheme, lead, rows, columns) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SLICE_ELEMENTS", 1)  # 128 rows at a time
         sliced = quantize(weight, scheme, platform="cpu")
-    values, scales = encode(weight, sliced.encoding, SCHEMES[scheme].weight.granularity)
-    assert torch.equal(raw(sliced.values), raw(values))
-    assert torch.equal(sliced.scales, scales)
+    whole = represent(weight, SCHEMES[scheme].weight, sliced.encoding)
+    found = [tensor for tensor in whole if tensor is not None]
+    for mine, theirs in zip(sliced.tensors, found, strict=True):
+        assert torch.equal(raw(mine), raw(theirs))
     assert sliced.shape == tuple(weight.shape)
     assert equal(sliced, quantize(weight, scheme, platform="cpu"))
 
@@ -60,9 +60,7 @@ def test_experts_are_quantized_one_by_one(scheme: str) -> None:
     weight = weight_of(3, 140, 200)
     whole = quantize(weight, scheme, platform="cpu")
     for index in range(3):
-        one = quantize(weight[index], scheme, platform="cpu")
-        assert torch.equal(raw(whole.values[index]), raw(one.values))
-        assert torch.equal(whole.scales[index], one.scales)
+        assert equal(whole.matrix(index), quantize(weight[index], scheme, platform="cpu"))
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
@@ -70,8 +68,16 @@ def test_the_error_is_within_half_a_step(scheme: str) -> None:
     weight = weight_of(256, 256, dtype=torch.float32)
     found = quantize(weight, scheme, platform="cpu").dequantize()
     largest = weight.abs().max()
-    # e4m3 keeps 3 bits after the first: at most 1/16 of a value; int8: half of a 127th of amax
-    bound = weight.abs() / 16 + largest * 2**-10 / 448 if "fp8" in scheme else largest / 254
+    bounds = {
+        # 3 bits after the first: at most 1/16 of a value
+        "e4m3fn": weight.abs() / 16 + largest * 2**-9 / 448,
+        "int8": largest / 254,
+        # half a step of 7, and what rounding the scale to e4m3 adds to up to 8 steps
+        "int4": largest / 14 + largest / 14 * (scheme == "int4_w4a8_fp8"),
+        # half the step from 4 to 6, under a scale of up to one and a half
+        "e2m1": largest / 4,
+    }
+    bound = bounds[str(SCHEMES[scheme].weight.format)]
     assert ((found - weight).abs() <= bound * 1.0001).all()
 
 
@@ -186,3 +192,31 @@ def test_a_meta_weight_gives_shapes(scheme: str) -> None:
     assert meta.device.type == "meta"
     assert meta.metadata == real.metadata
     assert meta.nbytes == real.nbytes
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_shards_that_share_their_maxima_hold_the_bits_of_the_whole(scheme: str, axis: int) -> None:
+    weight = weight_of(2, 256, 512)
+    weight[:, :, :256] *= 3  # so that the shards alone would choose other scales
+    shards = weight.chunk(2, axis)
+    found: list[list[torch.Tensor]] = [[], []]
+    for index, shard in enumerate(shards):
+        # The calls come in the same order for both, as on two ranks.
+        quantize(shard, scheme, platform="cpu", reduce=lambda x, i=index: found[i].append(x) or x)
+    assert len(found[0]) == len(found[1])
+    rows = axis == -2 and SCHEMES[scheme].weight.granularity not in ("tensor",)
+    rows = rows and SCHEMES[scheme].weight.second != "tensor"
+    agreed = [torch.maximum(*pair) for pair in zip(*found, strict=True)]
+    parts = []
+    for shard in shards:
+        answers = iter(agreed)
+        # Shards of rows have rows of their own: nothing is shared between them.
+        parts.append(
+            quantize(
+                shard, scheme, platform="cpu", reduce=None if rows else lambda x, a=answers: next(a)
+            )
+        )
+    whole = quantize(weight, scheme, platform="cpu")
+    wide = torch.cat([part.dequantize() for part in parts], axis)
+    assert torch.equal(wide, whole.dequantize())

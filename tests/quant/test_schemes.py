@@ -26,7 +26,8 @@ def test_a_row_agrees_with_itself(scheme: Scheme) -> None:
         assert how.format is None or how.format in FORMATS
         assert how.scale_format is None or how.scale_format in FORMATS
         assert str(how)
-    assert scheme.activation.format in (None, scheme.weight.format)
+    narrow = (scheme.activation.format, scheme.weight.format)
+    assert narrow[0] in (None, narrow[1]) or narrow[1] in ("int4", "e2m1")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
@@ -36,9 +37,10 @@ def test_operands_state_what_the_scheme_says(scheme: Scheme) -> None:
         scheme.activation.granularity,
         scheme.activation.scale_format,
     )
-    assert (weight.granularity, weight.scale_format) == (
+    assert (weight.granularity, weight.scale_format, weight.second) == (
         scheme.weight.granularity,
         scheme.weight.scale_format,
+        scheme.weight.second,
     )
     if scheme.weight.format == "e4m3fn":
         assert weight.formats == ("e4m3fn", "e4m3fnuz")
@@ -94,7 +96,9 @@ def test_unknown_formats_are_refused(values) -> None:
 def test_scale_shapes(lead: list[int], rows: int, columns: int) -> None:
     shape = (*lead, rows, columns)
     down, across = math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)
-    assert scale_shape("tensor", shape) == ()
+    assert scale_shape("tensor", shape) == tuple(lead)
+    for group in (16, 32, 64):
+        assert scale_shape(f"group{group}", shape) == (*lead, rows, math.ceil(columns / group))
     assert scale_shape("channel", shape) == scale_shape("token", shape) == (*lead, rows)
     assert scale_shape("group128", shape) == (*lead, rows, across)
     assert scale_shape("block128", shape) == (*lead, down, across)

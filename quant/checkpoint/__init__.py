@@ -1,0 +1,21 @@
+"""Load and save quantized models as folders of safetensors. Imports no torch."""
+
+from __future__ import annotations
+
+from hal.quant.checkpoint.formats import FORMATS, Format
+from hal.quant.checkpoint.reader import Checkpoint, ModuleSummary, Summary, load
+from hal.quant.checkpoint.rules import Rule
+from hal.quant.checkpoint.source import Pieces
+from hal.quant.checkpoint.write import save
+
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "Format",
+    "ModuleSummary",
+    "Pieces",
+    "Rule",
+    "Summary",
+    "load",
+    "save",
+]

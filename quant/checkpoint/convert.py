@@ -1,0 +1,234 @@
+"""Turn the tensors of one module of a checkpoint into hal's codes and scales.
+
+| format | codes in the file | what changes |
+|---|---|---|
+| pack-quantized | int32, eight along K, code + 8 | sign; zero points unpacked along N |
+| gptq | int32 `[K / 8, N]`, code + 8 or zero points - 1 | transposed; zero points + 1 modulo 16 |
+| awq | int32 `[K, N / 8]` in the order 0 2 4 6 1 3 5 7 | order undone, transposed |
+| nvfp4-pack-quantized | as here | second scale: 1 / theirs, which encodes |
+| others | as here | scales to float32, exactly |
+
+Everything is checked before it is used: sizes against each other, scales for NaN, infinity and
+signs. Errors name file and tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hal.errors import ArgumentError, ShapeError, UnsupportedModelError, ValueRangeError
+from hal.quant.checkpoint.formats import FORMATS
+from hal.quant.checkpoint.packing import clear_tail, flip_sign, from_words, unpack_rows
+from hal.quant.checkpoint.rules import scheme_of
+from hal.quant.checkpoint.source import (
+    Pieces,
+    Source,
+    read_factor,
+    read_scales,
+    require_order,
+)
+from hal.quant.nibbles import pack, unpack_int32
+from hal.quant.tensor import QTensor
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["convert", "to_qtensor"]
+
+
+def convert(source: Source) -> Pieces:
+    """Return the weight of one module.
+
+    Raises:
+        DTypeError: If a tensor has another dtype than its format says.
+        ShapeError: If sizes do not fit each other.
+        ValueRangeError: If a scale is NaN, infinite or negative.
+        UnsupportedModelError: If columns were reordered.
+        ArgumentError: If a tensor contradicts the configuration.
+    """
+    return _CONVERTERS[source.rule.format](source)
+
+
+def to_qtensor(pieces: Pieces) -> QTensor:
+    """Return the weight under the scheme that fits it, without copying.
+
+    Raises:
+        UnsupportedModelError: If hal has no scheme for it.
+    """
+    rule = pieces.rule
+    scheme = scheme_of(rule)
+    if scheme is None:
+        raise UnsupportedModelError(
+            pieces.name,
+            found=f"{rule.encoding} with {rule.scale_format} scales per {rule.granularity}, "
+            f"activations {rule.activation or 'as given'}",
+            needed="a scheme of hal.quant.SCHEMES",
+            cure="Checkpoint.pieces(name) gives codes and scales all the same",
+        )
+    return QTensor(
+        pieces.values,
+        pieces.scales,
+        scheme,
+        rule.encoding,
+        logical_shape=pieces.logical_shape,
+        global_scale=pieces.global_scale,
+        zeros=pieces.zeros,
+    )
+
+
+def _bytes(source: Source) -> Pieces:
+    """Convert codes of a byte each."""
+    import torch
+
+    codes = FORMATS[source.rule.format].codes.suffix
+    scale = next(
+        s for s in (".weight_scale", ".weight_scale_inv", "_scale_inv") if s in source.suffixes
+    )
+    shape = source.entry(codes).shape
+    if len(shape) not in (2, 3) or 0 in shape or (len(shape) == 3 and codes):
+        raise ShapeError(source.where(codes), found=list(shape), needed="[N, K]")
+    scales = read_scales(source, scale, shape)
+    values = source.read(codes)
+    if source.rule.encoding == "int4":
+        # compressed-tensors leaves int4 weights with quantized activations a byte each.
+        if bool(((values < -8) | (values > 7)).any()):
+            raise ValueRangeError(source.where(codes), found="codes of 8 bits", needed="-8 to 7")
+        values = pack(values.view(torch.uint8))
+    static = next((s for s in (".input_scale", ".activation_scale") if s in source.suffixes), None)
+    return Pieces(
+        source.module,
+        source.rule,
+        values.clone(),
+        scales,
+        shape,
+        input_scale=None if static is None else read_factor(source, static),
+    )
+
+
+def _packed(source: Source) -> Pieces:
+    """Convert the int32 words of compressed-tensors, eight codes along K or four."""
+    import torch
+
+    rule = source.rule
+    source.shape(".weight_shape", (2,))
+    rows, columns = (int(size) for size in source.read(".weight_shape"))
+    per_word = 4 if rule.encoding == "int8" else 8
+    if rows <= 0 or columns <= 0:
+        raise ShapeError(source.where(".weight_shape"), found=[rows, columns], needed="sizes")
+    source.shape(".weight_packed", (rows, -(-columns // per_word)))
+    scales = read_scales(source, ".weight_scale", (rows, columns))
+    if ".weight_g_idx" in source.suffixes:
+        require_order(source, ".weight_g_idx", columns)
+    zeros = None
+    if rule.encoding == "uint4":
+        groups = scales.shape[-1] if scales.ndim == 2 else 1
+        source.shape(".weight_zero_point", (-(-rows // 8), groups))
+        zeros = unpack_rows(source.read(".weight_zero_point"), rows).view(scales.shape)
+    elif ".weight_zero_point" in source.suffixes:
+        raise ArgumentError(
+            source.where(".weight_zero_point"), found="zero points", needed="none: symmetric"
+        )
+    words = source.read(".weight_packed")
+    if rule.encoding == "int8":
+        values = from_words(words, columns).bitwise_xor_(0x80).view(torch.int8)
+    else:
+        values = from_words(words, -(-columns // 2))
+        fix = clear_tail if rule.encoding == "uint4" else flip_sign
+        values = fix(values, columns)
+    return Pieces(source.module, rule, values, scales, (rows, columns), zeros=zeros)
+
+
+def _fp4(source: Source) -> Pieces:
+    """Convert e2m1 pairs that lie as hal's do."""
+    codes = FORMATS[source.rule.format].codes.suffix
+    rows, half = source.shape(codes)
+    shape = rows, 2 * half
+    scales = read_scales(source, ".weight_scale", shape)
+    second = static = None
+    if ".weight_global_scale" in source.suffixes:
+        second = read_factor(source, ".weight_global_scale", encodes=True)
+    if ".weight_scale_2" in source.suffixes:
+        second = read_factor(source, ".weight_scale_2")
+    if ".input_global_scale" in source.suffixes:
+        static = read_factor(source, ".input_global_scale", encodes=True)
+    if ".input_scale" in source.suffixes:
+        static = read_factor(source, ".input_scale")
+    values = source.read(codes).clone()
+    return Pieces(
+        source.module, source.rule, values, scales, shape, global_scale=second, input_scale=static
+    )
+
+
+def _gpt_oss(source: Source) -> Pieces:
+    """Convert blocks `[E, N, K / 32, 16]` and scales `[E, N, K / 32]`, which need no reordering."""
+    found = source.entry("_blocks").shape
+    if len(found) != 4 or found[3] != 16 or 0 in found:
+        raise ShapeError(source.where("_blocks"), found=list(found), needed="[E, N, K / 32, 16]")
+    experts, rows, groups, _ = found
+    scales = read_scales(source, "_scales", (experts, rows, groups * 32))
+    values = source.read("_blocks").flatten(-2).clone()
+    return Pieces(source.module, source.rule, values, scales, (experts, rows, groups * 32))
+
+
+def _gptq(source: Source) -> Pieces:
+    import torch
+
+    rule = source.rule
+    words, rows = source.shape(".qweight")
+    columns = words * 8
+    scales = read_scales(source, ".scales", (rows, columns), transposed=True)
+    groups = scales.shape[-1] if scales.ndim == 2 else 1
+    if ".g_idx" in source.suffixes:
+        require_order(source, ".g_idx", columns)
+    source.shape(".qzeros", (groups, -(-rows // 8)))
+    # AutoGPTQ itself adds one modulo 16: its zero point 0 is stored as 15.
+    stored = unpack_int32(source.read(".qzeros"), rows)
+    zeros = stored.add(rule.zero_offset).bitwise_and(0x0F).t().contiguous().view(scales.shape)
+    values = from_words(source.read(".qweight").t(), columns // 2)
+    if rule.encoding == "uint4":
+        return Pieces(source.module, rule, values, scales, (rows, columns), zeros=zeros)
+    if not torch.equal(zeros, torch.full_like(zeros, 8)):
+        raise ArgumentError(
+            source.where(".qzeros"), found="zero points besides 8", needed="8: sym is true"
+        )
+    return Pieces(source.module, rule, flip_sign(values, columns), scales, (rows, columns))
+
+
+def _awq(source: Source) -> Pieces:
+    import torch
+
+    rule = source.rule
+    columns, words = source.shape(".qweight")
+    rows = words * 8
+    scales = read_scales(source, ".scales", (rows, columns), transposed=True)
+    groups = scales.shape[-1] if scales.ndim == 2 else 1
+    packed = source.read(".qweight")
+    values = torch.empty((rows, -(-columns // 2)), dtype=torch.uint8)
+    for begin in range(0, words, 64):  # a slice at a time: the codes take twice their bytes here
+        part = packed[:, begin : begin + 64]
+        values[begin * 8 : (begin + part.shape[1]) * 8] = pack(
+            unpack_int32(part, part.shape[1] * 8, "awq").t()
+        )
+    if rule.encoding != "uint4":
+        if ".qzeros" in source.suffixes:
+            raise ArgumentError(
+                source.where(".qzeros"), found="zero points", needed="none: zero_point is false"
+            )
+        return Pieces(source.module, rule, flip_sign(values, columns), scales, (rows, columns))
+    source.shape(".qzeros", (groups, words))
+    zeros = unpack_int32(source.read(".qzeros"), rows, "awq").t().contiguous().view(scales.shape)
+    return Pieces(source.module, rule, values, scales, (rows, columns), zeros=zeros)
+
+
+_CONVERTERS: dict[str, Callable[[Source], Pieces]] = {
+    **dict.fromkeys(("float-quantized", "int-quantized", "mxfp8-quantized"), _bytes),
+    **dict.fromkeys(("fine-grained-fp8", "fine-grained-fp8-experts", "modelopt-fp8"), _bytes),
+    **dict.fromkeys(("nvfp4-pack-quantized", "mxfp4-pack-quantized", "modelopt-nvfp4"), _fp4),
+    "pack-quantized": _packed,
+    "gpt-oss-mxfp4": _gpt_oss,
+    "gptq": _gptq,
+    "awq": _awq,
+}
+
+assert set(_CONVERTERS) == set(FORMATS)

@@ -1,0 +1,175 @@
+"""Store a `QTensor` as compressed-tensors does, and say so in its configuration.
+
+The bits of codes and scales do not change, with one exception: NVFP4's second scale, which
+compressed-tensors stores as a reciprocal, may come back one unit in the last place off.
+
+Source: compressed-tensors, compressors/ and quantization/quant_scheme.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import EncodingError, ShapeError, UnsupportedModelError
+from hal.quant.checkpoint.packing import clear_tail, flip_sign, pack_rows, to_words
+from hal.quant.layout import to_layout
+from hal.quant.scheme import BLOCK, Quantization, Scheme, group_of
+from hal.quant.tensor import QTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Stored", "config_group", "store"]
+
+_BITS = {"e4m3fn": (8, "float"), "int8": (8, "int"), "int4": (4, "int"), "e2m1": (4, "float")}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A weight as compressed-tensors stores it.
+
+    Attributes:
+        tensors: Its tensors by suffix.
+        format: compressed-tensors' name of the format.
+        symmetric: False where there are zero points.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    format: str
+    symmetric: bool = True
+
+
+def store(name: str, weight: QTensor) -> Stored:
+    """Return the tensors of a module, on the CPU.
+
+    Args:
+        name: Name of the module, for errors.
+        weight: A weight `[N, K]` in any layout.
+
+    Raises:
+        UnsupportedModelError: If compressed-tensors has no format for the scheme.
+        ShapeError: If the weight is no matrix, or its groups are not whole.
+        EncodingError: If its bytes are e4m3fnuz.
+    """
+    how = weight.scheme.weight
+    _require_storable(name, weight)
+    plain = to_layout(weight, "canonical").to("cpu")
+    codes = plain.values.contiguous()
+    scales = plain.scales
+    if scales is None:
+        return Stored({".weight": codes}, "dense")
+    if how.format == "int4" or weight.scheme.name == "int8_w8a16":
+        return _pack(plain)
+    if how.granularity == "channel":
+        scales = scales.unsqueeze(-1)
+    elif how.granularity == "tensor":
+        scales = scales.reshape(1)
+    if how.format != "e2m1":
+        return Stored({".weight": codes, ".weight_scale": scales}, _format(how))
+    found = {".weight_packed": codes, ".weight_scale": scales}
+    if plain.global_scale is not None:
+        found[".weight_global_scale"] = (1.0 / plain.global_scale).reshape(1)
+    return Stored(found, _format(how))
+
+
+def config_group(scheme: Scheme, format: str, *, symmetric: bool) -> dict[str, Any]:
+    """Return the entry of config_groups for a scheme, without its targets."""
+    how = scheme.activation
+    # NVFP4 activations need a calibrated scale in the file there; hal's are scaled per token, so
+    # that readers get the weights alone rather than a scale that nobody measured.
+    inputs = None if how.format is None or how.second != "none" else _arguments(how)
+    weights = _arguments(scheme.weight)
+    if not symmetric:
+        weights["symmetric"] = False
+    return {
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": format,
+    }
+
+
+def _pack(weight: QTensor) -> Stored:
+    """Pack codes into int32 along K, and zero points along N."""
+    import torch
+
+    rows, columns = weight.logical_shape
+    codes = weight.values.clone(memory_format=torch.contiguous_format)
+    if weight.scheme.weight.format == "int8":
+        codes = codes.view(torch.uint8).bitwise_xor_(0x80)
+    elif weight.zeros is None:
+        codes = flip_sign(codes, columns)
+    else:
+        codes = clear_tail(codes, columns)
+    assert weight.scales is not None
+    channel = weight.scheme.weight.granularity == "channel"
+    found = {
+        ".weight_packed": to_words(codes),
+        ".weight_scale": weight.scales.unsqueeze(-1) if channel else weight.scales,
+        ".weight_shape": torch.tensor([rows, columns]),
+    }
+    if weight.zeros is not None:
+        zeros = weight.zeros.unsqueeze(-1) if channel else weight.zeros
+        found[".weight_zero_point"] = pack_rows(zeros)
+    return Stored(found, "pack-quantized", weight.zeros is None)
+
+
+def _format(how: Quantization) -> str:
+    if how.format == "e2m1":
+        return "mxfp4-pack-quantized" if how.scale_format == "e8m0" else "nvfp4-pack-quantized"
+    if how.scale_format == "e8m0":
+        return "mxfp8-quantized"
+    return "int-quantized" if how.format == "int8" else "float-quantized"
+
+
+def _arguments(how: Quantization) -> dict[str, Any]:
+    """Return compressed-tensors' QuantizationArgs of one operand."""
+    assert how.format is not None
+    bits, kind = _BITS[how.format]
+    group = group_of(how.granularity)
+    found: dict[str, Any] = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "strategy": how.granularity,
+        "dynamic": how.dynamic,
+        "group_size": group,
+    }
+    if group is not None:
+        found["strategy"] = "group" if how.second == "none" else "tensor_group"
+    elif how.granularity == "block128":
+        found.update(strategy="block", block_structure=[BLOCK, BLOCK])
+    if how.scale_format == "e8m0":
+        found["scale_dtype"] = "torch.uint8"
+    elif how.scale_format == "e4m3fn":
+        found["scale_dtype"] = "torch.float8_e4m3fn"
+    return found
+
+
+def _require_storable(name: str, weight: QTensor) -> None:
+    how = weight.scheme.weight
+    if how.second == "channel":
+        raise UnsupportedModelError(
+            name,
+            found=f"scheme {weight.scheme}",
+            needed="a scheme that compressed-tensors has a format for",
+            cure="save int4_w4a16; its scales become the pair when the model is loaded",
+        )
+    if weight.encoding == "e4m3fnuz":
+        raise EncodingError(
+            name,
+            found="e4m3fnuz bytes",
+            needed="e4m3fn, which checkpoints hold on every device",
+            cure="quantize with platform='cpu'",
+        )
+    if how.format is not None and len(weight.shape) != 2:
+        raise ShapeError(
+            name,
+            found=list(weight.shape),
+            needed="[N, K]",
+            cure="save each expert's matrix under a name of its own",
+        )
+    group = group_of(how.granularity)
+    if group is not None and weight.shape[-1] % group:
+        raise ShapeError(name, found=f"K = {weight.shape[-1]}", needed=f"a multiple of {group}")
