@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from moe import time_graph
 
 from hal.ops.kernels.accumulate import WEIGHT_ONLY_KINDS, Weight, as_weight
 from hal.ops.kernels.linear import gemm
@@ -202,30 +202,6 @@ def relative_error(
     gemm(a, weight, out, kind=kind, tile=tile)
     expected = a.double() @ value.T
     return float((out.double() - expected).abs().max() / expected.abs().max())
-
-
-def time_graph(call: Callable[[], Any], replays: int = 15) -> float:
-    """Return the median time of a graph replay in microseconds, with a cold L2."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    dirt = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(replays):
-        dirt.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":
