@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
-from hal.ops.linear import TileChoice, multiply, product_kind, row_scales
+from hal.ops.linear import (
+    TileChoice,
+    multiply,
+    packed_kind,
+    packed_tensors,
+    product_kind,
+    row_scales,
+    scale_names,
+)
 from hal.ops.quantize import fake_quantize
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.scheme import SCHEMES
@@ -45,6 +53,7 @@ FUSED_MOE = Op(
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 BYTEWISE = tuple(name for name in QUANTIZED if SCHEMES[name].weight.bytewise)
+PACKED = tuple(name for name in QUANTIZED if name not in BYTEWISE)
 
 
 def moe_signatures(*names: str, weight_only: bool = False) -> dict[str, Any]:
@@ -197,7 +206,28 @@ def bind_triton_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     return _bind_triton(binding, w13, w2, product_kind(w13.scheme) + "_decode")
 
 
-def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Bound:
+@FUSED_MOE.kernel(
+    "triton_packed",
+    level=Level.WEIGHT_ONLY,
+    band="tuned",
+    signatures=moe_signatures(*PACKED, weight_only=True),
+    requires=(*TRITON, Needs.triton_math("bfloat16")),
+)
+def bind_triton_packed(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Decode codes of four bits, or scales of exponents, in the loop by integer shifts."""
+    kinds = packed_kind(w13), packed_kind(w2)  # int4 may have zero points in one of them
+    return _bind_triton(binding, w13, w2, *kinds, read=packed_tensors)
+
+
+def _bind_triton(
+    binding: Binding,
+    w13: QTensor,
+    w2: QTensor,
+    kind: str,
+    kind2: str = "",
+    *,
+    read: Callable[[QTensor], tuple[torch.Tensor, ...]] = row_scales,
+) -> Bound:
     import torch
 
     from hal.ops.align import align_triton
@@ -212,10 +242,12 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
     activation = binding.problem("activation", "silu")
     quantizes = not kind.endswith("_decode") and scheme.activation.dynamic
     how = scheme.activation
-    width = len(w13.tensors)
+    read13, read2 = read(w13), read(w2)
+    kind2 = kind2 or kind
+    width, names13, names2 = len(read13), scale_names(kind), scale_names(kind2)
     tiles13 = TileChoice(binding, kind, columns, hidden)
-    tiles2 = TileChoice(binding, kind, hidden, intermediate)
-    common: dict[str, Any] = {"kind": kind, "fnuz": encoding == "e4m3fnuz"}
+    tiles2 = TileChoice(binding, kind2, hidden, intermediate)
+    fnuz = encoding == "e4m3fnuz"
     gate = _gate_and_quantize(encoding, how.granularity, activation) if quantizes else None
 
     def launch(
@@ -229,7 +261,8 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
         tile13 = tiles13(rows, matrices)
         tile2 = tiles2(rows, matrices, tile13.block_m)
         places = align_triton(ids, experts, tile13.block_m)
-        (b13, s13), (b2, s2) = _pair(tensors[:width]), _pair(tensors[width:])
+        b13, *s13 = tensors[:width]
+        b2, *s2 = tensors[width:]
         a, a_scales = x, None
         if quantizes:
             a, a_scales = quantize_triton(x, encoding, how)
@@ -241,9 +274,10 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
             *places,
             top_k_divisor=top_k,
             a_scales=a_scales,
-            b_scales=s13,
+            kind=kind,
             tile=tile13,
-            **common,
+            fnuz=fnuz,
+            **dict(zip(names13, s13, strict=False)),
         )
         h_scales = None
         if gate is not None:
@@ -259,15 +293,16 @@ def _bind_triton(binding: Binding, w13: QTensor, w2: QTensor, kind: str) -> Boun
             *places,
             top_k_divisor=1,
             a_scales=h_scales,
-            b_scales=s2,
+            kind=kind2,
             tile=tile2,
-            **common,
+            fnuz=fnuz,
+            **dict(zip(names2, s2, strict=False)),
         )
         out = torch.empty_like(x)
         combine(y.view(tokens, top_k, hidden), out, ids, experts, weights)
         return out
 
-    return launch, (*row_scales(w13), *row_scales(w2))
+    return launch, (*read13, *read2)
 
 
 def _gate_and_quantize(
@@ -294,7 +329,3 @@ def _gate_and_quantize(
         return values, scales
 
     return gate
-
-
-def _pair(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return (tensors[0], tensors[1]) if len(tensors) == 2 else (tensors[0], None)

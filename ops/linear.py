@@ -259,7 +259,7 @@ def bind_triton_packed(binding: Binding, weight: QTensor, bias: torch.Tensor | N
     rows_out, columns = weight.shape
     kind = packed_kind(weight)
     tiles = TileChoice(binding, kind, rows_out, columns)
-    has_zeros, has_second = weight.zeros is not None, kind == "nvfp4_decode"
+    read, names = packed_tensors(weight), scale_names(kind)
     has_bias, fnuz = bias is not None, weight.encoding == "e4m3fnuz"
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
@@ -268,17 +268,15 @@ def bind_triton_packed(binding: Binding, weight: QTensor, bias: torch.Tensor | N
             x,
             tensors[0],
             out,
-            b_scales=tensors[1],
-            b_second=tensors[2] if has_second else None,
-            b_zeros=tensors[2] if has_zeros else None,
             bias=tensors[-1] if has_bias else None,
             kind=kind,
             tile=tiles(x.shape[0]),
             fnuz=fnuz,
+            **dict(zip(names, tensors[1:], strict=False)),
         )
         return out
 
-    return launch, _with_bias(packed_tensors(weight), bias)
+    return launch, _with_bias(read, bias)
 
 
 def packed_kind(weight: QTensor) -> str:
@@ -289,6 +287,12 @@ def packed_kind(weight: QTensor) -> str:
     if how.scale_format == "e4m3fn":
         return "nvfp4_decode"
     return "mxfp4_decode" if how.packed else "mxfp8_decode"
+
+
+def scale_names(kind: str) -> tuple[str, ...]:
+    """Return the launchers' names of the tensors that follow the codes."""
+    further = {"nvfp4_decode": "b_second", "uint4_group_decode": "b_zeros"}.get(kind)
+    return ("b_scales",) if further is None else ("b_scales", further)
 
 
 def packed_tensors(weight: QTensor) -> tuple[torch.Tensor, ...]:
@@ -310,7 +314,7 @@ def packed_tensors(weight: QTensor) -> tuple[torch.Tensor, ...]:
 
 
 def _by_column(scales: torch.Tensor) -> torch.Tensor:
-    return scales.T.contiguous().T
+    return scales.mT.contiguous().mT
 
 
 class TileChoice:
