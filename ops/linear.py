@@ -154,7 +154,7 @@ def bind_dequant(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -
 )
 def bind_triton_bf16(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Multiply bf16 or fp16 in Triton."""
-    return _bind_triton(binding, weight, bias, "bf16")
+    return _bind_decoded(binding, weight, bias, "bf16", weight.tensors)
 
 
 @LINEAR.kernel(
@@ -190,11 +190,8 @@ def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
 )
 def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Decode weight bytes in the loop by integer shifts; needs no fp8 in hardware."""
-    kind = product_kind(weight.scheme)
-    # Words of four bytes, decoded two at a time: 16 us on an H200 at 4096 x 4096 with
-    # one scale a matrix, where the other takes 43.
-    kind = "fp8_tensor" if kind == "fp8_channel" else kind
-    return _bind_triton(binding, weight, bias, kind + "_decode")
+    kind = product_kind(weight.scheme) + "_decode"
+    return _bind_decoded(binding, weight, bias, kind, row_scales(weight))
 
 
 def product_kind(scheme: Scheme) -> str:
@@ -214,32 +211,26 @@ def row_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
 
 
 def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, kind: str) -> Bound:
-
     from hal.ops.kernels.linear import gemm
     from hal.ops.quantize import quantize_triton
 
     encoding, scheme = weight.encoding, weight.scheme
     rows_out, columns = weight.shape
-    quantizes = not kind.endswith("_decode") and scheme.activation.dynamic
     tiles = TileChoice(binding, kind, rows_out, columns)
-    has_scales, has_bias = weight.scales is not None, bias is not None
-    fnuz = encoding == "e4m3fnuz"
+    has_bias = bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         out = x.new_empty(x.shape[0], rows_out)
-        a, a_scales = x, None
-        if quantizes:
-            a, a_scales = quantize_triton(x, encoding, scheme.activation)
+        codes, scales = quantize_triton(x, encoding, scheme.activation)
         gemm(
-            a,
+            codes,
             tensors[0],
             out,
-            a_scales=a_scales,
-            b_scales=tensors[1] if has_scales else None,
+            a_scales=scales,
+            b_scales=tensors[1],
             bias=tensors[-1] if has_bias else None,
             kind=kind,
             tile=tiles(x.shape[0]),
-            fnuz=fnuz,
         )
         return out
 
@@ -255,28 +246,27 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
 )
 def bind_triton_packed(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Decode codes of four bits, or scales of exponents, in the loop by integer shifts."""
-    from hal.ops.kernels.linear import gemm
+    return _bind_decoded(binding, weight, bias, packed_kind(weight), packed_tensors(weight))
 
-    rows_out, columns = weight.shape
-    kind = packed_kind(weight)
-    tiles = TileChoice(binding, kind, rows_out, columns)
-    read, names = packed_tensors(weight), scale_names(kind)
-    has_bias, fnuz = bias is not None, weight.encoding == "e4m3fnuz"
 
-    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        out = x.new_empty(x.shape[0], rows_out)
-        gemm(
-            x,
-            tensors[0],
-            out,
-            bias=tensors[-1] if has_bias else None,
-            kind=kind,
-            tile=tiles(x.shape[0]),
-            fnuz=fnuz,
-            **dict(zip(names, tensors[1:], strict=False)),
-        )
-        return out
+def _bind_decoded(
+    binding: Binding,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    read: tuple[torch.Tensor, ...],
+) -> Bound:
+    from hal.ops.decoded import decoded_product
 
+    launch = decoded_product(
+        binding,
+        kind,
+        weight.shape,
+        TileChoice(binding, kind, *weight.shape),
+        scale_names(kind),
+        has_bias=bias is not None,
+        fnuz=weight.encoding == "e4m3fnuz",
+    )
     return launch, _with_bias(read, bias)
 
 
@@ -292,6 +282,8 @@ def packed_kind(weight: QTensor) -> str:
 
 def scale_names(kind: str) -> tuple[str, ...]:
     """Return the launchers' names of the tensors that follow the codes."""
+    if kind == "bf16":
+        return ()
     further = {"nvfp4_decode": "b_second", "uint4_group_decode": "b_zeros"}.get(kind)
     return ("b_scales",) if further is None else ("b_scales", further)
 

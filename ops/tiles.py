@@ -17,7 +17,6 @@ OPERAND_BYTES: dict[str, tuple[float, float]] = {
     "fp8_channel_decode": (2, 1),
     "fp8_block128_decode": (2, 1),
     "int8_channel_decode": (2, 1),
-    "fp8_tensor_decode": (2, 1),
     "int4_group_decode": (2, 0.5),
     "uint4_group_decode": (2, 0.5),
     "mxfp8_decode": (2, 1),
@@ -26,8 +25,13 @@ OPERAND_BYTES: dict[str, tuple[float, float]] = {
 }
 # Kinds whose weights come as words of several codes (see ops/kernels/packed.py); of those, the ones
 # with float32 scales, which apply to the sum of a group: a second accumulator.
-GROUP_SUMS = frozenset(("int4_group_decode", "uint4_group_decode"))
-PACKED_KINDS = GROUP_SUMS | {"fp8_tensor_decode", "mxfp8_decode", "mxfp4_decode", "nvfp4_decode"}
+GROUP_SUMS = frozenset(("fp8_block128_decode", "int4_group_decode", "uint4_group_decode"))
+PACKED_KINDS = GROUP_SUMS | {
+    "fp8_channel_decode",
+    "mxfp8_decode",
+    "mxfp4_decode",
+    "nvfp4_decode",
+}
 # Triton adds barriers, reduction and layout-conversion scratch that the estimate cannot see.
 SHARED_MEMORY_RESERVE = 1024
 
@@ -110,10 +114,13 @@ def choose_tile(
         tile = _cuda_packed_tile(kind, rows, arch, several=matrices > 1)
     else:
         tile = _cuda_tile(kind, rows, arch, several=matrices > 1)
-    tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, compute_units)
+    splits = kind in PACKED_KINDS and matrices == 1 and rows <= 16
+    # Sums of groups are better split along k than along n, as far as there are tiles at all.
+    least = compute_units // 5 if splits and kind in GROUP_SUMS else compute_units
+    tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, least)
     tile = _shrink_to_problem(tile, n, k)
-    if kind in PACKED_KINDS and matrices == 1 and rows <= 16:
-        tile = _split(tile, n, k, compute_units)
+    if splits:
+        tile = _split(tile, kind, n, k, compute_units)
     return fit(tile, kind, shared_memory_bytes, platform=platform)
 
 
@@ -160,13 +167,14 @@ def _cuda_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
 
 
 def _cuda_packed_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
-    """Choose for packed weights; by instructions a weight in the loop, not measured yet."""
+    """Choose for packed weights: up to 16 rows measured on an H200, more by counting."""
     sums = kind in GROUP_SUMS
     hopper = arch.startswith("sm_9")
     if rows <= 16:
-        long = hopper and not sums and not several and OPERAND_BYTES[kind][1] < 1
-        block_k = 256 if long else 128
-        return Tile(16, 128 if hopper else 64, block_k, 4, 4, 1, swap=hopper, lanes=hopper)
+        short = several or sums or kind == "fp8_channel_decode"
+        stages = 3 if hopper and not several and kind != "fp8_channel_decode" else 4
+        block_k = 128 if short or not hopper else 256
+        return Tile(16, 128 if hopper else 64, block_k, 4, stages, 1, swap=hopper, lanes=hopper)
     if rows <= 64:
         # With more rows the small copies that `lanes` makes of a cost more than they save.
         swap = hopper and rows <= 32
@@ -177,10 +185,46 @@ def _cuda_packed_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile
     return Tile(256 if hopper and rows > 1024 else 128, 128, 64, 8, 3)
 
 
-def _split(tile: Tile, n: int, k: int, compute_units: int) -> Tile:
-    """Divide k among programs while they are fewer than compute units and k is long."""
+FEW, SOME, MANY = "few", "some", "many"
+
+
+def way_of(rows: int, n: int, k: int) -> str:
+    """Return how many rows a product with coded weights has, as far as that decides how it runs.
+
+    On an H200 a second row costs less without matrix instructions only where the launch is much of
+    the time; and expanding 64 to 128 rows pays while the expanded weight stays in the L2 cache.
+    """
+    small = n * k <= 1 << 25
+    if rows <= (2 if small else 1):
+        return FEW
+    return MANY if rows > (64 if n * k <= 1 << 24 else 128) else SOME
+
+
+def gemv_tile(kind: str, n: int, k: int, *, compute_units: int) -> Tile:
+    """Choose the tile of a product with a few rows: block_n rows of the weight, block_k at a time.
+
+    Each thread has 64 to 128 bytes of weight on its way, each compute unit several programs: the
+    best or within 5% of it on an H200 for the shapes of benchmarks/linear.py.
+    """
+    b_bytes = OPERAND_BYTES[kind][1]
+    if b_bytes == 2:
+        return Tile(1, 1, 1024, 2, 1)
+    if b_bytes == 1:
+        return Tile(1, 4, 1024, 2, 1) if k <= 4096 else Tile(1, 4, 2048, 4, 1)
+    tall = -(-n // 8) >= 4 * compute_units or k < 4096
+    return Tile(1, 8, 2048, 4, 1) if tall else Tile(1, 4, 4096, 4, 1)
+
+
+def _split(tile: Tile, kind: str, n: int, k: int, compute_units: int) -> Tile:
+    """Divide k among programs while they are too few to hide the latency of memory.
+
+    Where sums are scaled per group, steps are short and more programs pay; elsewhere a second
+    launch costs more than it brings once most compute units have work.
+    """
     programs, splits = -(-n // tile.block_n), 1
-    while programs * splits < compute_units and k // (2 * splits) >= 1024:
+    if kind not in GROUP_SUMS and programs >= 0.8 * compute_units:
+        return tile
+    while programs * splits < 1.6 * compute_units and k // (2 * splits) >= 512:
         splits *= 2
     return replace(tile, split_k=splits)
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import decode_fp8, dot, is_fp8
+from hal.ops.kernels.common import dot, is_fp8
 from hal.ops.kernels.kinds import ALL_KINDS, KINDS, WEIGHT_ONLY_KINDS, Kind, Weight, as_weight
 from hal.ops.tiles import Tile
 
@@ -44,7 +44,7 @@ def accumulate(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
     SCALES: tl.constexpr, A_SCALED: tl.constexpr, DECODE: tl.constexpr,
-    FNUZ: tl.constexpr, INTEGER: tl.constexpr, WIDE: tl.constexpr,
+    INTEGER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the scaled product [BLOCK_M, BLOCK_N] f32.
 
@@ -82,9 +82,7 @@ def accumulate(
                 b = tl.load(b_ptrs, mask=left[:, None], other=0.0)
             else:
                 b = tl.load(b_ptrs, mask=left[:, None] & column_inside[None, :], other=0.0)
-        if DECODE == "fp8":
-            b = decode_fp8(b, a.dtype, FNUZ)
-        elif DECODE == "int8":
+        if DECODE == "int8":
             # Through f32: exact, what hardware does, and all that the interpreter can.
             b = b.to(tl.float32).to(a.dtype)
         if SCALES == "block128":
@@ -148,8 +146,7 @@ def _dtypes_match(spec: Kind, a: torch.dtype, b: torch.dtype) -> bool:
     if spec.packed:
         return a in (torch.bfloat16, torch.float16) and b in (torch.uint8, torch.int32)
     if spec.decode:
-        stored = torch.uint8 if spec.decode == "fp8" else torch.int8
-        return a.is_floating_point and a.itemsize == 2 and b == stored
+        return a.is_floating_point and a.itemsize == 2 and b == torch.int8
     if spec.integer:
         return a == torch.int8 and b == torch.int8
     if spec.scales:
@@ -235,6 +232,7 @@ def _options(
         "SCALE_FORMAT": spec.scale_format if spec.scales == "group" else "",
         "GROUP": group,
         "SUMS": sums,
+        "SCALE_ROWS": spec.scale_rows,
         "SECOND": second,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

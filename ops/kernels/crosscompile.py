@@ -41,7 +41,6 @@ OWN_FORMAT = {
     "fp8_channel_decode": "bfloat16",
     "fp8_block128_decode": "bfloat16",
     "int8_channel_decode": "bfloat16",
-    "fp8_tensor_decode": "bfloat16",
     "int4_group_decode": "bfloat16",
     "uint4_group_decode": "bfloat16",
     "mxfp8_decode": "bfloat16",
@@ -260,7 +259,7 @@ def _packed_weight(
     b = _empty(*experts, n, -(-k // spec.per_byte), dtype="uint8")
     if spec.scales == "tensor":
         return b, {"b_scales": _empty(*experts, dtype="float32")}
-    shape = (*experts, n, -(-k // spec.groups[0]))
+    shape = (*experts, -(-n // spec.scale_rows), -(-k // spec.groups[0]))
     stored = "float32" if spec.scale_format == "float32" else "uint8"
     scales = {"b_scales": _empty(*shape, dtype=stored)}
     if spec.decode == "uint4":
@@ -268,6 +267,27 @@ def _packed_weight(
     if spec.second:
         scales["b_second"] = _empty(*experts, dtype="float32")
     return b, scales
+
+
+def _decoded(target: Target, *, op: str, kind: str) -> None:
+    from hal.ops.kernels.expand import expand
+    from hal.ops.kernels.gemv import gemv
+    from hal.ops.kernels.kinds import ALL_KINDS, as_weight
+    from hal.ops.tiles import gemv_tile
+
+    n, k = 2 * INTERMEDIATE, HIDDEN
+    if ALL_KINDS[kind].packed:
+        b, scales = _packed_weight(kind, (), n, k)
+        weight = as_weight(kind, k, b, **scales)
+    else:
+        scale = _empty(n, dtype="float32") if ALL_KINDS[kind].decode else None
+        dtype = ALL_KINDS[kind].decode or "bfloat16"
+        weight = as_weight(kind, k, _empty(n, k, dtype=dtype), scale)
+    if op == "expand":
+        expand(weight, _empty(n, k), kind=kind)
+        return
+    tile = gemv_tile(kind, n, k, compute_units=target.compute_units)
+    gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=tile)
 
 
 def _align(tokens: int, experts: int = EXPERTS) -> None:
@@ -325,6 +345,12 @@ _CASES: dict[str, Callable[[Target], None]] = {
         for op in ("grouped_gemm", "gemm")
         for kind in OWN_FORMAT
         for size in ("few", "many", "ragged", "wide")
+    },
+    **{
+        f"{op}/{kind}": partial(_decoded, op=op, kind=kind)
+        for op in ("gemv", "expand")
+        for kind in OWN_FORMAT
+        if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
     },
     "align/few": lambda _: _align(FEW),
     "align/many": lambda _: _align(MANY),

@@ -39,7 +39,7 @@ def _grouped_gemm_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr,
     A_SCALED: tl.constexpr, DECODE: tl.constexpr, FNUZ: tl.constexpr, INTEGER: tl.constexpr,
     PACKED: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, SCALE_FORMAT: tl.constexpr,
-    GROUP: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     # The grid covers the worst case; the blocks in use come first.
     n_blocks = tl.load(n_padded_ptr) // BLOCK_M
@@ -72,7 +72,8 @@ def _grouped_gemm_kernel(
             b_scales_ptr + expert * stride_bse, b_zeros_ptr + expert * stride_bse,
             stride_bsn, stride_bsk, b_second_ptr + expert * stride_b2e, stride_b2n,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
-            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SUMS, SECOND, WIDE_ROWS or WIDE_MATRIX,
+            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND,
+            WIDE_ROWS or WIDE_MATRIX,
         )  # fmt: skip
     else:
         result = accumulate(
@@ -83,7 +84,7 @@ def _grouped_gemm_kernel(
             a_scales_ptr + rows * stride_asm, b_scales_ptr + expert * stride_bse,
             stride_ask, stride_bsn, stride_bsk,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
-            SCALES, A_SCALED, DECODE, FNUZ, INTEGER, WIDE_ROWS or WIDE_MATRIX,
+            SCALES, A_SCALED, DECODE, INTEGER, WIDE_ROWS or WIDE_MATRIX,
         )  # fmt: skip
     if HAS_SLOT_WEIGHTS:
         weights = tl.load(slot_weights_ptr + slots, mask=row_inside, other=0.0)

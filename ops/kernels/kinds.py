@@ -24,9 +24,10 @@ from hal.ops.kernels.common import is_fp8
 class Kind:
     """Say how one kind of product is scaled ("", "channel", "block128", "group") and decoded.
 
-    decode: "", or the format of weights that become a's dtype: "fp8", "int8", or packed "e4m3",
-    "e2m1", "int4", "uint4" (with zero points).
+    decode: "", or the format of weights that become a's dtype: "int8", or packed "e4m3", "e2m1",
+    "int4", "uint4" (with zero points).
     groups: the possible numbers of elements along k that share a scale of sort "group".
+    scale_rows: how many neighbours along n share it too.
     second: whether a float32 factor of the matrix (or of its channels) follows.
     """
 
@@ -36,6 +37,7 @@ class Kind:
     integer: bool = False
     scale_format: str = "float32"
     groups: tuple[int, ...] = ()
+    scale_rows: int = 1
     second: bool = False
 
     @cached_property
@@ -55,14 +57,13 @@ KINDS = {
     "fp8_channel": Kind("channel", a_scaled=True),
     "fp8_block128": Kind("block128", a_scaled=True),
     "int8_channel": Kind("channel", a_scaled=True, integer=True),
-    "fp8_channel_decode": Kind("channel", decode="fp8"),
-    "fp8_block128_decode": Kind("block128", decode="fp8"),
     "int8_channel_decode": Kind("channel", decode="int8"),
 }
 _PLAIN = KINDS["bf16"]
 _FLOAT_GROUPS = (128, 64, 32)
 WEIGHT_ONLY_KINDS = {
-    "fp8_tensor_decode": Kind("tensor", decode="e4m3"),
+    "fp8_channel_decode": Kind("tensor", decode="e4m3"),
+    "fp8_block128_decode": Kind("group", decode="e4m3", groups=(128,), scale_rows=128),
     "int4_group_decode": Kind("group", decode="int4", groups=_FLOAT_GROUPS),
     "uint4_group_decode": Kind("group", decode="uint4", groups=_FLOAT_GROUPS),
     "mxfp8_decode": Kind("group", decode="e4m3", scale_format="e8m0", groups=(32,)),
@@ -75,8 +76,7 @@ ALL_KINDS = {**KINDS, **WEIGHT_ONLY_KINDS}
 class Weight(NamedTuple):
     """Hold a weight as the kernels read it.
 
-    codes: b itself, its bytes (`fp8` decoded in the loop), or its int32 words (packed kinds, where
-    rows are whole words; else bytes).
+    codes: b itself, or its int32 words (packed kinds, where rows are whole words; else bytes).
     scales, zeros, second: see `gemm`; scales of 8-bit floats as their bytes.
     k: elements along k. group: elements along k that share a scale. fnuz: the encoding of fp8.
     per_byte: elements that a byte of codes holds (1 also where elements are wider).
@@ -109,7 +109,7 @@ def as_weight(
 ) -> Weight:
     """View a weight as the kernels read it; raise ValueError naming what does not fit `kind`."""
     spec = ALL_KINDS.get(kind, _PLAIN)
-    if spec.decode in ("fp8", "e4m3") and is_fp8(b.dtype):
+    if spec.decode == "e4m3" and is_fp8(b.dtype):
         b, fnuz = b.view(torch.uint8), b.dtype is torch.float8_e4m3fnuz
     if not spec.packed:
         if b_zeros is not None or b_second is not None:
@@ -125,7 +125,7 @@ def as_weight(
         needed = -(-k // spec.per_byte)
         if b.shape[-1] != needed:
             raise ValueError(f"{kind}: {k} inner elements lie in {needed} bytes, not {b.shape[-1]}")
-        if _whole_words(b):
+        if whole_words(b):
             b = b.view(torch.int32)
     elif b.dtype == torch.int32 and b.shape[-1] * 4 * spec.per_byte != k:
         raise ValueError(f"{kind}: {b.shape[-1]} words do not hold {k} inner elements")
@@ -138,9 +138,10 @@ def as_weight(
     stored = torch.float32 if spec.scale_format == "float32" else torch.uint8
     if b_scales.dtype != stored:
         raise ValueError(f"{kind}: b_scales are {b_scales.dtype}, must be {stored}")
-    if b_scales.shape[:-1] != b.shape[:-1]:
+    shape = [*b.shape[:-2], -(-b.shape[-2] // spec.scale_rows)]
+    if list(b_scales.shape[:-1]) != shape:
         raise ValueError(
-            f"{kind}: b_scales are {list(b_scales.shape)}, must be {[*b.shape[:-1], 'groups']}"
+            f"{kind}: b_scales are {list(b_scales.shape)}, must be {[*shape, 'groups']}"
         )
     if b_zeros is not None:
         if b_zeros.dtype != torch.uint8 or b_zeros.shape != b_scales.shape:
@@ -149,6 +150,61 @@ def as_weight(
             b_zeros = torch.empty_like(b_scales, dtype=torch.uint8).copy_(b_zeros)
     group = _group(kind, k, b_scales.shape[-1])
     return Weight(b, b_scales, b_zeros, b_second, k, group, fnuz, spec.per_byte)
+
+
+def by_row(kind: str, weight: Weight) -> Weight:
+    """Return a weight as kernels read it that take each row by itself.
+
+    Codes of bytes as int32 words where possible; scales per channel as second scales.
+    """
+    spec, codes = ALL_KINDS[kind], weight.codes
+    if codes.itemsize == 1:
+        codes = codes.view(torch.int32 if whole_words(codes) else torch.uint8)
+    if spec.scales == "channel":
+        return weight._replace(codes=codes, scales=None, second=weight.scales)
+    return weight._replace(codes=codes)
+
+
+def rows_of(weight: Weight, kind: str, first: int, rows: int) -> Weight:
+    """Return some rows of what `by_row` returned."""
+    last = first + rows
+    block = ALL_KINDS[kind].scale_rows
+    if first % block:
+        raise ValueError(f"{kind}: rows from {first} on do not begin a block of {block}")
+    scales, zeros, second = weight.scales, weight.zeros, weight.second
+    return weight._replace(
+        codes=weight.codes[first:last],
+        scales=None if scales is None else scales[first // block : -(-last // block)],
+        zeros=None if zeros is None else zeros[first:last],
+        second=second if second is None or second.numel() == 1 else second[first:last],
+    )
+
+
+def scale_arguments(weight: Weight, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return (scales, zeros, second) for a launch: an argument that is not read must be some."""
+    found = weight.scales, weight.zeros, weight.second
+    return tuple(unused if tensor is None else tensor for tensor in found)
+
+
+def row_strides(weight: Weight) -> tuple[int, int, int]:
+    """Return the strides (row, group) of scales, and of second scales, which may be one."""
+    second, scales = weight.second, weight.scales
+    row, group = (0, 0) if scales is None else scales.stride()
+    return row, group, 0 if second is None or second.numel() == 1 else second.stride(-1)
+
+
+def decode_options(kind: str, weight: Weight) -> dict[str, object]:
+    """Return the constexpr arguments that say how kernels decode what `by_row` returned."""
+    spec = ALL_KINDS[kind]
+    return {
+        "CODES": spec.decode,
+        "FNUZ": weight.fnuz,
+        "WORDS": weight.codes.dtype == torch.int32,
+        "SCALE_FORMAT": "" if weight.scales is None else spec.scale_format,
+        "GROUP": weight.group,
+        "SCALE_ROWS": spec.scale_rows,
+        "SECOND": weight.second is not None,
+    }
 
 
 def _check_second(kind: str, shape: torch.Size, second: torch.Tensor | None) -> None:
@@ -165,7 +221,7 @@ def _check_second(kind: str, shape: torch.Size, second: torch.Tensor | None) -> 
         )
 
 
-def _whole_words(b: torch.Tensor) -> bool:
+def whole_words(b: torch.Tensor) -> bool:
     """Say whether int32 words of b lie where the device can load them."""
     *outer, inner = b.stride()
     return (

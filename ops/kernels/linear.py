@@ -31,7 +31,7 @@ def _gemm_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr,
     A_SCALED: tl.constexpr, DECODE: tl.constexpr, FNUZ: tl.constexpr, INTEGER: tl.constexpr,
     PACKED: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, SCALE_FORMAT: tl.constexpr,
-    GROUP: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     row_tile, column_tile = program_tile(
         tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N), GROUP_M
@@ -62,7 +62,7 @@ def _gemm_kernel(
             row_inside, columns, n_columns, k_size, stride_ak, stride_bn, stride_bk,
             b_scales_ptr, b_zeros_ptr, stride_bsn, stride_bsk, b_second_ptr, stride_b2n,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
-            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SUMS, SECOND, WIDE,
+            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND, WIDE,
         )  # fmt: skip
     else:
         result = accumulate(
@@ -71,7 +71,7 @@ def _gemm_kernel(
             row_inside, columns, n_columns, k_size, stride_ak, stride_bk,
             a_scales_ptr + rows * stride_asm, b_scales_ptr, stride_ask, stride_bsn, stride_bsk,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
-            SCALES, A_SCALED, DECODE, FNUZ, INTEGER, WIDE,
+            SCALES, A_SCALED, DECODE, INTEGER, WIDE,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0)

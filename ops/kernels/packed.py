@@ -90,6 +90,22 @@ def place_fp8(words, marks, P: tl.constexpr, DTYPE: tl.constexpr, FNUZ: tl.const
 
 
 @triton.jit
+def place_int8(words, P: tl.constexpr):
+    """Move the int8 codes at bits P and P + 16 into fp16: 1024 + 128 + code."""
+    return ((words >> P) & 0x00FF00FF) ^ 0x64806480
+
+
+@triton.jit
+def unpack_int8(words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return int32 words [BLOCK_N, BLOCK_K / 4] of int8 codes as float32 [BLOCK_N, BLOCK_K]."""
+    even, odd = place_int8(words, 0), place_int8(words, 8)
+    low = tl.join(half_of(even, 0, tl.float16), half_of(odd, 0, tl.float16))
+    high = tl.join(half_of(even, 1, tl.float16), half_of(odd, 1, tl.float16))
+    x = tl.join(low, high).permute(0, 1, 3, 2).reshape(BLOCK_N, BLOCK_K)
+    return x.to(tl.float32) - 1152.0
+
+
+@triton.jit
 def unpack(
     words, CODES: tl.constexpr, DTYPE: tl.constexpr, FNUZ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -197,14 +213,14 @@ def accumulate_packed(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, LANES: tl.constexpr,
     CODES: tl.constexpr, FNUZ: tl.constexpr, WORDS: tl.constexpr,
-    SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr,
-    SECOND: tl.constexpr, WIDE: tl.constexpr,
+    SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SUMS: tl.constexpr, SECOND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the scaled product [BLOCK_M, BLOCK_N] f32.
 
     a_ptrs [BLOCK_M] point at each row's first element; b_ptr, scales_ptr, zeros_ptr (of codes
     uint4) and second_ptr at the matrix's first ones. SCALE_FORMAT "" means no scales of groups.
-    SWAP and WIDE are those of `accumulate`.
+    SCALE_ROWS neighbouring columns share those. SWAP and WIDE are those of `accumulate`.
     """
     DTYPE: tl.constexpr = a_ptrs.dtype.element_ty
     PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" else 2
@@ -240,7 +256,7 @@ def accumulate_packed(
         if SCALE_FORMAT != "":
             # [BLOCK_N, GROUPS]: one group where a step lies within it.
             groups = step * BLOCK_K // GROUP + group
-            offsets = columns[:, None] * stride_sn + groups[None, :] * stride_sk
+            offsets = (columns // SCALE_ROWS)[:, None] * stride_sn + groups[None, :] * stride_sk
             inside = column_inside[:, None] & (groups < n_groups)[None, :]
             scale = tl.load(scales_ptr + offsets, mask=inside, other=0)
             b = b.reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)

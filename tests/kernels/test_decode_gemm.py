@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
+from packed_weights import BF16, E2M1, activations, assert_product, e4m3, e8m0, pack, weight
 
 from hal.device import version_at_least
 from hal.ops.kernels import common
@@ -27,86 +28,6 @@ TILES = {
     "lanes": Tile(16, 64, 128, 4, 2, swap=True, lanes=True),
     "short": Tile(32, 64, 32, 4, 2, lanes=True),
 }
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
-BF16 = torch.bfloat16
-
-
-def e4m3(codes, fnuz=False):
-    """Return the float64 values of e4m3 bytes."""
-    dtype = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
-    return codes.cpu().view(dtype).to(torch.float32).double().to(codes.device)
-
-
-def e8m0(codes):
-    """Return the float64 values of exponent bytes."""
-    values = torch.exp2(codes.double() - 127)
-    return values.masked_fill(codes == 255, float("nan"))
-
-
-def pack(nibbles):
-    """Return 4-bit codes [..., k] as bytes, the low nibble first, the last high nibble 0."""
-    padded = torch.nn.functional.pad(nibbles, (0, nibbles.shape[-1] % 2))
-    return padded[..., ::2] | (padded[..., 1::2] << 4)
-
-
-def weight(kind, shape, generator, device, *, group=None):
-    """Return (b, scale arguments, exact float64 value [..., n, k]) of a random weight."""
-    spec = WEIGHT_ONLY_KINDS[kind]
-    *lead, n, k = shape
-
-    def codes(top, size=shape):
-        return torch.randint(top, size, generator=generator, device=device, dtype=torch.uint8)
-
-    if spec.decode == "e4m3":
-        b = codes(255)
-        b[(b & 0x7F) == 0x7F] = 1
-        value = e4m3(b)
-    else:
-        nibbles = codes(16)
-        b, wide = pack(nibbles), nibbles.double()
-        table = E2M1.to(device)
-        value = table[nibbles.long()] if spec.decode == "e2m1" else wide
-        value = torch.where(wide > 7, wide - 16, wide) if spec.decode == "int4" else value
-    if spec.scales == "tensor":
-        scales = torch.rand(lead, generator=generator, device=device) / 50 + 1e-3
-        return b, {"b_scales": scales}, value * scales.double()[..., None, None]
-    group = group or spec.groups[0]
-    grouped = (*lead, n, -(-k // group))
-
-    def widen(per_group):
-        return per_group.repeat_interleave(group, -1)[..., :k]
-
-    options = {}
-    if spec.decode == "uint4":
-        options["b_zeros"] = codes(16, grouped)
-        value = value - widen(options["b_zeros"].double())
-    if spec.scale_format == "float32":
-        scales = torch.rand(grouped, generator=generator, device=device) / 50 + 1e-3
-        exact = scales.double()
-    elif spec.scale_format == "e8m0":
-        scales = codes(12, grouped) + 112
-        exact = e8m0(scales)
-    else:
-        scales = codes(0x78, grouped)
-        exact = e4m3(scales)
-    if spec.second:
-        second = torch.rand(lead, generator=generator, device=device) / 500 + 1e-4
-        options["b_second"] = second
-        value = value * second.double()[..., None, None]
-    return b, {"b_scales": scales, **options}, value * widen(exact)
-
-
-def activations(shape, dtype, generator, device):
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-
-def assert_product(out, expected):
-    """Compare with a float64 product: the rounding of out, and of sums in float32."""
-    eps = {BF16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[out.dtype]
-    if INTERPRETED.value and out.dtype is BF16:
-        eps = 2**-7  # the interpreter truncates
-    size = expected.abs().max().item() if expected.numel() else 0
-    torch.testing.assert_close(out.double(), expected, rtol=eps, atol=max(size, 1e-30) * 2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +84,7 @@ def test_every_fp8_byte(device, dtype, fnuz, tile):
             part = b.view(torch.uint8)[:, column : column + 32].contiguous().view(b.dtype)
             gemm(
                 identity(32, dtype, device), part, out[column : column + 32], b_scales=one,
-                kind="fp8_tensor_decode", tile=TILES[tile], fnuz=fnuz,
+                kind="fp8_channel_decode", tile=TILES[tile], fnuz=fnuz,
             )  # fmt: skip
         expected = e4m3(codes[0], fnuz)
         spoiled = expected.reshape(8, 32).isnan().any(1).repeat_interleave(32)
@@ -235,21 +156,22 @@ def test_every_fp4_scale(device, dtype, tile):
 def test_nan_stays_where_it_is(device, generator, kind):
     """NaN of an activation spoils its row, NaN of a scale its column."""
     a = activations((8, 256), BF16, generator, device)
-    b, scales, _ = weight(kind, (64, 256), generator, device)
+    b, scales, _ = weight(kind, (192, 256), generator, device)
     a[0] = 0
     a[3, 5] = float("nan")
     spec = WEIGHT_ONLY_KINDS[kind]
+    under_it = torch.zeros(192, dtype=torch.bool, device=device)
     if spec.scales == "group":
         nan = {"float32": float("nan"), "e8m0": 255, "e4m3fn": 0x7F}[spec.scale_format]
-        scales["b_scales"][7, 0] = nan
+        scales["b_scales"][129 // spec.scale_rows, 0] = nan
+        under_it = torch.arange(192, device=device) // spec.scale_rows == 129 // spec.scale_rows
     for tile in TILES.values():
-        out = torch.empty(8, 64, device=device)
+        out = torch.empty(8, 192, device=device)
         gemm(a, b, out, **scales, kind=kind, tile=tile)
-        spoiled = torch.zeros(8, 64, dtype=torch.bool, device=device)
+        spoiled = under_it.repeat(8, 1)
         spoiled[3] = True
-        spoiled[:, 7] |= spec.scales == "group"
         assert torch.equal(out.isnan(), spoiled)
-        assert (out[0, :7] == 0).all()
+        assert (out[0, ~under_it] == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,7 +196,7 @@ def test_strides_and_views(device, generator, kind, dtype, tile):
         assert (out[:, 64:] == 7).all()
 
 
-@pytest.mark.parametrize("kind", ["fp8_tensor_decode", "nvfp4_decode"])
+@pytest.mark.parametrize("kind", ["fp8_channel_decode", "nvfp4_decode"])
 @pytest.mark.parametrize("form", ["matrix", "one", "channel"])
 def test_scales_of_matrix_or_channels(device, generator, kind, form):
     a = activations((4, 64), BF16, generator, device)
@@ -412,7 +334,7 @@ def test_wrong_operands_are_refused(device):
     with pytest.raises(ValueError, match=r"b_scales are \[7, 2\], must be \[8, 'groups'\]"):
         call("int4_group_decode", b_scales=ones[:7])
     with pytest.raises(ValueError, match=r"is torch.float32 \[2\], must be float32 \[\] or \[8\]"):
-        call("fp8_tensor_decode", torch.zeros(8, 64, dtype=torch.uint8), b_scales=ones[0])
+        call("fp8_channel_decode", torch.zeros(8, 64, dtype=torch.uint8), b_scales=ones[0])
     with pytest.raises(ValueError, match="5 scales along 64 inner elements fit no group size"):
         call("mxfp4_decode", b_scales=bytes_.repeat(1, 3)[:, :5])
     with pytest.raises(ValueError, match="b_zeros must be uint8 and shaped like b_scales"):
@@ -431,11 +353,13 @@ def test_tiles_split_k_only_where_programs_are_few():
         )  # fmt: skip
 
     assert set(WEIGHT_ONLY_KINDS) == PACKED_KINDS
-    assert tile("int4_group_decode", 1, 4096, 4096).split_k == 4
-    assert tile("int4_group_decode", 1, 14336, 4096).split_k == 1
-    assert tile("int4_group_decode", 1, 4096, 1024).split_k == 1
+    assert tile("int4_group_decode", 1, 4096, 4096).split_k == 8
+    assert tile("int4_group_decode", 1, 65536, 4096).split_k == 1
+    assert tile("mxfp4_decode", 1, 4096, 4096).split_k == 4
+    assert tile("mxfp4_decode", 1, 14336, 4096).split_k == 1
+    assert tile("int4_group_decode", 1, 4096, 512).split_k == 1
     assert tile("int4_group_decode", 64, 4096, 4096).split_k == 1
-    assert tile("fp8_channel_decode", 1, 4096, 4096).split_k == 1
+    assert tile("int8_channel_decode", 1, 4096, 4096).split_k == 1
     assert tile("mxfp4_decode", 1, 4096, 4096).lanes
     with pytest.raises(ValueError, match="split_k 0 must be > 0"):
         replace(TILE, split_k=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hal.ops.tiles import OPERAND_BYTES, Tile, choose_tile, fit
+from hal.ops.tiles import FEW, MANY, OPERAND_BYTES, SOME, Tile, choose_tile, fit, way_of
 from hal.platforms.tables import device_rows
 
 DEVICES = {
@@ -63,3 +63,9 @@ def test_impossible_tiles_are_refused():
         Tile(16, 64, 64, 4, 0)
     with pytest.raises(ValueError, match="no tile of bf16 fits 2048 bytes"):
         fit(Tile(128, 128, 64, 8, 4), "bf16", 2048, platform="cuda")
+
+
+def test_the_way_of_a_decoded_product_depends_on_rows_and_size():
+    ways = [way_of(rows, 4096, 4096) for rows in (1, 2, 3, 64, 65, 10**6)]
+    assert ways == [FEW, FEW, SOME, SOME, MANY, MANY]
+    assert [way_of(rows, 14336, 4096) for rows in (1, 2, 128, 129)] == [FEW, SOME, SOME, MANY]

@@ -1,0 +1,99 @@
+"""Multiply by coded weights that are decoded on the way: how many rows decide where.
+
+| rows | weights are decoded | because |
+|---|---|---|
+| few | in registers, without matrix instructions (`kernels.gemv`) | all bytes come at once |
+| some | in the loop of a tiled product (`kernels.linear`) | rows share what was decoded |
+| many | into memory, then torch multiplies (`kernels.expand`) | matrix units need not wait |
+
+The bounds are those of an H200 (benchmarks/linear.py), and taken elsewhere for want of better.
+Weights are rounded to bf16 where they are expanded; fp16, whose range is less than that of scales,
+never is. Memory for the expanded rows, `EXPANDED_BYTES` at most, is held during the call alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from hal.ops.tiles import FEW, MANY, gemv_tile, way_of
+
+if TYPE_CHECKING:
+    from hal.ops.binding import Binding, Tensors
+    from hal.ops.kernels.kinds import Weight
+    from hal.ops.tiles import Tile
+
+__all__ = ["EXPANDED_BYTES", "decoded_product"]
+
+EXPANDED_BYTES = 64 << 20
+ROWS_OF_BLOCK = 128
+
+Product = Callable[["torch.Tensor", "Tensors"], "torch.Tensor"]
+
+
+def decoded_product(
+    binding: Binding,
+    kind: str,
+    shape: tuple[int, ...],
+    tiles: Callable[[int], Tile],
+    names: tuple[str, ...],
+    *,
+    has_bias: bool,
+    fnuz: bool,
+) -> Product:
+    """Return the launcher of a product with a weight of a kind.
+
+    Args:
+        binding: Where it runs.
+        kind: One of `kernels.kinds.ALL_KINDS` that decodes its weights, or `bf16`.
+        shape: Sizes (N, K) of the weight.
+        tiles: Chooses the tile of a tiled product for a number of rows.
+        names: What tensors after the codes are: arguments of `kernels.kinds.as_weight`.
+        has_bias: Whether the last tensor is a bias.
+        fnuz: Whether fp8 codes are in the encoding e4m3fnuz.
+    """
+    from hal.ops.kernels.gemv import gemv
+    from hal.ops.kernels.kinds import as_weight
+    from hal.ops.kernels.linear import gemm
+
+    n, k = shape
+    few_tile = gemv_tile(kind, n, k, compute_units=binding.spec.compute_units or 64)
+    wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        rows = x.shape[0]
+        bias = tensors[-1] if has_bias else None
+        given = dict(zip(names, tensors[1:], strict=False))
+        weight = as_weight(kind, k, tensors[0], **{"b_scales": None, **given}, fnuz=fnuz)
+        way = way_of(rows, n, k)
+        if way == MANY and wide:
+            return _expanded(x, weight, n, bias, kind)
+        out = x.new_empty(rows, n)
+        if way == FEW:
+            gemv(x, weight, out, bias=bias, kind=kind, tile=few_tile)
+        else:
+            gemm(x, weight, out, bias=bias, kind=kind, tile=tiles(rows))
+        return out
+
+    return launch
+
+
+def _expanded(
+    x: torch.Tensor, weight: Weight, n: int, bias: torch.Tensor | None, kind: str
+) -> torch.Tensor:
+    from hal.ops.kernels.expand import expand
+
+    k = x.shape[1]
+    step = max(EXPANDED_BYTES // (2 * k) // ROWS_OF_BLOCK, 1) * ROWS_OF_BLOCK
+    wide = x.new_empty(min(step, n), k)
+    if step >= n:
+        expand(weight, wide, kind=kind)
+        return torch.nn.functional.linear(x, wide, bias)
+    out = x.new_empty(x.shape[0], n)
+    for first in range(0, n, step):
+        part = wide[: n - first]
+        expand(weight, part, kind=kind, first=first)
+        torch.mm(x, part.t(), out=out[:, first : first + step])
+    return out if bias is None else out.add_(bias)
