@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hal.quant.checkpoint import Checkpoint, load, save
 from hal.quant.codec import SCALE_FLOOR
-from hal.quant.layout import LAYOUTS, Layout, register_layout, to_layout
+from hal.quant.layout import LAYOUTS, Layout, kernel_arguments, register_layout, to_layout
 from hal.quant.quantize import bind_encoding, quantize
 from hal.quant.scheme import SCHEMES, Quantization, Scheme, find_scheme, scale_shape
 from hal.quant.tensor import QTensor
@@ -20,6 +20,7 @@ __all__ = [
     "Scheme",
     "bind_encoding",
     "find_scheme",
+    "kernel_arguments",
     "load",
     "quantize",
     "register_layout",

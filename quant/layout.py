@@ -3,61 +3,67 @@
 Kernels declare the layout they read. `to_layout` is the only way to get it: it goes from the
 tagged layout back to `canonical` and from there to the target, so that asking twice does nothing
 the second time, and nothing can be transposed twice by accident. Work runs inside
-`platform.ordered(...)`.
+`platform.ordered(...)`. `kernel_arguments` gives the views that a kernel takes.
 
-| layout | order of the codes of `[..., N, K]` |
-|---|---|
-| canonical | `[..., N, K]`, K contiguous |
-| k_major | `[..., K, N]`, N contiguous: the transpose, stored |
-| interleaved | canonical with rows gate 0, up 0, gate 1, up 1, ... of a `[gate; up]` weight |
+| layout | codes | scales |
+|---|---|---|
+| canonical | `[..., N, K]`, K contiguous | as `hal.quant.scheme` lists them |
+| k_major | `[..., K, N]`, N contiguous: the transpose, stored | canonical |
+| interleaved | rows gate 0, up 0, gate 1, up 1, ... of a `[gate; up]` weight | with the rows |
+
+`hal.quant.kernel_layouts` has the table of those that kernels of other libraries read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hal.errors import LayoutError, RegistrationError, ShapeError, UnknownNameError
+from hal.errors import LayoutError, RegistrationError, UnknownNameError
+from hal.quant.forms import (
+    Form,
+    Layout,
+    Part,
+    Plain,
+    copy,
+    matrix_of,
+    matrix_shape,
+    tensor_of,
+)
+from hal.quant.kernel_layouts import kernel_layouts
+from hal.quant.repack import interleave_groups, separate_groups
+from hal.quant.scheme import BLOCK
 from hal.registry import GRANULARITIES
 
 if TYPE_CHECKING:
     import torch
 
+    from hal.quant.scheme import Scheme
     from hal.quant.tensor import QTensor
 
-__all__ = ["LAYOUTS", "Layout", "register_layout", "to_layout"]
-
-Transform = Callable[["torch.Tensor"], "torch.Tensor"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """One order of codes and scales in memory.
-
-    Attributes:
-        name: Name that kernels declare and tensors are tagged with.
-        forward: Takes canonical codes.
-        inverse: Gives canonical codes back, bit for bit.
-        forward_rows: The same for what goes with rows, `[..., N, any]`; None keeps it.
-        inverse_rows: Its inverse.
-        row_multiple: What N must be a multiple of.
-        granularities: Weight granularities that the layout is defined for.
-        keeps_shape: Whether codes keep shape, so that the step can be done in place.
-    """
-
-    name: str
-    forward: Transform
-    inverse: Transform
-    forward_rows: Transform | None = None
-    inverse_rows: Transform | None = None
-    row_multiple: int = 1
-    granularities: tuple[str, ...] = GRANULARITIES
-    keeps_shape: bool = False
-
+__all__ = ["LAYOUTS", "Arguments", "Layout", "kernel_arguments", "register_layout", "to_layout"]
 
 LAYOUTS: dict[str, Layout] = {}
 """Every layout by name."""
+
+
+class Arguments(NamedTuple):
+    """What a kernel is given of a weight: views of its tensors that copy nothing.
+
+    Attributes:
+        values: Codes.
+        scales: Scales, or None.
+        global_scale: Second scales, or None.
+        zeros: Zero points, or None.
+        encoding: What the codes are: that of the weight, unless the layout rewrites them.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    global_scale: torch.Tensor | None
+    zeros: torch.Tensor | None
+    encoding: str
 
 
 def register_layout(layout: Layout) -> Layout:
@@ -86,33 +92,60 @@ def to_layout(
 
     Raises:
         UnknownNameError: If there is no such layout.
-        ShapeError: If the sizes or scales do not admit the layout. Nothing has changed then.
-        LayoutError: If `inplace` is asked of a layout that changes the shape of the codes.
+        EncodingError: If it is not defined for the scheme or encoding. Nothing has changed then,
+            nor for the errors below.
+        ShapeError: If the sizes or scales do not admit it.
+        ValueRangeError: If it would rewrite scales into a format that does not hold them.
+        LayoutError: If `inplace` is asked where a tensor changes shape or dtype.
     """
     from hal.runtime import platform_of
 
-    target, current = find_layout(layout), find_layout(weight.layout)
-    if target is current:
+    if find_layout(layout).name == weight.layout:
         return weight
-    _check(weight, target, inplace)
-    _check(weight, current, inplace)
+    here, there = form_of(weight), find_layout(layout).form_of(*_kind(weight))
+    if inplace:
+        _require_memory(weight, weight.layout, here)
+        _require_memory(weight, layout, there)
     where = platform_of(weight.device, platform)
     with where.ordered(weight.tensors, stream=stream):
-        found: dict[str, Any] = {"values": target.forward(current.inverse(weight.values))}
-        for name, factors in list(weight.state_of().items())[1:]:
-            how = weight.scheme.weight
-            granularity = how.second if name == "global_scale" else how.granularity
-            found[name] = _reordered(factors, granularity, current.inverse_rows)
-            found[name] = _reordered(found[name], granularity, target.forward_rows)
+        found: dict[str, Any] = _canonical(weight, here)
+        for name in there.parts.keys() & found.keys():
+            found[name] = _stored(weight, name, found[name], there, layout)
         for name, old in weight.state_of().items():
-            if inplace:
+            if found[name] is old:
+                # A later step in place must not reach the other weight.
+                found[name] = old if inplace else copy(old)
+            elif inplace:
                 found[name] = old.copy_(found[name])
-            elif found[name] is old:
-                found[name] = old.clone()  # a later step in place must not reach the other weight
     result = replace(weight, layout=layout, **found)
     # New memory belongs to the body's stream; from here on it is the caller's, and ordered.
     with where.ordered(result.tensors):
         return result
+
+
+def kernel_arguments(weight: QTensor) -> Arguments:
+    """Return the tensors of a weight as the kernels take them that read its layout.
+
+    They are views: transposed, cropped or as int32 words, as the layout's table says.
+    """
+    form = form_of(weight)
+
+    def argument(name: str) -> Any:
+        tensor, part = getattr(weight, name), form.parts.get(name)
+        if tensor is None or part is None:
+            return tensor
+        shape = matrix_shape(name, weight.scheme.weight, form.spread, weight.shape)
+        return part.argument(tensor, shape)
+
+    code = form.parts["values"].code if "values" in form.parts else None
+    encoding = weight.encoding if code is None else code.name
+    return Arguments(
+        argument("values"),
+        argument("scales"),
+        argument("global_scale"),
+        argument("zeros"),
+        encoding,
+    )
 
 
 def find_layout(name: str) -> Layout:
@@ -127,70 +160,97 @@ def find_layout(name: str) -> Layout:
         raise UnknownNameError("layout", name, LAYOUTS) from None
 
 
-def _check(weight: QTensor, layout: Layout, inplace: bool) -> None:
-    where = f"layout {layout.name}"
-    rows = weight.shape[-2]
-    if rows % layout.row_multiple:
-        raise ShapeError(where, found=f"{rows} rows", needed=f"a multiple of {layout.row_multiple}")
-    granularity = weight.scheme.weight.granularity
-    if granularity not in layout.granularities:
-        raise ShapeError(
-            where, found=f"scales per {granularity}", needed=" or ".join(layout.granularities)
-        )
-    if inplace and not layout.keeps_shape:
-        raise LayoutError(
-            where, found="inplace=True", needed="inplace=False", cure="the shape of codes changes"
-        )
+def form_of(weight: QTensor) -> Form:
+    """Return how a weight is stored."""
+    return find_layout(weight.layout).form_of(*_kind(weight))
 
 
-def _reordered(
-    factors: torch.Tensor, granularity: str, transform: Transform | None
+def _kind(weight: QTensor) -> tuple[Scheme, str, tuple[int, ...]]:
+    return weight.scheme, weight.encoding, weight.shape
+
+
+def _require_memory(weight: QTensor, layout: str, form: Form) -> None:
+    """Raise LayoutError unless a weight can be rewritten where it lies."""
+    for name, part in form.parts.items():
+        if getattr(weight, name) is None:
+            continue
+        shape = matrix_shape(name, weight.scheme.weight, form.spread, weight.shape)
+        if form.spread or not part.keeps_memory(shape):
+            what = "codes" if name == "values" else name
+            raise LayoutError(
+                f"layout {layout}",
+                found="inplace=True",
+                needed="inplace=False",
+                cure=f"the shape of {what} changes",
+            )
+
+
+def _canonical(weight: QTensor, form: Form) -> dict[str, torch.Tensor]:
+    """Return the tensors of a weight in layout canonical; those that are so already as they are."""
+    found = weight.state_of()
+    how = weight.scheme.weight
+    for name in form.parts.keys() & found.keys():
+        shape = matrix_shape(name, how, form.spread, weight.shape)
+        part = form.parts[name]
+        matrix = part.inverse(found[name].reshape(part.stored_shape(shape)), shape)
+        tensor = tensor_of(name, matrix, how, form.spread)
+        found[name] = tensor if tensor.is_contiguous() else copy(tensor)
+    return found
+
+
+def _stored(
+    weight: QTensor, name: str, tensor: torch.Tensor, form: Form, layout: str
 ) -> torch.Tensor:
-    """Return scales in the order of rows that a transform gives; what no row has stays."""
-    if transform is None or granularity == "tensor":
-        return factors
-    if granularity == "channel":
-        return transform(factors.unsqueeze(-1)).squeeze(-1)
-    return transform(factors)
+    """Return a canonical tensor of a weight as a form stores it."""
+    part = form.parts[name]
+    part.check(f"layout {layout}: {name}", tensor)
+    how = weight.scheme.weight
+    stored = part.forward(matrix_of(name, tensor, how, form.spread, weight.shape))
+    return stored.view(form.stored_shape(name, how, weight.shape))
 
 
-def _interleave_rows(values: torch.Tensor) -> torch.Tensor:
-    half = values.shape[-2] // 2
-    return _copy(values.unflatten(-2, (2, half)).transpose(-3, -2)).flatten(-3, -2)
+def _interleave(every: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda matrix: interleave_groups(matrix, matrix.shape[-2], every=every)
 
 
-def _separate_rows(values: torch.Tensor) -> torch.Tensor:
-    half = values.shape[-2] // 2
-    return _copy(values.unflatten(-2, (half, 2)).transpose(-3, -2)).flatten(-3, -2)
+def _separate(every: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda matrix: separate_groups(matrix, matrix.shape[-2], every=every)
 
 
-def _transpose(values: torch.Tensor) -> torch.Tensor:
-    return _copy(values.transpose(-1, -2))
+def _interleaved(every: int) -> tuple[Form, ...]:
+    """Return the forms of a `[gate; up]` weight whose halves alternate every so many rows."""
+    rows = Part(Plain(_interleave(every), _separate(every)))
+    forms = []
+    for granularity in GRANULARITIES:
+        parts = {"values": rows, "scales": rows, "zeros": rows}
+        if granularity == "tensor":
+            parts.pop("scales")
+        turn = every
+        if granularity == "block128":
+            if every % BLOCK:
+                continue  # a block of 128 rows would hold gate and up under one scale
+            turn = every // BLOCK
+            parts["scales"] = Part(Plain(_interleave(turn), _separate(turn)))
+        for second in ("none", "tensor", "channel"):
+            if second == "channel":
+                parts = parts | {"global_scale": rows}
+            form = Form((), parts, (granularity,), seconds=(second,), row_multiple=2 * every)
+            forms.append(form)
+    return tuple(forms)
 
 
-def _copy(values: torch.Tensor) -> torch.Tensor:
-    # Not contiguous(): with one row or column it would return the memory of the source.
-    import torch
-
-    return values.clone(memory_format=torch.contiguous_format)
+def _transpose(matrix: torch.Tensor) -> torch.Tensor:
+    return copy(matrix.transpose(-1, -2))
 
 
-def _same(values: torch.Tensor) -> torch.Tensor:
-    return values
+_TRANSPOSED = Part(Plain(_transpose, _transpose, transposes=True))
 
-
-register_layout(Layout("canonical", _same, _same, keeps_shape=True))
-register_layout(Layout("k_major", _transpose, _transpose))
-register_layout(
-    Layout(
-        "interleaved",
-        _interleave_rows,
-        _separate_rows,
-        _interleave_rows,
-        _separate_rows,
-        row_multiple=2,
-        # A block of 128 rows would hold gate and up under one scale.
-        granularities=tuple(name for name in GRANULARITIES if name != "block128"),
-        keeps_shape=True,
-    )
-)
+register_layout(Layout("canonical", (Form(),)))
+register_layout(Layout("k_major", (Form((), {"values": _TRANSPOSED}),)))
+register_layout(Layout("interleaved", _interleaved(1)))
+for _row in (
+    Layout("interleaved_64", _interleaved(64)),
+    Layout("interleaved_128", _interleaved(128)),
+    *kernel_layouts(_TRANSPOSED),
+):
+    register_layout(_row)

@@ -14,6 +14,8 @@ weight, whatever the width. A padded code is 0 and not the value 0 where the for
 | marlin_8bit | 64, 16 | K/16, N/64, n%8, k/2%4, n/16%4, n/8%2, k%2, k/8%2 | `[K/16, 16 N]` |
 | marlin_4bit_a8 | 64, 32 | K/32, N/32, n%8, k/4%4, n/16%2, n/8%2, k%4, k/16%2 | `[K/16, 8 N]` |
 | marlin_8bit_a8 | 64, 32 | K/32, N/32, n%8, k/4%4, n/16%2, n/8%2, k/16%2, k%4 | `[K/16, 16 N]` |
+| cutlass_int4 | 16, 32 | K/32, N/16, n%8, k/4%4, k/16%2, n/8%2, k%4 | `[K/32, 16 N]` |
+| bytes_128 | 1, 128 bytes | n, k | `[N, K]` |
 | hopper_mxfp4 | 16, 64 | N/16, n/2%4, K/64, n%2, k/2%4, k/16%4, k/8%2, n/8%2, bits | `[N/4, 2 K]` |
 
 Stored 4-bit codes are counted in bytes. Marlin's kernels take the bytes as int32 words, of shape
@@ -141,6 +143,13 @@ def _words(stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return stored.view(torch.int32)
 
 
+def _reordered_words(stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    lines, length = stored.shape[-2:]
+    return stored.view(*shape[:-2], length // 16, lines * 16).view(torch.int32).mT
+
+
 _EIGHT = ("uint8", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 _AITER = "ROCm/aiter aiter/ops/shuffle.py (shuffle_weight, layout=(16, 16))"
 _MARLIN = (
@@ -170,6 +179,19 @@ _ROWS = (
     Reorder(
         "marlin_8bit_a8", (2, 2, 2, 8), (2, 4, 4), (5, 0, 1, 4, 7, 2, 3, 6, 8), _EIGHT, _MARLIN,
         by="columns", fold=16, view=_words,
+    ),
+    Reorder(
+        "cutlass_int4", (2, 8), (2, 4, 2), (3, 0, 2, 5, 4, 1, 6), ("uint8",),
+        "NVIDIA/cutlass examples/55_hopper_mixed_dtype_gemm/mixed_dtype_utils.hpp "
+        "(compute_memory_reordering_atom of e4m3, reorder_tensor); vllm-project/vllm "
+        "csrc/quantization/cutlass_w4a8/w4a8_mm_entry.cu",
+        by="columns", fold=16, view=_reordered_words,
+    ),
+    Reorder(
+        "bytes_128", (), (128,), (0, 1, 2), _EIGHT,
+        "triton-lang/triton python/triton_kernels/triton_kernels/tensor_details/layout_details/"
+        "blackwell_value.py",
+        view=transposed,
     ),
     Reorder(
         "hopper_mxfp4", (2, 4, 2), (4, 2, 4), (0, 2, 4, 3, 7, 5, 6, 1), ("uint8",),

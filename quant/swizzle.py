@@ -20,6 +20,8 @@ rows before e8m0_shuffle: for N a multiple of 256 the bytes are these, for one o
 | marlin_channel | 64, 1 | c, N/32, n/2%4, n/8%4, n%2 | `[C, N]` |
 | marlin_group | 64, 1 | c, N/64, n%8, n/8%8 | `[C, N]` |
 | marlin_group_fp4 | 64, 1 | c, N/64, n%8, n/32%2, n/8%2, n/16%2 | `[C, N]` |
+| marlin_zeros | 64, 1 | c, N/64, n%8, n/8%2, n/16%4 | `[C, N]` |
+| columns | 1, 1 | c, n | `[C, N]` |
 
 Source: with each row of `SCALE_LAYOUTS`.
 """
@@ -99,6 +101,10 @@ class Reorder:
         *lead, rows, columns = self.padded_shape(shape)
         lines, length = (rows, columns) if self.by == "rows" else (columns, rows)
         return (*lead, lines // self.fold, length * self.fold)
+
+    def keeps_shape(self, shape: Sequence[int]) -> bool:
+        """Tell whether a tensor of `shape` can be rewritten where it lies."""
+        return self.by == "rows" and self.stored_shape(shape) == tuple(shape)
 
     def require_whole(self, shape: Sequence[int]) -> None:
         """Raise ShapeError if `shape` needs padding, for kernels that take no padded operand."""
@@ -240,6 +246,8 @@ _ROWS = (
     Reorder("marlin_group", (8, 8), (), (3, 0, 2, 1), _WIDE, _MARLIN, by="columns"),
     Reorder("marlin_group_fp4", (2, 2, 2, 8), (), (5, 0, 4, 1, 3, 2), (*_BYTES, *_WIDE), _MARLIN,
             by="columns"),
+    Reorder("marlin_zeros", (4, 2, 8), (), (4, 0, 3, 2, 1), ("uint8",), _MARLIN, by="columns"),
+    Reorder("columns", (), (), (1, 0), (*_BYTES, *_WIDE), "the transpose, stored", by="columns"),
 )  # fmt: skip
 
 SCALE_LAYOUTS: MappingProxyType[str, Reorder] = MappingProxyType({row.name: row for row in _ROWS})

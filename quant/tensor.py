@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import DeviceMismatchError, DTypeError, EncodingError, LayoutError, ShapeError
-from hal.quant.scheme import Quantization, Scheme, code_shape, find_scheme, scale_shape
+from hal.quant.scheme import Quantization, Scheme, find_scheme
 from hal.torch_compat import dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from hal.quant.forms import Form
 
 __all__ = ["TENSORS", "QTensor"]
 
@@ -60,6 +62,8 @@ class QTensor:
     zeros: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        from hal.quant.layout import find_layout
+
         how = self.scheme.weight
         self._check_codes(how)
         granularities = {
@@ -67,22 +71,20 @@ class QTensor:
             "global_scale": how.second,
             "zeros": how.granularity if self.encoding == "uint4" else "none",
         }
+        form = find_layout(self.layout).form_of(self.scheme, self.encoding, self.logical_shape)
+        shape = form.stored_shape("values", how, self.logical_shape)
+        if tuple(self.values.shape) != shape:
+            raise ShapeError("QTensor values", found=list(self.values.shape), needed=list(shape))
         for name, granularity in granularities.items():
-            self._check_factors(name, granularity, _dtype_of(name, how))
+            self._check_factors(name, granularity, form)
 
     def _check_codes(self, how: Quantization) -> None:
-        from hal.quant.layout import find_layout
-
-        keeps_shape = find_layout(self.layout).keeps_shape
         shape = tuple(self.logical_shape)
-        if not shape and keeps_shape and not how.packed:
+        if not shape and self.layout == "canonical" and not how.packed:
             shape = tuple(self.values.shape)
         object.__setattr__(self, "logical_shape", shape)
         if len(shape) < 2:
             raise ShapeError("QTensor", found=f"shape {list(shape)}", needed="[..., N, K]")
-        needed = code_shape(how, shape)
-        if keeps_shape and tuple(self.values.shape) != needed:
-            raise ShapeError("QTensor values", found=list(self.values.shape), needed=list(needed))
         encodings = encodings_of(self.scheme)
         if self.encoding not in encodings:
             raise EncodingError(
@@ -94,7 +96,7 @@ class QTensor:
                 "QTensor", found=f"values of {self.values.dtype}", needed=f"{self.encoding}"
             )
 
-    def _check_factors(self, name: str, granularity: str, wanted: torch.dtype) -> None:
+    def _check_factors(self, name: str, granularity: str, form: Form) -> None:
         found: torch.Tensor | None = getattr(self, name)
         where = f"QTensor {name}"
         if granularity == "none":
@@ -104,6 +106,7 @@ class QTensor:
             return
         if found is None:
             raise EncodingError("QTensor", found=f"no {name}", needed=f"{name} for {self.scheme}")
+        wanted = form.dtype_of(name, _dtype_of(name, self.scheme.weight))
         if found.dtype is not wanted:
             raise DTypeError(
                 where,
@@ -117,7 +120,7 @@ class QTensor:
                 found=f"values on {self.values.device} and {name} on {found.device}",
                 needed="one device",
             )
-        shape = scale_shape(granularity, self.logical_shape)
+        shape = form.stored_shape(name, self.scheme.weight, self.logical_shape)
         if tuple(found.shape) != shape:
             raise ShapeError(where, found=list(found.shape), needed=f"{list(shape)}")
 
@@ -225,10 +228,15 @@ class QTensor:
         """
         import torch
 
+        from hal.quant.layout import find_layout
+
         scheme, encoding = find_scheme(metadata["scheme"]), metadata["encoding"]
-        how = scheme.weight
+        how, layout = scheme.weight, metadata["layout"]
+        shape = tuple(int(size) for size in metadata["logical_shape"].split(","))
         wanted = {name: _dtype_of(name, how) for name in TENSORS[1:]}
         wanted["values"] = dtype("uint8" if how.packed else encoding)
+        form = find_layout(layout).form_of(scheme, encoding, shape)
+        wanted = {name: form.dtype_of(name, kind) for name, kind in wanted.items()}
         typed: dict[str, torch.Tensor | None] = dict.fromkeys(TENSORS)
         for name in TENSORS:
             if tensors.get(name) is None and name != "values":
@@ -240,10 +248,8 @@ class QTensor:
                     "QTensor.from_state_dict", found=f"values of {raw.dtype}", needed=needed
                 )
             typed[name] = raw.view(needed) if as_bytes else raw
-        shape = tuple(int(size) for size in metadata["logical_shape"].split(","))
         values, scales, global_scale, zeros = typed.values()
         assert values is not None
-        layout = metadata["layout"]
         return cls(values, scales, scheme, encoding, layout, shape, global_scale, zeros)
 
     def __repr__(self) -> str:

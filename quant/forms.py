@@ -1,0 +1,313 @@
+"""Describe layouts as data: which weights they admit, and how each tensor of a weight is stored.
+
+A `Layout` is a list of forms. A `Form` admits weights by the encoding of their codes, the format
+and the granularity of their scales; it has a `Part` for each tensor that is not stored as in
+`canonical`. A part is an order, and possibly a code that rewrites elements without loss, such as
+two's complement to value + 8. What bytes mean therefore follows from three tags: scheme, encoding
+and layout. `hal.quant.layout` applies all of it; nothing here looks at a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from hal.errors import EncodingError, ShapeError, ValueRangeError
+from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, scale_shape
+from hal.torch_compat import dtype
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Code", "Form", "Layout", "Order", "Part", "Plain"]
+
+Shape = tuple[int, ...]
+Transform = Callable[["torch.Tensor"], "torch.Tensor"]
+View = Callable[["torch.Tensor", Shape], "torch.Tensor"]
+
+
+class Order(Protocol):
+    """An order of matrices `[..., N, C]` in memory; `hal.quant.swizzle.Reorder` is one."""
+
+    def stored_shape(self, shape: Shape) -> Shape: ...
+
+    def keeps_shape(self, shape: Shape) -> bool: ...
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+    def inverse(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor: ...
+
+    def argument(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor: ...
+
+
+def copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same data, contiguous and in new memory."""
+    # Not contiguous(): with one row or column it would return the memory of the source.
+    import torch
+
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """An order without tiles and padding.
+
+    Attributes:
+        to: Takes canonical data, `[..., N, C]`, and returns new memory.
+        back: Its inverse.
+        transposes: Whether N and C change places.
+        view: Makes the kernel's view of stored data; None takes it as stored.
+    """
+
+    to: Transform = copy
+    back: Transform = copy
+    transposes: bool = False
+    view: View | None = None
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Return the shape of what `forward` makes of a tensor of `shape`."""
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposes else tuple(shape)
+
+    def keeps_shape(self, shape: Shape) -> bool:
+        """Tell whether data of `shape` can be rewritten where it lies."""
+        return not self.transposes
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return canonical data in this order."""
+        return self.to(tensor)
+
+    def inverse(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return what `forward` was given."""
+        return self.back(stored)
+
+    def argument(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return the view of `stored` that kernels take."""
+        return stored if self.view is None else self.view(stored, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A rewriting of elements with an exact inverse.
+
+    Attributes:
+        name: What the elements are afterwards.
+        encode: Rewrites elements, into new memory.
+        decode: Its inverse.
+        first: Whether elements are rewritten before they are ordered. Otherwise what is stored is,
+            with its padding.
+        dtype: Number format of what `encode` returns; None for that of what it is given.
+        widen: Elements that it makes of so many elements of a line.
+        bad: Marks elements that cannot be rewritten.
+        needed: What they would have to be.
+    """
+
+    name: str
+    encode: Transform
+    decode: Transform
+    first: bool = False
+    dtype: str | None = None
+    widen: tuple[int, int] = (1, 1)
+    bad: Transform | None = None
+    needed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How one tensor of a weight is stored.
+
+    Attributes:
+        order: Where the elements of its matrices `[..., N, C]` lie.
+        code: What rewrites them, if anything.
+        view: Makes the kernel's view of what is stored; None leaves it to the order.
+    """
+
+    order: Order = field(default_factory=Plain)
+    code: Code | None = None
+    view: View | None = None
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Return the shape of what `forward` makes of matrices of `shape`."""
+        stored = self.order.stored_shape(shape)
+        wide, narrow = self.code.widen if self.code else (1, 1)
+        return (*stored[:-1], stored[-1] * wide // narrow)
+
+    def keeps_memory(self, shape: Shape) -> bool:
+        """Tell whether matrices of `shape` can be rewritten where they lie."""
+        same = self.code is None or (self.code.dtype is None and self.code.widen == (1, 1))
+        return same and self.order.keeps_shape(shape)
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return canonical matrices as they are stored."""
+        if self.code is None:
+            return self.order.forward(tensor)
+        if self.code.first:
+            return self.order.forward(self.code.encode(tensor))
+        return self.code.encode(self.order.forward(tensor))
+
+    def inverse(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return what `forward` was given, of `shape`."""
+        if self.code is None:
+            return self.order.inverse(stored, shape)
+        if self.code.first:
+            return self.code.decode(self.order.inverse(stored, shape))
+        return self.order.inverse(self.code.decode(stored), shape)
+
+    def argument(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return the view of `stored` that kernels take."""
+        view = self.order.argument if self.view is None else self.view
+        return view(stored, shape)
+
+    def check(self, where: str, tensor: torch.Tensor) -> None:
+        """Raise ValueRangeError if an element of `tensor` cannot be rewritten; synchronises."""
+        if self.code is None or self.code.bad is None or tensor.device.type == "meta":
+            return
+        bad = self.code.bad(tensor)
+        if bool(bad.any()):
+            place = bad.nonzero()[0].tolist()
+            found = f"{tensor.float()[tuple(place)].item()} at {place}"
+            raise ValueRangeError(where, found=found, needed=self.code.needed)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a layout makes of one family of weights.
+
+    Attributes:
+        encodings: Number formats of the codes; empty for all.
+        parts: How each tensor is stored that is not stored as in `canonical`, by its name.
+        granularities: How many values may share a scale; empty for any number.
+        scale_formats: Number formats of the scales; empty for all.
+        seconds: How many values may share a second scale; empty for any number.
+        spread: Whether scales are repeated for every row that shares them.
+        one_group: Whether rows of one group alone are meant (True), or of several (False).
+        row_multiple: What N must be a multiple of.
+    """
+
+    encodings: tuple[str, ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    granularities: tuple[str, ...] = ()
+    scale_formats: tuple[str, ...] = ()
+    seconds: tuple[str, ...] = ()
+    spread: bool = False
+    one_group: bool | None = None
+    row_multiple: int = 1
+
+    def admits(self, how: Quantization, encoding: str, shape: Shape) -> bool:
+        """Tell whether weights so stored have this form; `row_multiple` is another matter."""
+        asked = (encoding, how.granularity, how.scale_format, how.second)
+        accepted = (self.encodings, self.granularities, self.scale_formats, self.seconds)
+        if any(row and value not in row for value, row in zip(asked, accepted, strict=True)):
+            return False
+        if self.one_group is None or how.scale_format is None:
+            return True
+        return self.one_group == (matrix_shape("scales", how, self.spread, shape)[-1] == 1)
+
+    def stored_shape(self, name: str, how: Quantization, shape: Shape) -> Shape:
+        """Return the shape in which a tensor of weights `[..., N, K]` is stored."""
+        part = self.parts.get(name)
+        if part is None:
+            if name == "values":
+                return code_shape(how, shape)
+            return scale_shape(granularity_of(name, how), shape)
+        stored = part.stored_shape(matrix_shape(name, how, self.spread, shape))
+        # A column that keeps its shape stays the line that it was: scales per channel.
+        line = name != "values" and granularity_of(name, how) == "channel"
+        return stored[:-1] if line and stored == (*shape[:-1], 1) else stored
+
+    def dtype_of(self, name: str, canonical: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a tensor is stored that has another in `canonical`."""
+        part = self.parts.get(name)
+        if part is None or part.code is None or part.code.dtype is None:
+            return canonical
+        return dtype(part.code.dtype)
+
+    def __str__(self) -> str:
+        scales = f", {' or '.join(self.scale_formats)} scales" if self.scale_formats else ""
+        per = f" per {' or '.join(self.granularities)}" if self.granularities else ""
+        return f"{' or '.join(self.encodings) or 'any'} codes{scales}{per}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to lay out whole weights in memory.
+
+    Attributes:
+        name: Name that kernels declare and tensors are tagged with.
+        forms: What it makes of which weights; the first that admits a weight is its form.
+        summary: What is where, in a line.
+    """
+
+    name: str
+    forms: tuple[Form, ...]
+    summary: str = ""
+
+    def admits(self, scheme: Scheme, encoding: str, shape: Shape) -> bool:
+        """Tell whether weights `[..., N, K]` of a scheme and encoding can have this layout."""
+        try:
+            self.form_of(scheme, encoding, shape)
+        except (EncodingError, ShapeError):
+            return False
+        return True
+
+    def form_of(self, scheme: Scheme, encoding: str, shape: Shape) -> Form:
+        """Return what this layout makes of weights `[..., N, K]`.
+
+        Raises:
+            EncodingError: If it is not defined for the scheme or the encoding.
+            ShapeError: If it is not defined for the granularity of the scales, or for N.
+        """
+        where, how = f"layout {self.name}", scheme.weight
+        form = next((form for form in self.forms if form.admits(how, encoding, shape)), None)
+        if form is None:
+            needed = "; or ".join(dict.fromkeys(map(str, self.forms)))
+            found = f"{scheme} ({encoding} codes, {how.scale_format} scales per {how.granularity})"
+            known = any(not row.encodings or encoding in row.encodings for row in self.forms)
+            raise (ShapeError if known else EncodingError)(where, found=found, needed=needed)
+        if shape[-2] % form.row_multiple:
+            needed = f"a multiple of {form.row_multiple}"
+            raise ShapeError(where, found=f"{shape[-2]} rows", needed=needed)
+        return form
+
+
+def granularity_of(name: str, how: Quantization) -> str:
+    """Return how many values share an element of a weight's scales, second scales or zeros."""
+    return how.second if name == "global_scale" else how.granularity
+
+
+def matrix_shape(name: str, how: Quantization, spread: bool, shape: Shape) -> Shape:
+    """Return the shape `[..., N, C]` of what is ordered of a tensor of weights of `shape`."""
+    if name == "values":
+        return code_shape(how, shape)
+    granularity = granularity_of(name, how)
+    if granularity in ("channel", "tensor"):
+        return (*shape[:-2], shape[-2] if granularity == "channel" or spread else 1, 1)
+    factors = scale_shape(granularity, shape)
+    return (*factors[:-2], shape[-2], factors[-1]) if spread else factors
+
+
+def matrix_of(
+    name: str, tensor: torch.Tensor, how: Quantization, spread: bool, shape: Shape
+) -> torch.Tensor:
+    """Return a canonical tensor of weights of `shape` as the matrices that are ordered."""
+    granularity = "none" if name == "values" else granularity_of(name, how)
+    if granularity == "channel":
+        return tensor.unsqueeze(-1)
+    needed = matrix_shape(name, how, spread, shape)
+    if granularity == "tensor":
+        return tensor[..., None, None].expand(needed)
+    if granularity == "block128" and spread:
+        return tensor.repeat_interleave(BLOCK, -2)[..., : shape[-2], :]
+    return tensor
+
+
+def tensor_of(name: str, matrix: torch.Tensor, how: Quantization, spread: bool) -> torch.Tensor:
+    """Undo `matrix_of`."""
+    granularity = "none" if name == "values" else granularity_of(name, how)
+    if granularity == "channel":
+        return matrix.squeeze(-1)
+    if granularity == "tensor":
+        return matrix[..., 0, 0]
+    if granularity == "block128" and spread:
+        return matrix[..., ::BLOCK, :]
+    return matrix
