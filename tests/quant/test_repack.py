@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from order_checks import (
+    NothingRuns,
+    check_each_matrix_alone,
+    check_every_dtype,
+    check_names,
+    check_refusals,
+    check_same_bytes_on,
+    check_shapes_elsewhere,
+    check_there_and_back,
+    pattern,
+    raw,
+)
 
 from hal.errors import DTypeError, ShapeError
 from hal.quant.repack import CODE_LAYOUTS, interleave_groups, separate_groups
@@ -19,24 +30,6 @@ SHAPES = [
     (1, 1), (1, 40), (64, 32), (65, 33), (16, 32), (7, 100), (3, 64, 16), (2, 1, 7), (2, 2, 31, 3),
     (0, 64, 32), (2, 0, 8), (5, 0),
 ]  # fmt: skip
-
-
-class NothingRuns(TorchDispatchMode):
-    """Fail when any operator of torch is called."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} ran")
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def pattern(name: str, *shape: int) -> torch.Tensor:
-    """Return bytes that differ from their neighbours, in the first dtype that the layout takes."""
-    dtype = getattr(torch, CODE_LAYOUTS[name].dtypes[0])
-    index = torch.arange(torch.Size(shape).numel() * dtype.itemsize)
-    return ((index * 37 + index // 251) % 256).to(torch.uint8).view(dtype).view(shape)
 
 
 def codes_of(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -82,7 +75,7 @@ def marlin_words(codes: list[list[int]], bits: int, a8: bool) -> list[int]:
 @pytest.mark.parametrize("name", MARLIN)
 def test_marlin_words_are_those_of_the_kernels_threads(name: str, n: int, k: int) -> None:
     bits, a8 = (4 if "4bit" in name else 8), name.endswith("a8")
-    layout, values = CODE_LAYOUTS[name], pattern(name, n, k * bits // 8)
+    layout, values = CODE_LAYOUTS[name], pattern(CODE_LAYOUTS[name], n, k * bits // 8)
     padded = torch.zeros(layout.padded_shape(values.shape), dtype=torch.uint8)
     padded[:n, : values.shape[1]] = values
     words = marlin_words(codes_of(padded, bits).tolist(), bits, a8)
@@ -105,7 +98,7 @@ def test_marlin_takes_the_even_column_from_the_low_half() -> None:
 @pytest.mark.parametrize("shape", [(16, 32), (48, 96), (20, 40)])
 @pytest.mark.parametrize("name", ["aiter_16x16", "aiter_16x16_wide"])
 def test_aiter_tiles_hold_16_rows_of_16_bytes(name: str, shape) -> None:
-    layout, values = CODE_LAYOUTS[name], pattern(name, *shape)
+    layout, values = CODE_LAYOUTS[name], pattern(CODE_LAYOUTS[name], *shape)
     stored = raw(layout.forward(values)).flatten().tolist()
     size = values.element_size()
     rows, columns = layout.padded_shape(shape)
@@ -124,7 +117,8 @@ FIRST, FOURTH = (15, 8, 7, 6), (14, 11, 10, 13)
 
 @pytest.mark.parametrize("shape", [(16, 32), (32, 64), (9, 40)])
 def test_hopper_words_hold_the_bits_of_eight_codes(shape) -> None:
-    layout, values = CODE_LAYOUTS["hopper_mxfp4"], pattern("hopper_mxfp4", *shape)
+    layout = CODE_LAYOUTS["hopper_mxfp4"]
+    values = pattern(layout, *shape)
     taken = layout.argument(layout.forward(values), shape)
     rows, columns = layout.padded_shape(shape)
     assert taken.shape == (columns * 4, rows // 4)
@@ -159,7 +153,7 @@ def test_hopper_words_hold_the_bits_of_eight_codes(shape) -> None:
     ],
 )
 def test_bytes_are_those_of_the_real_library(name: str, shape, golden: str) -> None:
-    layout, values = CODE_LAYOUTS[name], pattern(name, *shape)
+    layout, values = CODE_LAYOUTS[name], pattern(CODE_LAYOUTS[name], *shape)
     taken = layout.argument(layout.forward(values), values.shape)
     assert hashlib.sha256(raw(taken).numpy().tobytes()).hexdigest()[:16] == golden
 
@@ -167,19 +161,7 @@ def test_bytes_are_those_of_the_real_library(name: str, shape, golden: str) -> N
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_the_same_bits(name: str, shape) -> None:
-    layout, values = CODE_LAYOUTS[name], pattern(name, *shape)
-    before = raw(values).clone()
-    stored = layout.forward(values)
-    back = layout.inverse(stored, shape)
-    assert stored.dtype is back.dtype is values.dtype
-    assert stored.shape == layout.stored_shape(shape)
-    assert stored.is_contiguous()
-    assert back.is_contiguous()
-    assert back.shape == values.shape
-    assert torch.equal(raw(back), before)
-    assert torch.equal(raw(values), before)
-    if values.numel():
-        assert len({tensor.data_ptr() for tensor in (values, stored, back)}) == 3
+    check_there_and_back(CODE_LAYOUTS[name], shape)
 
 
 def pieces(name: str, tensor: torch.Tensor) -> list[int]:
@@ -237,61 +219,29 @@ def test_no_bit_is_lost_or_moved_onto_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_expert_is_reordered_alone_from_any_strides(name: str) -> None:
-    layout, values = CODE_LAYOUTS[name], pattern(name, 3, 40, 70).mT
-    stored = layout.forward(values)
-    for e in range(3):
-        assert torch.equal(raw(stored[e]), raw(layout.forward(values[e].contiguous())))
-    strided = stored.mT.contiguous().mT
-    assert torch.equal(raw(layout.inverse(strided, values.shape)), raw(values))
+    check_each_matrix_alone(CODE_LAYOUTS[name], pattern(CODE_LAYOUTS[name], 3, 40, 70).mT)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dtype_keeps_its_bytes(name: str) -> None:
-    layout = CODE_LAYOUTS[name]
-    for dtype in (getattr(torch, dtype) for dtype in layout.dtypes):
-        codes = torch.arange(256, dtype=torch.uint8).repeat(8).view(32, 64).view(dtype)
-        stored = layout.forward(codes)
-        assert stored.dtype is dtype
-        assert torch.equal(raw(layout.inverse(stored, codes.shape)), raw(codes))
+    check_every_dtype(CODE_LAYOUTS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_follow_on_another_device(name: str) -> None:
-    layout = CODE_LAYOUTS[name]
-    values = torch.empty(3, 70, 9, dtype=getattr(torch, layout.dtypes[0]), device="meta")
-    stored = layout.forward(values)
-    assert stored.device.type == "meta"
-    assert stored.shape == layout.stored_shape(values.shape)
-    assert layout.inverse(stored, values.shape).shape == values.shape
-    assert layout.argument(stored, values.shape).numel() > 0
+    check_shapes_elsewhere(CODE_LAYOUTS[name])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_gives_the_same_bytes(name: str) -> None:
-    layout, values = CODE_LAYOUTS[name], pattern(name, 3, 70, 90)
     device = "cuda" if torch.cuda.is_available() else "xpu"
-    stored = layout.forward(values.to(device))
-    assert torch.equal(raw(stored.cpu()), raw(layout.forward(values)))
-    assert torch.equal(raw(layout.inverse(stored, values.shape).cpu()), raw(values))
+    check_same_bytes_on(device, CODE_LAYOUTS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refusals_come_before_any_work(name: str) -> None:
-    layout, good = CODE_LAYOUTS[name], pattern(name, 4, 4)
-    stored, wrong = layout.forward(good), torch.zeros(4, 4, dtype=torch.int64)
-    line = good.new_zeros(4)
-    with NothingRuns():
-        with pytest.raises(DTypeError, match=rf"layout {name}: found torch.int64, needed "):
-            layout.forward(wrong)
-        with pytest.raises(ShapeError, match=r"found shape \[4\], needed \[\.\.\., N, C\]"):
-            layout.forward(line)
-        with pytest.raises(ShapeError, match="pass the shape of the canonical tensor"):
-            layout.inverse(stored, (4000, 4))
-        with pytest.raises(ShapeError, match="needed"):
-            layout.inverse(stored, (1, 4, 4))
-        with pytest.raises(ShapeError, match=r"pad to \["):
-            layout.require_whole((4, 4))
+    check_refusals(CODE_LAYOUTS[name])
 
 
 def test_packed_codes_are_bytes_only() -> None:
@@ -300,9 +250,7 @@ def test_packed_codes_are_bytes_only() -> None:
 
 
 def test_rows_of_the_table_have_their_names_and_sources() -> None:
-    for name, layout in CODE_LAYOUTS.items():
-        assert layout.name == name
-        assert layout.source
+    check_names(CODE_LAYOUTS)
 
 
 @pytest.mark.parametrize("every", [1, 3])

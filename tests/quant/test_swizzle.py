@@ -8,9 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from order_checks import (
+    check_each_matrix_alone,
+    check_every_dtype,
+    check_names,
+    check_refusals,
+    check_same_bytes_on,
+    check_shapes_elsewhere,
+    check_there_and_back,
+    pattern,
+    raw,
+)
 
-from hal.errors import DTypeError, RegistrationError, ShapeError
+from hal.errors import RegistrationError, ShapeError
 from hal.quant.swizzle import SCALE_LAYOUTS, Reorder
 
 NAMES = list(SCALE_LAYOUTS)
@@ -18,24 +28,6 @@ SHAPES = [
     (1, 1), (1, 9), (128, 4), (130, 5), (33, 8), (300, 17), (3, 64, 2), (2, 1, 7), (2, 2, 31, 3),
     (0, 64, 8), (2, 0, 8), (5, 0),
 ]  # fmt: skip
-
-
-class NothingRuns(TorchDispatchMode):
-    """Fail when any operator of torch is called."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} ran")
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def pattern(name: str, *shape: int) -> torch.Tensor:
-    """Return bytes that differ from their neighbours, in the first dtype that the layout takes."""
-    dtype = getattr(torch, SCALE_LAYOUTS[name].dtypes[0])
-    index = torch.arange(torch.Size(shape).numel() * dtype.itemsize)
-    return ((index * 37 + index // 251) % 256).to(torch.uint8).view(dtype).view(shape)
 
 
 def elements(tensor: torch.Tensor) -> list[int]:
@@ -121,7 +113,7 @@ def test_mn_major_has_unit_stride_along_rows_padded_to_16_bytes(rows: int, colum
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3), (8, 4), (63, 9)])
 def test_packed_exponents_are_four_groups_of_a_row_in_a_word(rows: int, columns: int) -> None:
     layout = SCALE_LAYOUTS["mn_major_ue8m0"]
-    values = pattern("mn_major_ue8m0", 2, rows, columns)
+    values = pattern(layout, 2, rows, columns)
     taken = layout.argument(layout.forward(values), values.shape)
     aligned, packed = (rows + 3) // 4 * 4, (columns + 3) // 4
     assert taken.dtype is torch.int32
@@ -169,7 +161,7 @@ def test_marlin_scales_follow_the_published_lists(name: str, rows: int) -> None:
     ],
 )
 def test_bytes_are_those_of_the_real_library(name: str, shape, golden: str) -> None:
-    layout, values = SCALE_LAYOUTS[name], pattern(name, *shape)
+    layout, values = SCALE_LAYOUTS[name], pattern(SCALE_LAYOUTS[name], *shape)
     if name == "marlin_group_fp4":
         values = values.clamp(1, 254)  # vllm goes through bfloat16
     taken = layout.argument(layout.forward(values), values.shape)
@@ -179,19 +171,7 @@ def test_bytes_are_those_of_the_real_library(name: str, shape, golden: str) -> N
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_the_same_bits(name: str, shape) -> None:
-    layout, values = SCALE_LAYOUTS[name], pattern(name, *shape)
-    before = raw(values).clone()
-    stored = layout.forward(values)
-    back = layout.inverse(stored, shape)
-    assert stored.dtype is back.dtype is values.dtype
-    assert stored.shape == layout.stored_shape(shape)
-    assert stored.is_contiguous()
-    assert back.is_contiguous()
-    assert back.shape == values.shape
-    assert torch.equal(raw(back), before)
-    assert torch.equal(raw(values), before)
-    if values.numel():
-        assert len({tensor.data_ptr() for tensor in (values, stored, back)}) == 3
+    check_there_and_back(SCALE_LAYOUTS[name], shape)
 
 
 @settings(max_examples=60)
@@ -202,7 +182,7 @@ def test_there_and_back_is_the_same_bits(name: str, shape) -> None:
     st.integers(1, 20),
 )
 def test_stored_bytes_are_those_of_the_padded_matrix(name, lead, rows, columns) -> None:
-    layout, values = SCALE_LAYOUTS[name], pattern(name, *lead, rows, columns)
+    layout, values = SCALE_LAYOUTS[name], pattern(SCALE_LAYOUTS[name], *lead, rows, columns)
     padded = layout.padded_shape(values.shape)
     for size, large, multiple in zip((rows, columns), padded[-2:], layout.multiples, strict=True):
         assert large % multiple == 0
@@ -217,61 +197,31 @@ def test_stored_bytes_are_those_of_the_padded_matrix(name, lead, rows, columns) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_matrix_of_a_batch_is_reordered_alone(name: str) -> None:
-    layout, values = SCALE_LAYOUTS[name], pattern(name, 3, 70, 9)
-    stored = layout.forward(values)
-    for e in range(3):
-        assert torch.equal(raw(stored[e]), raw(layout.forward(values[e])))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_views_are_read_in_their_logical_order(name: str) -> None:
-    layout, values = SCALE_LAYOUTS[name], pattern(name, 9, 140)
-    turned = values.mT
-    assert torch.equal(raw(layout.forward(turned)), raw(layout.forward(turned.contiguous())))
-    stored = layout.forward(turned)
-    strided = stored.mT.contiguous().mT
-    assert torch.equal(raw(layout.inverse(strided, turned.shape)), raw(turned))
+def test_each_matrix_of_a_batch_is_reordered_alone_from_any_strides(name: str) -> None:
+    check_each_matrix_alone(SCALE_LAYOUTS[name], pattern(SCALE_LAYOUTS[name], 3, 70, 9))
+    check_each_matrix_alone(SCALE_LAYOUTS[name], pattern(SCALE_LAYOUTS[name], 3, 9, 140).mT)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dtype_keeps_its_bytes(name: str) -> None:
-    layout = SCALE_LAYOUTS[name]
-    for dtype in layout.dtypes:
-        if not hasattr(torch, dtype):
-            continue  # a format that this torch has no dtype for
-        dtype = getattr(torch, dtype)
-        codes = torch.arange(256, dtype=torch.uint8).repeat(4).view(16, 64).view(dtype)
-        stored = layout.forward(codes)
-        assert stored.dtype is dtype
-        assert torch.equal(raw(layout.inverse(stored, codes.shape)), raw(codes))
+    check_every_dtype(SCALE_LAYOUTS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_follow_on_another_device(name: str) -> None:
-    layout = SCALE_LAYOUTS[name]
-    values = torch.empty(3, 70, 9, dtype=getattr(torch, layout.dtypes[0]), device="meta")
-    stored = layout.forward(values)
-    assert stored.device.type == "meta"
-    assert stored.shape == layout.stored_shape(values.shape)
-    assert layout.inverse(stored, values.shape).shape == values.shape
-    assert layout.argument(stored, values.shape).numel() > 0
+    check_shapes_elsewhere(SCALE_LAYOUTS[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_gives_the_same_bytes(name: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+    check_same_bytes_on(device, SCALE_LAYOUTS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refusals_come_before_any_work(name: str) -> None:
-    layout, good = SCALE_LAYOUTS[name], pattern(name, 4, 4)
-    stored, wrong = layout.forward(good), torch.zeros(4, 4, dtype=torch.int64)
-    line = good.new_zeros(4)
-    with NothingRuns():
-        with pytest.raises(DTypeError, match=rf"layout {name}: found torch.int64, needed "):
-            layout.forward(wrong)
-        with pytest.raises(ShapeError, match=r"found shape \[4\], needed \[\.\.\., N, C\]"):
-            layout.forward(line)
-        with pytest.raises(ShapeError, match="pass the shape of the canonical tensor"):
-            layout.inverse(stored, (4000, 4))
-        with pytest.raises(ShapeError, match="needed"):
-            layout.inverse(stored, (1, 4, 4))
+    check_refusals(SCALE_LAYOUTS[name])
 
 
 def test_whole_shapes_are_told_from_ragged_ones() -> None:
@@ -299,6 +249,4 @@ def test_a_row_that_contradicts_itself_is_refused(fields) -> None:
 
 
 def test_rows_of_the_table_have_their_names_and_sources() -> None:
-    for name, layout in SCALE_LAYOUTS.items():
-        assert layout.name == name
-        assert layout.source
+    check_names(SCALE_LAYOUTS)
