@@ -8,6 +8,7 @@ from hal.quant.layout import LAYOUTS, Layout, kernel_arguments, register_layout,
 from hal.quant.quantize import bind_encoding, quantize
 from hal.quant.scheme import SCHEMES, Quantization, Scheme, find_scheme, scale_shape
 from hal.quant.tensor import QTensor
+from hal.quant.w4a8 import w4a8_weight
 
 __all__ = [
     "LAYOUTS",
@@ -27,4 +28,5 @@ __all__ = [
     "save",
     "scale_shape",
     "to_layout",
+    "w4a8_weight",
 ]

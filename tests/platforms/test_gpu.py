@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_delay import TIMES, one_second
 
 import hal
 from hal.quant.layout import to_layout
@@ -19,7 +20,6 @@ from hal.runtime import platform_for_device_type
 
 pytestmark = pytest.mark.gpu
 
-TIMES = 20
 SIZE = 2048
 
 
@@ -34,18 +34,7 @@ def here() -> hal.Platform:
 
 @pytest.fixture(scope="module")
 def delay() -> Callable[[], None]:
-    """Return a function that keeps the current stream busy for a second."""
-    if not torch.cuda.is_available():
-        pytest.skip("no torch.cuda: only it can delay a stream (torch.cuda._sleep)")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cycles = 100_000_000
-    torch.cuda._sleep(cycles)
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize()
-    second = int(cycles * 1000 / start.elapsed_time(end))
-    return lambda: torch.cuda._sleep(second)
+    return one_second()
 
 
 def weight(number: int) -> QTensor:

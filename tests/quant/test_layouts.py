@@ -231,6 +231,20 @@ def test_in_place_where_memory_suffices_and_refused_where_not(scheme: str, layou
     assert bits(back) == before
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("scheme", "layout"), CASES)
+def test_a_gpu_gives_the_same_bytes(scheme: str, layout: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+    weight = weight_of(scheme, 2, rows_of(layout, scheme, 66), 131, layout=layout)
+    there = to_layout(weight.to(device), layout)
+    assert bits(there.to("cpu")) == bits(to_layout(weight, layout, "cpu"))
+    assert bits(to_layout(there, "canonical").to("cpu")) == bits(weight)
+    found, wanted = kernel_arguments(there), kernel_arguments(there.to("cpu"))
+    for mine, theirs in zip(found[:-1], wanted[:-1], strict=True):
+        if theirs is not None:
+            assert mine.stride() == theirs.stride()
+
+
 def test_some_layouts_can_be_had_in_place() -> None:
     for layout in ("interleaved", "interleaved_64", "aiter_16x16"):
         weight = weight_of("fp8_channel", *WHOLE)
