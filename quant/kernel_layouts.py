@@ -38,7 +38,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hal.quant.forms import Form, Layout, Order, Part, Plain
+from hal.quant.forms import Form, Layout
+from hal.quant.parts import Order, Part, Plain
 from hal.quant.recode import E8M0, NIBBLES, PRODUCTS, S0E5M3, UINT4B8, UINT8B128, UNIFIED_INT4
 from hal.quant.repack import CODE_LAYOUTS
 from hal.quant.swizzle import SCALE_LAYOUTS, transposed

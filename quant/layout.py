@@ -21,17 +21,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.errors import LayoutError, RegistrationError, UnknownNameError
-from hal.quant.forms import (
-    Form,
-    Layout,
-    Part,
-    Plain,
-    copy,
-    matrix_of,
-    matrix_shape,
-    tensor_of,
-)
+from hal.quant.forms import Form, Layout, matrix_of, matrix_shape, tensor_of
 from hal.quant.kernel_layouts import kernel_layouts
+from hal.quant.parts import Part, Plain, copy
 from hal.quant.repack import interleave_groups, separate_groups
 from hal.quant.scheme import BLOCK
 from hal.registry import GRANULARITIES

@@ -103,6 +103,7 @@ def bind_encoding(weight: QTensor, fp8_encoding: str | None, *, where: str) -> Q
 
     Raises:
         EncodingError: If e4m3fnuz bytes meet a device that reads e4m3fn.
+        ValueRangeError: If an e8m0 scale cannot grow as e4m3fnuz needs it to.
     """
     from dataclasses import replace
 
@@ -115,10 +116,24 @@ def bind_encoding(weight: QTensor, fp8_encoding: str | None, *, where: str) -> Q
         return weight
     if weight.encoding == "e4m3fn" and needed == "e4m3fnuz":
         convert = to_fnuz_mx if how.scale_format == "e8m0" else to_fnuz
+        if convert is to_fnuz_mx:
+            _require_doubling(where, weight.scales)
         values, scales = convert(weight.values, weight.scales)
         return replace(weight, values=values, scales=scales, encoding=needed)
     weight.require(where, layout=weight.layout, encodings=(needed,))
     return weight
+
+
+def _require_doubling(where: str, scales: torch.Tensor) -> None:
+    """Raise if an e8m0 scale is the largest: it cannot double, and values would halve."""
+    largest = scales == 254
+    if scales.device.type != "meta" and bool(largest.any()):
+        raise ValueRangeError(
+            f"{where}: scales",
+            found=f"254 at {largest.nonzero()[0].tolist()}",
+            needed="e8m0 bytes below 254, or 255 for NaN",
+            cure="scales of 2**127 are no weights",
+        )
 
 
 def _encode_slices(

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hal.quant.forms import Code
 from hal.quant.int4 import uint4b8_to_int4
+from hal.quant.parts import Code
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal.errors import EncodingError, UnknownNameError
+from hal.errors import EncodingError, UnknownNameError, ValueRangeError
 from hal.quant import bind_encoding, quantize, to_layout
 from hal.quant.fp8 import doubled_e8m0, saturate, to_fn, to_fnuz
 
@@ -87,7 +87,7 @@ def test_strided_values_convert_like_contiguous_ones() -> None:
 
 
 @pytest.mark.parametrize("layout", ["canonical", "k_major"])
-@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block128"])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block128", "mxfp8"])
 def test_binding_to_gfx942_converts_exactly_and_once(scheme: str, layout: str) -> None:
     weight = quantize(torch.randn(130, 140), scheme, platform="cuda:h100")
     weight = to_layout(weight, layout, "cpu")
@@ -106,6 +106,50 @@ def test_binding_leaves_alone_what_needs_no_conversion(scheme: str) -> None:
     assert bind_encoding(weight, None, where="test") is weight
     if scheme != "fp8_channel":
         assert bind_encoding(weight, "e4m3fnuz", where="test") is weight
+
+
+@pytest.mark.parametrize("byte", [0x80, 0x7F, 0xFF])
+@pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_block128", "mxfp8"])
+def test_binding_handles_negative_zero_and_nan(scheme: str, byte: int) -> None:
+    weight = quantize(torch.randn(4, 64), scheme, platform="cpu")
+    weight.values.view(torch.uint8)[1, 3] = byte
+    bound = bind_encoding(weight, "e4m3fnuz", where="test")
+    found, meant = bound.dequantize(), weight.dequantize()
+    torch.testing.assert_close(found, meant, rtol=0, atol=0, equal_nan=True)
+    assert found[1, 3].isnan() == (byte != 0x80)
+    assert weight.values.view(torch.uint8)[1, 3] == byte
+
+
+def test_a_scale_of_e8m0_that_cannot_double_is_refused() -> None:
+    weight = quantize(torch.randn(4, 64), "mxfp8", platform="cpu")
+    for byte, fits in ((0, True), (253, True), (255, True), (254, False)):
+        weight.scales[2, 1] = byte
+        before = [tensor.clone() for tensor in weight.tensors]
+        if fits:
+            bound = bind_encoding(weight, "e4m3fnuz", where="test")
+            assert bound.scales[2, 1] == min(byte + 1, 255)
+        else:
+            with pytest.raises(ValueRangeError, match=r"test: scales: found 254 at \[2, 1\]"):
+                bind_encoding(weight, "e4m3fnuz", where="test")
+        for old, new in zip(before, weight.tensors, strict=True):
+            assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
+    assert bind_encoding(weight.to("meta"), "e4m3fnuz", where="test").encoding == "e4m3fnuz"
+
+
+@pytest.mark.parametrize(("source", "target"), [("e4m3fn", "e4m3fnuz"), ("e4m3fnuz", "e4m3fn")])
+def test_casts_from_one_encoding_to_the_other_saturate(source: str, target: str) -> None:
+    """By value, without scales: all 256 bytes against the definitions of both encodings."""
+    found = saturate(ALL.clone().view(getattr(torch, f"float8_{source}")), target)
+    meant = reference.byte_values(source)
+    grid = reference.byte_values(target)
+    grid = grid[np.isfinite(grid)]
+    means = reference.byte_values(target)[found.view(torch.uint8).numpy()]
+    np.testing.assert_array_equal(np.isnan(means), np.isnan(meant))
+    for value, near in zip(meant, means, strict=True):
+        if not np.isnan(value):
+            assert abs(near - value) == np.abs(grid - value).min()
+    top = {"e4m3fn": 448, "e4m3fnuz": 240}
+    assert np.nanmax(means) == min(top.values())
 
 
 # Where the largest value sets the scale, and not the floor (1e-12 against 2e-12), both roads end

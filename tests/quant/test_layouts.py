@@ -31,7 +31,8 @@ from hal.quant import (
     register_layout,
     to_layout,
 )
-from hal.quant.forms import Form, Part, Plain
+from hal.quant.forms import Form
+from hal.quant.parts import Part, Plain
 
 
 class RecordingPlatform:
