@@ -10,11 +10,11 @@ and layout. `hal.quant.layout` applies all of it; nothing here looks at a device
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hal.errors import EncodingError, ShapeError
-from hal.quant.parts import Part, Shape
+from hal.quant.parts import Chain, Part, Shape
 from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, scale_shape
 from hal.torch_compat import dtype
 
@@ -77,6 +77,16 @@ class Form:
             return canonical
         return dtype(part.code.dtype)
 
+    def behind(self, rows: Form) -> Form:
+        """Return this form of what a form that moves rows has made."""
+        parts = dict(rows.parts)
+        for name, part in self.parts.items():
+            # Scales that are repeated for every row move as the rows do, and not as blocks.
+            first = rows.parts.get("values" if self.spread else name)
+            order = part.order if first is None else Chain(first.order, part.order)
+            parts[name] = replace(part, order=order)
+        return replace(self, parts=parts)
+
     def __str__(self) -> str:
         scales = f", {' or '.join(self.scale_formats)} scales" if self.scale_formats else ""
         per = f" per {' or '.join(self.granularities)}" if self.granularities else ""
@@ -90,12 +100,14 @@ class Layout:
     Attributes:
         name: Name that kernels declare and tensors are tagged with.
         forms: What it makes of which weights; the first that admits a weight is its form.
-        summary: What is where, in a line.
+        rows_only: Whether it only moves rows, so that another layout can be had of the result.
+        after: A layout that moves rows first.
     """
 
     name: str
     forms: tuple[Form, ...]
-    summary: str = ""
+    rows_only: bool = False
+    after: Layout | None = None
 
     def admits(self, scheme: Scheme, encoding: str, shape: Shape) -> bool:
         """Tell whether weights `[..., N, K]` of a scheme and encoding can have this layout."""
@@ -112,7 +124,7 @@ class Layout:
             EncodingError: If it is not defined for the scheme or the encoding.
             ShapeError: If it is not defined for the granularity of the scales, or for N.
         """
-        where, how = f"layout {self.name}", scheme.weight
+        where, how, asked = f"layout {self.name}", scheme.weight, (scheme, encoding, shape)
         form = next((form for form in self.forms if form.admits(how, encoding, shape)), None)
         if form is None:
             needed = "; or ".join(dict.fromkeys(map(str, self.forms)))
@@ -122,7 +134,7 @@ class Layout:
         if shape[-2] % form.row_multiple:
             needed = f"a multiple of {form.row_multiple}"
             raise ShapeError(where, found=f"{shape[-2]} rows", needed=needed)
-        return form
+        return form if self.after is None else form.behind(self.after.form_of(*asked))
 
 
 def granularity_of(name: str, how: Quantization) -> str:

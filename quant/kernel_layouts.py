@@ -3,8 +3,6 @@
 | layout | weights | codes | scales | kernel's arguments |
 |---|---|---|---|---|
 | k_major_scales | all | as k_major | per group and block transposed too | as stored |
-| interleaved_64, _128 | N a multiple of 128, 256 | gate and up alternate every 64, 128 rows; \
-blocks of 128x128 with the latter | with the rows | as stored |
 | marlin | int4 and uint4 per group | marlin_4bit; int4 as value + 8 | marlin_group, of one group \
 marlin_channel; zeros as marlin_group, four bits each | int32 words |
 | | int8 per channel | marlin_8bit, value + 128 | marlin_channel | int32 words |
@@ -128,7 +126,7 @@ def _k_major_scales(k_major: Part) -> tuple[Form, ...]:
 
 
 def kernel_layouts(k_major: Part) -> tuple[Layout, ...]:
-    """Return the layouts of the table above, but for gate and up.
+    """Return the layouts of the table above.
 
     Args:
         k_major: How the stored transpose is made.

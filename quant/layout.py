@@ -11,12 +11,12 @@ the second time, and nothing can be transposed twice by accident. Work runs insi
 | k_major | `[..., K, N]`, N contiguous: the transpose, stored | canonical |
 | interleaved | rows gate 0, up 0, gate 1, up 1, ... of a `[gate; up]` weight | with the rows |
 
-`hal.quant.kernel_layouts` has the table of those that kernels of other libraries read.
+`hal.quant.row_layouts` has the others that move rows, `hal.quant.kernel_layouts` those that kernels
+of other libraries read, and `rows+kernel` names both, one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,9 +24,7 @@ from hal.errors import LayoutError, RegistrationError, UnknownNameError
 from hal.quant.forms import Form, Layout, matrix_of, matrix_shape, tensor_of
 from hal.quant.kernel_layouts import kernel_layouts
 from hal.quant.parts import Part, Plain, copy
-from hal.quant.repack import interleave_groups, separate_groups
-from hal.quant.scheme import BLOCK
-from hal.registry import GRANULARITIES
+from hal.quant.row_layouts import row_layouts
 
 if TYPE_CHECKING:
     import torch
@@ -141,15 +139,21 @@ def kernel_arguments(weight: QTensor) -> Arguments:
 
 
 def find_layout(name: str) -> Layout:
-    """Return the layout called `name`.
+    """Return the layout called `name`, or that of two names with a `+` between.
 
     Raises:
         UnknownNameError: If there is none; carries the nearest names.
     """
     try:
-        return LAYOUTS[name]
-    except KeyError:
+        if name in LAYOUTS:
+            return LAYOUTS[name]
+        first, second = (LAYOUTS[part] for part in name.split("+"))
+    except (KeyError, ValueError):
         raise UnknownNameError("layout", name, LAYOUTS) from None
+    if not first.rows_only or second.rows_only or second.name == "canonical":
+        hint = "before + stands one that moves rows, behind it one that does more"
+        raise UnknownNameError("layout", name, LAYOUTS, hint)
+    return replace(second, name=name, after=first)
 
 
 def form_of(weight: QTensor) -> Form:
@@ -201,36 +205,6 @@ def _stored(
     return stored.view(form.stored_shape(name, how, weight.shape))
 
 
-def _interleave(every: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda matrix: interleave_groups(matrix, matrix.shape[-2], every=every)
-
-
-def _separate(every: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda matrix: separate_groups(matrix, matrix.shape[-2], every=every)
-
-
-def _interleaved(every: int) -> tuple[Form, ...]:
-    """Return the forms of a `[gate; up]` weight whose halves alternate every so many rows."""
-    rows = Part(Plain(_interleave(every), _separate(every)))
-    forms = []
-    for granularity in GRANULARITIES:
-        parts = {"values": rows, "scales": rows, "zeros": rows}
-        if granularity == "tensor":
-            parts.pop("scales")
-        turn = every
-        if granularity == "block128":
-            if every % BLOCK:
-                continue  # a block of 128 rows would hold gate and up under one scale
-            turn = every // BLOCK
-            parts["scales"] = Part(Plain(_interleave(turn), _separate(turn)))
-        for second in ("none", "tensor", "channel"):
-            if second == "channel":
-                parts = parts | {"global_scale": rows}
-            form = Form((), parts, (granularity,), seconds=(second,), row_multiple=2 * every)
-            forms.append(form)
-    return tuple(forms)
-
-
 def _transpose(matrix: torch.Tensor) -> torch.Tensor:
     return copy(matrix.transpose(-1, -2))
 
@@ -239,10 +213,5 @@ _TRANSPOSED = Part(Plain(_transpose, _transpose, transposes=True))
 
 register_layout(Layout("canonical", (Form(),)))
 register_layout(Layout("k_major", (Form((), {"values": _TRANSPOSED}),)))
-register_layout(Layout("interleaved", _interleaved(1)))
-for _row in (
-    Layout("interleaved_64", _interleaved(64)),
-    Layout("interleaved_128", _interleaved(128)),
-    *kernel_layouts(_TRANSPOSED),
-):
+for _row in (*row_layouts(), *kernel_layouts(_TRANSPOSED)):
     register_layout(_row)

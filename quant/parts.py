@@ -14,7 +14,7 @@ from hal.errors import ValueRangeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Code", "Order", "Part", "Plain", "copy"]
+__all__ = ["Chain", "Code", "Order", "Part", "Plain", "copy"]
 
 Shape = tuple[int, ...]
 Transform = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -78,6 +78,39 @@ class Plain:
     def argument(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
         """Return the view of `stored` that kernels take."""
         return stored if self.view is None else self.view(stored, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """An order of what another order of rows, which keeps the shape, has made.
+
+    Attributes:
+        rows: The order that comes first.
+        order: The order of what it makes.
+    """
+
+    rows: Order
+    order: Order
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Return the shape of what `forward` makes of a tensor of `shape`."""
+        return self.order.stored_shape(shape)
+
+    def keeps_shape(self, shape: Shape) -> bool:
+        """Tell whether data of `shape` can be rewritten where it lies."""
+        return self.order.keeps_shape(shape)
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return canonical data in this order."""
+        return self.order.forward(self.rows.forward(tensor))
+
+    def inverse(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return what `forward` was given."""
+        return self.rows.inverse(self.order.inverse(stored, shape), shape)
+
+    def argument(self, stored: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return the view of `stored` that kernels take."""
+        return self.order.argument(stored, shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from hal.quant import (
     to_layout,
 )
 from hal.quant.forms import Form
+from hal.quant.layout import find_layout
 from hal.quant.parts import Part, Plain
 
 
@@ -72,23 +74,28 @@ def weight_of(scheme: str, *shape: int, seed: int = 0, layout: str = "") -> QTen
     """Return a weight of normal numbers, its scales powers of two if the layout needs it."""
     generator = torch.Generator().manual_seed(seed)
     weight = quantize(torch.randn(shape, generator=generator), scheme, platform="cpu")
-    if layout == "deep_gemm_ue8m0" and weight.scales.dtype is torch.float32:
+    if layout.endswith("deep_gemm_ue8m0") and weight.scales.dtype is torch.float32:
         return replace(weight, scales=torch.exp2(torch.log2(weight.scales).round()))
     return weight
 
 
 def admits(layout: str, scheme: str, *shape: int) -> bool:
     encoding = SCHEMES[scheme].operands()[1].formats[0]
-    return LAYOUTS[layout].admits(SCHEMES[scheme], encoding, shape)
+    return find_layout(layout).admits(SCHEMES[scheme], encoding, shape)
 
 
 WHOLE = (256, 256)  # rows and columns that every layout takes as they are
 # Of schemes that store weights alike, one.
 KINDS = {scheme.weight: name for name, scheme in SCHEMES.items()}.values()
+BOTH = [
+    "interleaved_64+blocked_128x4", "up_gate+blocked_128x4", "interleaved+aiter_16x16",
+    "interleaved+hopper_mx_w8", "up_gate+marlin", "interleaved_128+marlin", "up_gate+k_major",
+    "interleaved+cutlass_w4a8", "interleaved_128+deep_gemm_ue8m0",
+]  # fmt: skip
 CASES = [
     (scheme, layout)
     for scheme in KINDS
-    for layout in LAYOUTS
+    for layout in (*LAYOUTS, *BOTH)
     if layout != "canonical" and admits(layout, scheme, *WHOLE)
 ]
 
@@ -99,7 +106,7 @@ def rows_of(layout: str, scheme: str, rows: int) -> int:
 
 
 def test_every_layout_has_cases_and_every_scheme_more_than_one() -> None:
-    assert {layout for _, layout in CASES} == set(LAYOUTS) - {"canonical"}
+    assert {layout for _, layout in CASES} == {*LAYOUTS, *BOTH} - {"canonical"}
     for scheme in KINDS:
         assert sum(scheme == case[0] for case in CASES) > 1
 
@@ -174,7 +181,9 @@ def test_tags_files_and_devices_carry_the_layout(scheme: str, layout: str) -> No
     assert [t.shape for t in meta.tensors] == [t.shape for t in there.tensors]
     assert [t.dtype for t in meta.tensors] == [t.dtype for t in there.tensors]
     assert there.to("meta").metadata == there.metadata
-    with pytest.raises(LayoutError, match=f"layout {layout}, needed canonical; call hal"):
+    with pytest.raises(
+        LayoutError, match=rf"layout {re.escape(layout)}, needed canonical; call hal"
+    ):
         there.require("linear", layout="canonical", encodings=(there.encoding,))
     one = there.matrix(1)
     assert bits(to_layout(one, "canonical", "cpu")) == bits(weight.matrix(1))
@@ -279,6 +288,37 @@ def test_interleaved_alternates_gate_and_up_with_their_scales(scheme: str) -> No
             moved = mine.float() if granularity == "tensor" else mine.float()[:, rows]
             assert torch.equal(theirs.float(), moved)
     assert torch.equal(there.dequantize(), weight.dequantize())
+
+
+def test_rows_move_first_and_then_the_rest() -> None:
+    weight = weight_of("nvfp4", 2, 256, 96)
+    moved = replace(to_layout(weight, "interleaved_64", "cpu"), layout="canonical")
+    wanted = to_layout(moved, "blocked_128x4", "cpu")
+    found = to_layout(weight, "interleaved_64+blocked_128x4", "cpu")
+    assert bits(found) == bits(wanted)
+    for one, other in zip(kernel_arguments(found)[:2], kernel_arguments(wanted)[:2], strict=True):
+        assert one.shape == other.shape
+    halves = to_layout(weight_of("fp8_block128", 256, 130), "up_gate", "cpu")
+    assert torch.equal(halves.scales, weight_of("fp8_block128", 256, 130).scales.flip(0))
+
+
+def test_repeated_scales_move_with_their_rows() -> None:
+    weight = weight_of("fp8_block128", 512, 300)
+    moved = replace(to_layout(weight, "interleaved_128", "cpu"), layout="canonical")
+    wanted = kernel_arguments(to_layout(moved, "marlin", "cpu"))
+    found = kernel_arguments(to_layout(weight, "interleaved_128+marlin", "cpu"))
+    assert torch.equal(found.scales, wanted.scales)
+    assert torch.equal(found.values, wanted.values)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["marlin+interleaved", "interleaved+up_gate", "interleaved+canonical", "marlin+marlin",
+     "interleaved+", "+marlin", "interleaved+up_gate+marlin", "interleaved + marlin"],
+)  # fmt: skip
+def test_two_names_that_make_no_layout(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown layout"):
+        to_layout(weight_of("fp8_channel", 256, 256), name, "cpu")
 
 
 def test_from_one_layout_to_another_goes_through_canonical() -> None:
