@@ -1,7 +1,8 @@
 """Answer questions about this machine, or another one, on the command line.
 
 stdout carries only the answer and stderr everything else, so that both can be piped. Neither torch
-nor Triton is imported, and nothing but the parts that a command needs.
+(but for `hal quantize`, which computes) nor Triton is imported, and nothing but the parts that a
+command needs.
 
 Exit status: 0 answered; 1 answered, and no kernel can run; 2 not answered, because a name, a size
 or a setting cannot be used or the answer could not be written. `hal doctor` has statuses of its
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal import __version__
 from hal.errors import HalError, SettingError, UnknownNameError
+from hal.quantize_command import add_quantize
 
 if TYPE_CHECKING:
     from hal.device import DeviceSpec
@@ -172,7 +174,19 @@ def _progress(title: str) -> None:
         print(f"hal: trying {title} ...", file=sys.stderr)
 
 
-COMMANDS = {"info": _info, "explain": _explain, "doctor": _doctor}
+def _quantize(options: argparse.Namespace) -> int:
+    from hal.quantize_command import quantize_answer
+    from hal.render import to_text
+
+    answer = quantize_answer(options)
+    if isinstance(answer, dict):
+        _write_json(answer)
+    else:
+        _write(to_text(answer, color=_color()))
+    return OK
+
+
+COMMANDS = {"info": _info, "explain": _explain, "doctor": _doctor, "quantize": _quantize}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -229,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "sizes", metavar="SIZE=VALUE", nargs="*", default=[], help="such as hidden=4096"
     )
+    add_quantize(commands)
     return parser
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hal.quant.checkpoint import Checkpoint, load, save
+from hal.quant.checkpoint import Checkpoint, load, quantize_folder, save
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.layout import LAYOUTS, Layout, kernel_arguments, register_layout, to_layout
 from hal.quant.quantize import bind_encoding, quantize
@@ -24,6 +24,7 @@ __all__ = [
     "kernel_arguments",
     "load",
     "quantize",
+    "quantize_folder",
     "register_layout",
     "save",
     "scale_shape",

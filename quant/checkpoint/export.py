@@ -9,18 +9,19 @@ Source: compressed-tensors, compressors/ and quantization/quant_scheme.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import EncodingError, ShapeError, UnsupportedModelError
 from hal.quant.checkpoint.packing import clear_tail, flip_sign, pack_rows, to_words
 from hal.quant.layout import to_layout
-from hal.quant.scheme import BLOCK, Quantization, Scheme, group_of
+from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, group_of, scale_shape
 from hal.quant.tensor import QTensor
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Stored", "config_group", "store"]
+__all__ = ["Stored", "can_store", "config_group", "store", "stored_bytes"]
 
 _BITS = {"e4m3fn": (8, "float"), "int8": (8, "int"), "int4": (4, "int"), "e2m1": (4, "float")}
 
@@ -59,7 +60,7 @@ def store(name: str, weight: QTensor) -> Stored:
     scales = plain.scales
     if scales is None:
         return Stored({".weight": codes}, "dense")
-    if how.format == "int4" or weight.scheme.name == "int8_w8a16":
+    if _packs(weight.scheme):
         return _pack(plain)
     if how.granularity == "channel":
         scales = scales.unsqueeze(-1)
@@ -71,6 +72,22 @@ def store(name: str, weight: QTensor) -> Stored:
     if plain.global_scale is not None:
         found[".weight_global_scale"] = (1.0 / plain.global_scale).reshape(1)
     return Stored(found, _format(how))
+
+
+def can_store(scheme: Scheme) -> bool:
+    """Return whether compressed-tensors has a format for weights under a scheme."""
+    return scheme.weight.second != "channel"
+
+
+def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """Return the bytes that `store` makes of a weight `[N, K]`, from its shape alone."""
+    how = scheme.weight
+    rows, columns = shape
+    scales = prod(scale_shape(how.granularity, shape)) * (4 if how.scale_format == "float32" else 1)
+    if _packs(scheme):
+        per_word = 4 if how.format == "int8" else 8
+        return rows * -(-columns // per_word) * 4 + scales + 16  # two int64 sizes
+    return prod(code_shape(how, shape)) + scales + (0 if how.second == "none" else 4)
 
 
 def config_group(scheme: Scheme, format: str, *, symmetric: bool) -> dict[str, Any]:
@@ -88,6 +105,10 @@ def config_group(scheme: Scheme, format: str, *, symmetric: bool) -> dict[str, A
         "output_activations": None,
         "format": format,
     }
+
+
+def _packs(scheme: Scheme) -> bool:
+    return scheme.weight.format == "int4" or scheme.name == "int8_w8a16"
 
 
 def _pack(weight: QTensor) -> Stored:
@@ -149,7 +170,7 @@ def _arguments(how: Quantization) -> dict[str, Any]:
 
 def _require_storable(name: str, weight: QTensor) -> None:
     how = weight.scheme.weight
-    if how.second == "channel":
+    if not can_store(weight.scheme):
         raise UnsupportedModelError(
             name,
             found=f"scheme {weight.scheme}",

@@ -175,13 +175,17 @@ class _Shards:
 
     def _write(self) -> None:
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
         except ImportError:
             raise PlatformError(
                 "writing a checkpoint needs the package safetensors: pip install safetensors"
             ) from None
         part = self.folder / f"{len(self.names)}.part"
-        save_file(self.pending, part, metadata={"format": "pt"})
+        try:
+            save_file(self.pending, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None  # a full disk, which safetensors calls its own
         flush(part)
         self.names.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0

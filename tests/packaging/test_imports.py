@@ -21,6 +21,7 @@ FOLDERS = {"hal": "hal", "platforms": "hal.platforms", "quant": "hal.quant", "op
 TOP = (
     *("hal.__main__", "hal.cli", "hal.describe", "hal.render", "hal.report"),
     *("hal.integrations", "hal.nn", "hal.testing", "hal.doctor", "hal.diagnosis", "hal.trials"),
+    "hal.quantize_command",
 )
 # layer -> what its modules may import nowhere, neither at the top nor inside a function
 FORBIDDEN = {

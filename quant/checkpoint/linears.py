@@ -1,0 +1,72 @@
+"""Tell the weights of linear layers from all others, by name and shape.
+
+A file of safetensors says neither which class a tensor belongs to nor how it is used. What engines
+quantize is nevertheless plain from names that model authors share:
+
+| kept | because |
+|---|---|
+| a name that does not end in `.weight` | biases, buffers and bare parameters belong to no linear |
+| anything but two dimensions | norms have one, convolutions three and more |
+| stacked experts, `[E, ., .]` | compressed-tensors has a format for one matrix a module |
+| a last part with `embed`, `wte`, `wpe` | rows are looked up and not multiplied |
+| a last part `lm_head`, `embed_out`, `score`, `classifier` | engines keep heads as they are |
+| any part `gate`, `router`, `shared_expert_gate` | small, and their errors choose other experts |
+| a dtype besides bf16, fp16, float32 | it holds no weights that could be rounded |
+
+Everything else with two dimensions is a linear, experts that have a module each among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+__all__ = ["EMBEDDING", "FLOATS", "HEAD", "ROUTER", "STACKED", "kept_as", "why_kept"]
+
+FLOATS = ("BF16", "F16", "F32")
+EMBEDDING, HEAD, ROUTER, STACKED = "embedding", "output head", "router", "stacked experts"
+
+_LAST_PARTS = {
+    HEAD: ("lm_head", "embed_out", "score", "classifier"),
+    EMBEDDING: ("*embed*", "wte", "wpe", "relative_attention_bias"),
+}
+_ANY_PART = {ROUTER: ("gate", "router", "shared_expert_gate")}
+_EXPERTS = ("experts", "*_experts", "block_sparse_moe")
+"""Parts of a name under which a matrix for each expert may lie in one tensor."""
+
+
+def kept_as(module: str) -> str | None:
+    """Return what a module is by its name, where that is no linear to quantize, else None."""
+    parts = module.split(".")
+    for kind, patterns in _LAST_PARTS.items():
+        if any(fnmatchcase(parts[-1], pattern) for pattern in patterns):
+            return kind
+    for kind, names in _ANY_PART.items():
+        if set(parts) & set(names):
+            return kind
+    return None
+
+
+def why_kept(name: str, dtype: str, shape: Sequence[int]) -> str | None:
+    """Return why a tensor stays as it is, None for the weight of a linear.
+
+    Args:
+        name: Whole name of the tensor.
+        dtype: safetensors' name of its dtype.
+        shape: Its sizes.
+    """
+    parts = name.split(".")
+    of_module = parts[-1] == "weight" and len(parts) > 1
+    if not (of_module and len(shape) == 2) and len(shape) >= 2 and dtype in FLOATS:
+        inside = any(fnmatchcase(part, pattern) for part in parts[:-1] for pattern in _EXPERTS)
+        if inside and not parts[-1].endswith("bias"):
+            return STACKED
+    if not of_module:
+        return "no weight of a module"
+    if len(shape) != 2:
+        return f"{len(shape)} dimension{'' if len(shape) == 1 else 's'}"
+    if 0 in shape:
+        return "empty"
+    if dtype not in FLOATS:
+        return f"dtype {dtype}"
+    return kept_as(name.removesuffix(".weight"))
