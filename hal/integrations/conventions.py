@@ -18,6 +18,7 @@ from transformers.integrations import moe
 from hal.errors import DTypeError, ShapeError, UnsupportedModelError
 from hal.ops.checks import ACTIVATION_DTYPES, dtype_name
 from hal.ops.fused_moe import ACTIVATIONS, activate
+from hal.quant.checkpoint.linears import kept_as
 
 __all__ = [
     "SUBMODULE",
@@ -25,6 +26,7 @@ __all__ = [
     "attention_linears_of",
     "convention_of",
     "experts_of",
+    "linears_of",
     "require_weights",
     "weights_of",
 ]
@@ -68,6 +70,19 @@ def attention_linears_of(model: Any) -> Iterator[tuple[str, Any, str, torch.nn.L
             for attribute, child in module.named_children():
                 if type(child) is torch.nn.Linear:
                     yield f"{name}.{attribute}", module, attribute, child
+
+
+def linears_of(model: Any) -> Iterator[tuple[str, Any, str, torch.nn.Linear]]:
+    """Yield, as above, linears that are neither heads nor routers, nor share their weight."""
+    head = model.get_output_embeddings()
+    pairs = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = {*pairs, *pairs.values()}
+    for owner, parent in model.named_modules():
+        for attribute, child in parent.named_children():
+            name = f"{owner}.{attribute}" if owner else attribute
+            shared = child is head or f"{name}.weight" in tied
+            if type(child) is torch.nn.Linear and not shared and kept_as(name) is None:
+                yield name, parent, attribute, child
 
 
 def convention_of(module: Any, name: str) -> Convention:

@@ -3,8 +3,11 @@
     from hal.integrations.transformers import quantize
     report = quantize(model, "fp8_channel")          # experts; attention=True for its linears too
 
-    import hal.integrations.transformers             # registers the name
+    import hal.integrations.transformers             # registers the names
     model.set_experts_implementation("hal")          # unquantized
+
+    from hal.integrations.transformers import HalConfig
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=HalConfig("fp8_channel"))
 
 Models must use the experts interface of transformers 5. What a module does between its two matrix
 products is found out by running its own gating on numbers and comparing, and every layout flag is
@@ -13,14 +16,13 @@ looked at: a convention that hal does not know is refused by name, never assumed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.integrations import moe
 
-import hal.nn
-from hal.errors import ShapeError, UnsupportedModelError
+from hal.errors import UnsupportedModelError
+from hal.integrations.config import HalConfig
 from hal.integrations.conventions import (
     SUBMODULE,
     Convention,
@@ -30,85 +32,20 @@ from hal.integrations.conventions import (
     require_weights,
     weights_of,
 )
+from hal.integrations.loading import register_method
+from hal.integrations.replace import (
+    IMPLEMENTATION,
+    UNBOUND,
+    Quantized,
+    QuantizedLayer,
+    replace_modules,
+)
 from hal.ops import Routing
-from hal.ops.binding import select_for
 from hal.ops.bound import FusedMoE
 from hal.ops.checks import check_gradient, stamp
-from hal.ops.prepare import require_finite
-from hal.quant.quantize import quantize as quantize_weight
 from hal.quant.scheme import Scheme, find_scheme
-from hal.selection import Selection
 
-__all__ = ["Quantized", "QuantizedLayer", "experts_forward", "quantize"]
-
-IMPLEMENTATION = "hal"
-UNBOUND = "_hal_unquantized"
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLayer:
-    """What became of one layer.
-
-    Attributes:
-        name: Name of the module in the model.
-        selection: Kernel chosen, with every candidate and its reasons.
-        bytes_before: Bytes of its weights before.
-        bytes_after: Bytes of codes and scales now.
-        bytes_bound: Bytes that the kernel reads: more than `bytes_after` at level `dequant`, whose
-            expanded copy stands beside the codes.
-    """
-
-    name: str
-    selection: Selection
-    bytes_before: int
-    bytes_after: int
-    bytes_bound: int
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """What `quantize` did to a model.
-
-    Attributes:
-        scheme: Name of the scheme.
-        layers: Every layer that was replaced.
-    """
-
-    scheme: str
-    layers: tuple[QuantizedLayer, ...]
-
-    @property
-    def bytes_before(self) -> int:
-        """Return the bytes of all replaced weights before."""
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        """Return the bytes of their codes and scales now."""
-        return sum(layer.bytes_after for layer in self.layers)
-
-    @property
-    def bytes_bound(self) -> int:
-        """Return the bytes that the chosen kernels read."""
-        return sum(layer.bytes_bound for layer in self.layers)
-
-    @property
-    def selections(self) -> tuple[Selection, ...]:
-        """Return one selection for each op and kernel in use."""
-        found = {(layer.selection.op, str(layer.selection.kernel)): layer for layer in self.layers}
-        return tuple(layer.selection for layer in found.values())
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.scheme}: {len(self.layers)} layers, weights of {self.bytes_before:,} bytes "
-            f"now {self.bytes_after:,}; kernels read {self.bytes_bound:,}"
-        ]
-        lines += [
-            f"  {selection.op}: {selection.kernel and selection.kernel.name} "
-            f"[{selection.level}], {selection.reason}"
-            for selection in self.selections
-        ]
-        return "\n".join(lines)
+__all__ = ["HalConfig", "Quantized", "QuantizedLayer", "experts_forward", "quantize"]
 
 
 def quantize(
@@ -153,28 +90,7 @@ def quantize(
             needed="attention made of linears",
             cure="leave attention=True out",
         )
-    conventions = {name: convention_of(module, name) for name, module in experts}
-    for name, module in experts:
-        require_weights(name, module.gate_up_proj, module.down_proj)
-        _select_experts(name, module, conventions[name], how, platform, options)
-    for name, _, _, linear in linears:
-        require_weights(name, *linear.parameters())
-        _select_linear(linear, how, platform, options)
-    # Last, since this reads every weight once.
-    for name, module in experts:
-        _require_finite(name, module)
-    for name, _, _, linear in linears:
-        _require_finite(name, linear)
-    # Experts that still have their weights run under this name, too: if memory runs out in the
-    # middle of a model, it still works.
-    for _, module in experts:
-        module.config._experts_implementation = IMPLEMENTATION
-    layers = []
-    for name, module in experts:
-        layers.append(_replace_experts(name, module, conventions[name], how, platform, options))
-    for name, parent, attribute, linear in linears:
-        layers.append(_replace_linear(name, parent, attribute, linear, how, platform, options))
-    return Quantized(how.name, tuple(layers))
+    return replace_modules(experts, linears, how, platform, options)
 
 
 def experts_forward(
@@ -264,92 +180,5 @@ def _unquantized(module: Any) -> FusedMoE:
     return found
 
 
-def _require_finite(name: str, module: torch.nn.Module) -> None:
-    for parameter, weight in module.named_parameters():
-        require_finite(f"{name}.{parameter}", weight)
-
-
-def _select_experts(
-    name: str,
-    module: Any,
-    convention: Convention,
-    scheme: Scheme,
-    platform: Any,
-    options: dict[str, Any],
-) -> None:
-    weight, down = module.gate_up_proj, module.down_proj
-    experts, rows, columns = weight.shape
-    hidden, both = (rows, columns) if convention.transposed else (columns, rows)
-    expected = (both // 2, hidden) if convention.transposed else (hidden, both // 2)
-    if both % 2 or tuple(down.shape) != (experts, *expected):
-        raise ShapeError(
-            name,
-            found=f"gate_up_proj {list(weight.shape)} and down_proj {list(down.shape)}",
-            needed=f"down_proj {[experts, *expected]} and an even number of gate and up rows",
-        )
-    problem = {
-        "experts": experts,
-        "hidden": hidden,
-        "intermediate": both // 2,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "activation": convention.activation,
-    }
-    select_for("fused_moe", scheme.name, weight.device, problem, platform=platform, **options)
-
-
-def _select_linear(
-    linear: torch.nn.Linear, scheme: Scheme, platform: Any, options: dict[str, Any]
-) -> None:
-    problem = {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "dtype": str(linear.weight.dtype).removeprefix("torch."),
-        "bias": linear.bias is not None,
-    }
-    select_for("linear", scheme.name, linear.weight.device, problem, platform=platform, **options)
-
-
-def _replace_experts(
-    name: str,
-    module: Any,
-    convention: Convention,
-    scheme: Scheme,
-    platform: Any,
-    options: dict[str, Any],
-) -> QuantizedLayer:
-    w13, w2 = weights_of(module, convention)
-    dtype, before = w13.dtype, w13.nbytes + w2.nbytes
-    layer = hal.nn.FusedMoE(
-        quantize_weight(w13, scheme, platform=platform),
-        quantize_weight(w2, scheme, platform=platform),
-        activation=convention.activation,
-        dtype=dtype,
-        platform=platform,
-        **options,
-    )
-    selection = layer.bound.selection
-    del w13, w2, module.gate_up_proj, module.down_proj
-    module.__dict__.pop(UNBOUND, None)
-    module.add_module(SUBMODULE, layer.train(module.training))
-    return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)
-
-
-def _replace_linear(
-    name: str,
-    parent: Any,
-    attribute: str,
-    linear: torch.nn.Linear,
-    scheme: Scheme,
-    platform: Any,
-    options: dict[str, Any],
-) -> QuantizedLayer:
-    before = linear.weight.nbytes
-    layer = hal.nn.Linear.from_module(
-        linear, scheme, dtype=linear.weight.dtype, platform=platform, **options
-    )
-    selection = layer.bound.selection
-    setattr(parent, attribute, layer.train(linear.training))
-    return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)
-
-
 moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+register_method()

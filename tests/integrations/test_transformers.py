@@ -630,7 +630,7 @@ class TestOlderRelease:
 
 
 def test_an_interrupted_model_still_works(qwen, monkeypatch):
-    from hal.integrations import transformers as integration
+    from hal.integrations import replace as integration
 
     wanted, calls = logits(qwen), []
     real = integration.quantize_weight
