@@ -33,6 +33,8 @@ class HalConfig(QuantizationConfigMixin):
         ArgumentError: If a setting cannot be written to JSON.
     """
 
+    quant_method: Any
+
     def __init__(
         self,
         scheme: str | Scheme,

@@ -7,7 +7,6 @@ unquantized. What comes by another way is quantized when all is loaded.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from hal.errors import (
-    ArgumentError,
     DTypeError,
     HalError,
     RegistrationError,
@@ -46,6 +44,7 @@ from hal.integrations.replace import (
     replace_modules,
     require_finite_module,
 )
+from hal.quant.checkpoint.linears import ignored_by, require_matches
 from hal.quant.scheme import find_scheme
 from hal.runtime import resolve_platform
 
@@ -60,6 +59,8 @@ class HalQuantizer(HfQuantizer):
     Attributes:
         report: What was done, once the model is loaded.
     """
+
+    quantization_config: HalConfig
 
     def __init__(self, quantization_config: HalConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -112,16 +113,10 @@ class HalQuantizer(HfQuantizer):
         """Choose the modules to quantize, and examine how experts are kept."""
         ignored = self.quantization_config.ignore
         names = [name for name, _ in model.named_modules()]
-        for pattern in ignored:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ArgumentError(
-                    "HalConfig: ignore",
-                    found=f"{pattern!r}, which matches no module",
-                    needed="the name of a module, with * and ? for anything",
-                )
+        require_matches("HalConfig: ignore", ignored, names)
 
         def wanted(name: str) -> bool:
-            return not any(fnmatchcase(name, pattern) for pattern in ignored)
+            return ignored_by(name, ignored) is None
 
         with torch.device("cpu"):  # transformers builds on meta, where a gating shows nothing
             self._experts = {
@@ -201,7 +196,7 @@ class HalQuantizer(HfQuantizer):
         self._experts, self._linears, self._layers = {}, {}, {}
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         """Refuse: transformers asks when a model is to be saved.
 
         Raises:
@@ -216,7 +211,7 @@ class HalQuantizer(HfQuantizer):
         )
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         """Return False: hal's ops are for inference."""
         return False
 
@@ -228,25 +223,21 @@ class _QuantizeOnLoad(ConversionOps):
         self.quantizer = quantizer
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: Any = None,
-        full_layer_name: str | None = None,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+        self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any
+    ) -> Any:
         """Return the parameters that stay as they are."""
+        model, whole, missing = (
+            kwargs.get(key) for key in ("model", "full_layer_name", "missing_keys")
+        )
         kept = {}
         for key, value in input_dict.items():
-            name = full_layer_name if full_layer_name and len(input_dict) == 1 else key
+            name = whole if whole and len(input_dict) == 1 else key
             weight = value[0] if isinstance(value, list) else value
-            if self.quantizer.param_needs_quantization(model, name) and self.quantizer.take(
-                model, name, weight
-            ):
-                if missing_keys is not None:
-                    missing_keys.discard(name)
-            else:
+            waits = self.quantizer.param_needs_quantization(model, name)
+            if not (waits and self.quantizer.take(model, name, weight)):
                 kept[name] = value
+            elif missing is not None:
+                missing.discard(name)
         return kept
 
 

@@ -18,10 +18,22 @@ Everything else with two dimensions is a linear, experts that have a module each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-__all__ = ["EMBEDDING", "FLOATS", "HEAD", "ROUTER", "STACKED", "kept_as", "why_kept"]
+from hal.errors import ArgumentError
+
+__all__ = [
+    "EMBEDDING",
+    "FLOATS",
+    "HEAD",
+    "ROUTER",
+    "STACKED",
+    "ignored_by",
+    "kept_as",
+    "require_matches",
+    "why_kept",
+]
 
 FLOATS = ("BF16", "F16", "F32")
 EMBEDDING, HEAD, ROUTER, STACKED = "embedding", "output head", "router", "stacked experts"
@@ -70,3 +82,21 @@ def why_kept(name: str, dtype: str, shape: Sequence[int]) -> str | None:
     if dtype not in FLOATS:
         return f"dtype {dtype}"
     return kept_as(name.removesuffix(".weight"))
+
+
+def ignored_by(module: str, patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that a module's name matches, None without one."""
+    return next((pattern for pattern in patterns if fnmatchcase(module, pattern)), None)
+
+
+def require_matches(where: str, patterns: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise unless each pattern matches the name of a module: a slip would pass in silence."""
+    names = sorted({*modules} - {""})
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(
+                where,
+                found=f"{pattern!r}, which matches no module",
+                needed="the name of a module, with * and ? for anything",
+                cure=f"one is called {names[0]}" if names else "",
+            )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from hal.errors import ArgumentError, ShapeError, UnsupportedModelError
 from hal.quant.checkpoint.export import can_store, stored_bytes
 from hal.quant.checkpoint.files import Folder
 from hal.quant.checkpoint.header import Entry
-from hal.quant.checkpoint.linears import STACKED, why_kept
+from hal.quant.checkpoint.linears import STACKED, ignored_by, require_matches, why_kept
 from hal.quant.checkpoint.reader import CONFIG, MODELOPT_CONFIG, Checkpoint
 from hal.quant.scheme import SCHEMES, Scheme, find_scheme, group_of
 
@@ -120,14 +119,14 @@ def plan_folder(
         ArgumentError: If the folder is faulty, a pattern matches nothing, or nothing is left.
     """
     how = _storable(scheme)
-    patterns = tuple(ignore)
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     folder = Folder(source)
     _require_plain(folder)
     with Checkpoint(source) as checkpoint:
         checkpoint.check()
     # File by file: an index may list neighbours that lie in different files.
     names = sorted(folder.files, key=lambda name: folder.files[name])
-    _require_matches(patterns, names)
+    require_matches("ignore", patterns, (name.rpartition(".")[0] for name in names))
     tensors = tuple(_planned(name, folder.entry(name), how, patterns) for name in names)
     plan = FolderPlan(os.fspath(source), how.name, tensors)
     _require_quantizable(plan, how)
@@ -136,24 +135,11 @@ def plan_folder(
 
 def _planned(name: str, entry: Entry, scheme: Scheme, patterns: Sequence[str]) -> PlannedTensor:
     kept = why_kept(name, entry.dtype, entry.shape)
-    if kept is None:
-        module = name.rpartition(".")[0]
-        matching = [pattern for pattern in patterns if fnmatchcase(module, pattern)]
-        kept = f"ignored: {matching[0]}" if matching else None
+    pattern = ignored_by(name.rpartition(".")[0], patterns)
+    if kept is None and pattern is not None:
+        kept = f"ignored: {pattern}"
     after = entry.nbytes if kept is not None else stored_bytes(scheme, entry.shape)
     return PlannedTensor(name, entry.shape, entry.dtype, kept, entry.nbytes, after)
-
-
-def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
-    modules = {name.rpartition(".")[0] for name in names}
-    for pattern in patterns:
-        if not any(fnmatchcase(module, pattern) for module in modules):
-            raise ArgumentError(
-                "ignore",
-                found=f"{pattern!r}, which matches no module",
-                needed="the name of a module, with * and ? for anything",
-                cure=f"one is called {min(modules - {''}, default='')}",
-            )
 
 
 def _storable(scheme: str | Scheme) -> Scheme:
