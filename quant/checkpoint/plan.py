@@ -205,7 +205,7 @@ def _require_quantizable(plan: FolderPlan, scheme: Scheme) -> None:
             f"{ragged[0].name} and {len(ragged) - 1} more" if ragged[1:] else ragged[0].name,
             found=f"K = {ragged[0].shape[1]}",
             needed=f"a multiple of {group} for {scheme}",
-            cure="take a scheme of smaller groups or channels, or keep them with --ignore",
+            cure="take a scheme of smaller groups or channels, or ignore them",
         )
 
 

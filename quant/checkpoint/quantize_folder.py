@@ -100,7 +100,7 @@ def _items(plan: FolderPlan, progress: Progress | None) -> Iterator[tuple[str, I
                         tensor.name,
                         found=error.found,
                         needed=error.needed,
-                        cure=f"--ignore {tensor.module} keeps it as it is",
+                        cure=f"ignore {tensor.module} to keep it as it is",
                     ) from None
                 yield tensor.module, found
             done += tensor.bytes_before
@@ -119,7 +119,7 @@ def _require_target(source: Path, target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ArgumentError(
-            str(target), found="something there already", needed="a new name or --overwrite"
+            str(target), found="something there already", needed="a new name, or to overwrite it"
         )
     model = target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
     if not model:

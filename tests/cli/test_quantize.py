@@ -117,7 +117,7 @@ def test_sources_and_targets_that_cannot_be_used(hal: Any, tmp_path: Path) -> No
     refuses(tmp_path / "no", tmp_path / "m", "found nothing, needed a model folder")
     (tmp_path / "file").write_text("")
     refuses(TINY, tmp_path / "file" / "m", "needed a folder to write to")
-    refuses(TINY, tmp_path / "file", "needed a new name or --overwrite")
+    refuses(TINY, tmp_path / "file", "needed a new name, or to overwrite it")
     refuses(TINY, TINY, "the source or a folder around it", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert hal("quantize", str(TINY), str(tmp_path / "m"), "--scheme", "fp8_channel").status == 0
