@@ -14,6 +14,7 @@ from hal.ops.align import Alignment, align
 from hal.ops.fused_moe import fused_moe
 from hal.ops.linear import linear
 from hal.ops.quantize import quantize
+from hal.ops.quantize_fused import quantize_rms_norm, quantize_swiglu
 from hal.ops.route import Routing, route
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ __all__ = [
     "fused_moe",
     "linear",
     "quantize",
+    "quantize_rms_norm",
+    "quantize_swiglu",
     "route",
 ]
 

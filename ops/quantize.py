@@ -15,7 +15,7 @@ from hal.ops.binding import Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, dtype_name
 from hal.quant.codec import SCALE_FLOOR, encode
 from hal.quant.represent import encoding_of, numbers, represent
-from hal.quant.scheme import BLOCK, SCHEMES, find_scheme, scale_shape
+from hal.quant.scheme import BLOCK, SCHEMES, code_shape, find_scheme, group_of, scale_shape
 from hal.registry import Level, Op
 from hal.selection import choose
 
@@ -35,6 +35,7 @@ QUANTIZE = Op(
 CACHE_ELEMENTS = 1 << 18
 """Float32 copies up to this size (1 MiB) are taken from memory that is there already. Larger ones
 come from fresh pages, which cost a CPU 5 times as long as the quantization (docs/cpu.md)."""
+ROW_DTYPES = (*ACTIVATION_DTYPES, "float32")
 DYNAMIC = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.dynamic)
 SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in DYNAMIC}
 PLAIN = {
@@ -43,6 +44,12 @@ PLAIN = {
     if SCHEMES[name].activation.scale_format == "float32"
 }
 """Schemes whose activations have float32 scales per token or per 128."""
+TRITON = (
+    Needs.feature("triton"),
+    Needs.package("triton", "3.2"),
+    Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
+    Needs.between("features", 1, 32768),
+)
 
 QuantizeFunction = Any
 """`(x [tokens, features], encoding, how) -> (codes, scales)`, then second scales, if any."""
@@ -85,15 +92,7 @@ def quantize(
         NoKernelError: If no kernel can run.
     """
     how = find_scheme(scheme)
-    if x.ndim != 2:
-        raise ShapeError("quantize", found=f"input {list(x.shape)}", needed="[tokens, features]")
-    if dtype_name(x) not in (*ACTIVATION_DTYPES, "float32"):
-        raise DTypeError(
-            "quantize",
-            found=f"input of {dtype_name(x)}",
-            needed=" or ".join((*ACTIVATION_DTYPES, "float32")),
-        )
-    check_gradient("quantize", x)
+    check_rows("quantize", x)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
@@ -101,6 +100,19 @@ def quantize(
     encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
     found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation)
     return found
+
+
+def check_rows(where: str, x: torch.Tensor) -> None:
+    """Raise unless `x` is a matrix of activations that needs no gradient.
+
+    Raises:
+        ShapeError, DTypeError, GradientError: Each for its own fault.
+    """
+    if x.ndim != 2:
+        raise ShapeError(where, found=f"input {list(x.shape)}", needed="[tokens, features]")
+    if dtype_name(x) not in ROW_DTYPES:
+        raise DTypeError(where, found=f"input of {dtype_name(x)}", needed=" or ".join(ROW_DTYPES))
+    check_gradient(where, x)
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -166,60 +178,66 @@ def quantize_torch(
     "torch_cached",
     level=Level.NATIVE,
     band="tuned",
-    signatures=PLAIN,
+    signatures=SIGNATURES,
     requires=(Needs.platform("cpu"), Needs.package("torch")),
     batch_invariant=True,
 )
-def quantize_cached(
-    x: torch.Tensor, format: str, how: Quantization
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_cached(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
-    import torch
-
-    from hal.torch_compat import dtype
-
+    quantize = quantize_torch if how.bytewise else quantize_reference
     if x.numel() <= CACHE_ELEMENTS:
-        return quantize_torch(x, format, how)
-    values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
-    scales = torch.empty(scale_shape(how.granularity, tuple(x.shape)), device=x.device)
+        return quantize(x, format, how)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
-    for part, codes, factors in zip(
-        x.split(rows), values.split(rows), scales.split(rows), strict=True
-    ):
-        codes_of_part, factors_of_part = quantize_torch(part, format, how)
-        codes.copy_(codes_of_part)
-        factors.copy_(factors_of_part)
-    return values, scales
+    whole: tuple[torch.Tensor, ...] = ()
+    for first, part in zip(range(0, x.shape[0], rows), x.split(rows), strict=True):
+        pieces = quantize(part, format, how)
+        whole = whole or tuple(piece.new_empty((x.shape[0], *piece.shape[1:])) for piece in pieces)
+        for piece, out in zip(pieces, whole, strict=True):
+            out[first : first + rows].copy_(piece)
+    return whole
 
 
 @QUANTIZE.kernel(
     "triton",
     level=Level.NATIVE,
     band="tuned",
-    signatures=PLAIN,
-    requires=(
-        Needs.feature("triton"),
-        Needs.package("triton", "3.2"),
-        Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
-        Needs.between("features", 1, 32768),
-    ),
+    signatures=SIGNATURES,
+    requires=TRITON,
     batch_invariant=True,
 )
-def quantize_triton(
-    x: torch.Tensor, format: str, how: Quantization
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_triton(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
     """Find the largest magnitude and round in one Triton launch."""
+    return launch_triton(x, format, how, x.shape[1])
+
+
+def launch_triton(
+    x: torch.Tensor, format: str, how: Quantization, features: int, **before: Any
+) -> tuple[torch.Tensor, ...]:
+    """Quantize rows of `features` and return codes, scales and second scales, if any.
+
+    Args:
+        x: What the kernel reads, `[tokens, ...]`.
+        format: Number format of the codes.
+        how: How activations are stored.
+        features: Columns that are quantized.
+        **before: `norm` or `gate` of `hal.ops.kernels.quantize.quantize`.
+    """
     import torch
 
     from hal.formats import number_format
-    from hal.ops.kernels.quantize import quantize_groups, quantize_rows
+    from hal.ops.kernels.quantize import quantize
     from hal.torch_compat import dtype
 
     x = x if x.stride(-1) == 1 else x.contiguous()
-    values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
-    shape = scale_shape(how.granularity, tuple(x.shape))
-    scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+    shape = (x.shape[0], features)
+    stored = torch.uint8 if how.packed else dtype(format)
+    values = torch.empty(code_shape(how, shape), dtype=stored, device=x.device)
+    stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
+    scales = torch.empty(scale_shape(how.granularity, shape), dtype=stored, device=x.device)
+    second = None
+    if how.second != "none":
+        second = torch.empty(shape[:1], dtype=torch.float32, device=x.device)
     top = number_format(format).quantization_maximum
-    launch = quantize_rows if how.granularity == "token" else quantize_groups
-    launch(x, values, scales, top, SCALE_FLOOR)
-    return values, scales
+    group = group_of(how.granularity)
+    quantize(x, values, scales, top, SCALE_FLOOR, group=group, second=second, **before)
+    return (values, scales) if second is None else (values, scales, second)

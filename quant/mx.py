@@ -48,6 +48,7 @@ __all__ = [
     "decode_mx",
     "encode_e8m0",
     "encode_mx",
+    "exponent_rule",
     "to_fnuz_mx",
 ]
 
@@ -112,12 +113,23 @@ def encode_e8m0(
     import torch
 
     check_dtype("encode_e8m0", amax, torch.float32)
-    rule = rule or _default_rule(element_format)
+    addend, largest_exponent = exponent_rule(element_format, rule)
     bits = amax.abs().view(torch.int32)
-    # Rules differ in the fraction from which the exponent grows: adding its complement carries.
-    raised = (bits + _addend(element_format, rule)) >> FRACTION_BITS
-    byte = (raised - _largest_exponent(element_format)).clamp(0, LARGEST_BYTE)
+    raised = (bits + addend) >> FRACTION_BITS
+    byte = (raised - largest_exponent).clamp(0, LARGEST_BYTE)
     return torch.where(torch.isfinite(amax), byte, NAN_BYTE).to(torch.uint8)
+
+
+def exponent_rule(element_format: str, rule: ScaleRule | None = None) -> tuple[int, int]:
+    """Return (addend, largest exponent): byte = ((bits of amax + addend) >> 23) - largest exponent.
+
+    Rules differ in the fraction from which the exponent grows: adding its complement carries.
+
+    Raises:
+        UnknownNameError: If no rule is known for the element format.
+    """
+    rule = rule or _default_rule(element_format)
+    return _addend(element_format, rule), _largest_exponent(element_format)
 
 
 def encode_mx(

@@ -1,132 +1,94 @@
-"""Quantize rows dynamically: one scale per row, or per group of 128 elements of a row.
+"""Quantize rows dynamically, as they are or fused with what comes before them, in one launch.
 
-    scale = max(amax(|x|) / quant_max, scale_floor)        in float32, true division
-    value = round_to_nearest_even(clamp(x / scale, -quant_max, quant_max))
+What codes and scales are is in `hal.ops.kernels.encode`, what is loaded in `source`. A row (or
+group) with a NaN or an infinity gets scale NaN and zero codes: it dequantizes to NaN, never
+silently to finite numbers. Other rows are not affected.
 
-A row (or group) with a NaN or an infinity gets scale NaN and zero values: it dequantizes to NaN,
-never silently to finite numbers. Other rows are not affected.
+Where a whole row must be known first (one scale a row, the second scale of nvfp4, a norm), a
+program holds a row in registers; otherwise it takes a piece of one.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import INTERPRETED, converts_fp8, is_fp8, launch
+from hal.ops.kernels.common import converts_fp8, is_fp8, launch
+from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
+from hal.ops.kernels.source import gated_tile, group_columns, normalized_tile
+from hal.quant.mx import exponent_rule
 
 GROUP = 128
 MAX_ROW = 32768
+PIECE = 4096
+"""Elements of a program that needs no whole row: 8 KB of bf16 in flight for each."""
+FLAT = 8192
+"""Length of the rows that a contiguous matrix is taken as, so that no program is partly empty."""
+FEW = 1 << 19
+"""Elements up to which pieces are smaller, so that all of a device works on them."""
+PER_LANE = 32
+"""Elements that a lane of 32 holds."""
 
 
-@triton.jit
-def _encode_fp8(x, ENCODING: tl.constexpr):
-    """Encode x (f32, finite and in range) as the nearest even fp8 number's byte."""
-    if ENCODING == "e5m2":
-        DROPPED: tl.constexpr = 21
-        LEAST_NORMAL: tl.constexpr = 2.0**-14
-    elif ENCODING == "e4m3fnuz":
-        DROPPED: tl.constexpr = 20
-        LEAST_NORMAL: tl.constexpr = 2.0**-7
-    else:
-        DROPPED: tl.constexpr = 20
-        LEAST_NORMAL: tl.constexpr = 2.0**-6
-    # Added to a subnormal, this leaves the code in the last bits: the add itself rounds.
-    MAGIC: tl.constexpr = LEAST_NORMAL * 1.5 * 2.0 ** (DROPPED)
-    signed = x.to(tl.int32, bitcast=True)
-    bits = signed & 0x7FFFFFFF
-    magnitude = bits.to(tl.float32, bitcast=True)
-    magic = tl.full(x.shape, MAGIC, tl.float32)
-    subnormal = (magnitude + magic).to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True)
-    # The least normal number has the code that follows the largest subnormal one.
-    first = tl.full(x.shape, LEAST_NORMAL, tl.float32).to(tl.int32, bitcast=True) >> DROPPED
-    half = (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)
-    normal = ((bits + half) >> DROPPED) - first + (1 << (23 - DROPPED))
-    code = tl.where(magnitude < LEAST_NORMAL, subnormal, normal)
-    sign = (signed >> 24) & 0x80
-    if ENCODING == "e4m3fnuz":
-        # A negative zero would be this encoding's NaN.
-        sign = tl.where(code == 0, 0, sign)
-    return (code | sign).to(tl.uint8)
+class Norm(NamedTuple):
+    """Normalize each row by its mean square before quantization.
 
-
-@triton.jit
-def _divide(x, divisor):
-    """Divide each row of x [rows, width] by divisor [rows], rounded as a true division is.
-
-    One true division a row gives the reciprocal, and one step of correction the quotient: three
-    instructions instead of ten. Source: Markstein, "Computation of elementary functions on the
-    IBM RISC System/6000 processor" (1990), theorem on quotients.
+    weight: [columns]. residual: added to x first, or None. total: takes the sum, or None.
     """
-    if INTERPRETED:
-        # Its fma rounds twice.
-        return tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
-    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
-    divisor = tl.broadcast_to(divisor[:, None], x.shape)
-    reciprocal = tl.broadcast_to(reciprocal[:, None], x.shape)
-    quotient = x * reciprocal
-    corrected = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
-    # The correction would turn a negative zero into a positive one.
-    return tl.where(x == 0, x, corrected)
+
+    weight: torch.Tensor
+    epsilon: float
+    residual: torch.Tensor | None = None
+    total: torch.Tensor | None = None
 
 
-@triton.jit
-def quantize_tile(x, quant_max, scale_floor, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
-    """Quantize each row of x [rows, width] f32; return values and scales [rows] f32."""
-    magnitude = tl.abs(x)
-    # NaN compares false, so this catches NaN and infinity.
-    broken = tl.max(tl.where(magnitude < float("inf"), 0, 1), axis=1) > 0
-    amax = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), axis=1)
-    scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, quant_max, tl.float32)), scale_floor)
-    quotient = _divide(x, scale)
-    quotient = tl.where(broken[:, None], 0.0, quotient)
-    quotient = tl.minimum(tl.maximum(quotient, -quant_max), quant_max)
-    scale = tl.where(broken, float("nan"), scale)
-    if ENCODING != "":
-        return _encode_fp8(quotient, ENCODING), scale
-    elif VALUE_DTYPE.is_int():
-        # Adding 1.5 * 2^23 leaves no fraction bits: the add itself rounds half to even.
-        return ((quotient + 12582912.0) - 12582912.0).to(VALUE_DTYPE), scale
-    else:
-        return quotient.to(VALUE_DTYPE), scale
+class Gate(NamedTuple):
+    """Apply a gated activation before quantization: x is [rows, 2 * columns]."""
 
-
-@triton.jit
-def store_quantized(
-    x, row, first_group, columns, inside,
-    values_ptr, scales_ptr, n_groups, stride_vm, stride_sm, stride_sg,
-    quant_max, scale_floor, GROUPS: tl.constexpr, ENCODING: tl.constexpr,
-):  # fmt: skip
-    """Quantize x [GROUPS, width] f32, groups of one row, and store values and scales."""
-    values, scales = quantize_tile(x, quant_max, scale_floor, values_ptr.dtype.element_ty, ENCODING)
-    tl.store(values_ptr + row * stride_vm + columns, values, mask=inside)
-    groups = first_group + tl.arange(0, GROUPS)
-    tl.store(scales_ptr + row * stride_sm + groups * stride_sg, scales, mask=groups < n_groups)
-
-
-@triton.jit
-def group_columns(n_columns, first_group, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the column numbers [GROUPS, WIDTH] of some groups of a row, and which exist."""
-    columns = first_group * WIDTH
-    columns += tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return columns, columns < n_columns
+    activation: str = "silu"
+    interleaved: bool = False
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, values_ptr, scales_ptr, n_columns, n_groups,
-    stride_xm, stride_vm, stride_sm, stride_sg, quant_max, scale_floor,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, ENCODING: tl.constexpr,
+    x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr,
+    n_columns, n_groups, stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
+    quant_max, scale_floor, epsilon,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    CODEC: tl.constexpr, PACKED: tl.constexpr, ENCODING: tl.constexpr,
+    ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
     columns, inside = group_columns(n_columns, first_group, GROUPS, WIDTH)
-    x = tl.load(x_ptr + row * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)
-    store_quantized(
-        x, row, first_group, columns, inside,
-        values_ptr, scales_ptr, n_groups, stride_vm, stride_sm, stride_sg,
-        quant_max, scale_floor, GROUPS, ENCODING,
-    )  # fmt: skip
+    x_ptr += row * stride_xm
+    if GATE != "":
+        x = gated_tile(x_ptr, columns, inside, n_columns, GROUPS, WIDTH, GATE, INTERLEAVED)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    elif NORM:
+        x = normalized_tile(
+            x_ptr, residual_ptr + row * stride_rm, total_ptr + row * stride_tm, weight_ptr,
+            columns, inside, n_columns, epsilon, RESIDUAL,
+        )  # fmt: skip
+    else:
+        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    VALUE_DTYPE: tl.constexpr = values_ptr.dtype.element_ty
+    if CODEC == "nvfp4":
+        codes, scales, second = nvfp4_tile(x, scale_floor)
+        tl.store(second_ptr + row + tl.arange(0, 1), second)
+    elif CODEC == "mx":
+        codes, scales = mx_tile(x, PACKED, VALUE_DTYPE, ENCODING, ADDEND, TOP_EXPONENT, FNUZ)
+    else:
+        codes, scales = scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE, ENCODING)
+    if PACKED:
+        columns, inside = group_columns((n_columns + 1) // 2, first_group, GROUPS, WIDTH // 2)
+    tl.store(values_ptr + row * stride_vm + columns, codes, mask=inside)
+    groups = first_group + tl.arange(0, GROUPS)
+    tl.store(scales_ptr + row * stride_sm + groups * stride_sg, scales, mask=groups < n_groups)
 
 
 def quantize_rows(
@@ -137,7 +99,7 @@ def quantize_rows(
     scale_floor: float,
 ) -> None:
     """Quantize x [rows, columns] to values (fp8 or int8) with scales [rows] f32."""
-    _launch(x, values, scales.unsqueeze(-1), quant_max, scale_floor, per_row=True)
+    quantize(x, values, scales, quant_max, scale_floor, group=None)
 
 
 def quantize_groups(
@@ -148,7 +110,7 @@ def quantize_groups(
     scale_floor: float,
 ) -> None:
     """Quantize x [rows, columns] per 1x128; scales [rows, ceil(columns / 128)] f32."""
-    _launch(x, values, scales, quant_max, scale_floor, per_row=False)
+    quantize(x, values, scales, quant_max, scale_floor, group=GROUP)
 
 
 def stored_values(values: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -162,37 +124,90 @@ def stored_values(values: torch.Tensor) -> tuple[torch.Tensor, str]:
     return values.view(torch.uint8), str(values.dtype).removeprefix("torch.float8_")
 
 
-def group_shape(columns: int, *, per_row: bool) -> tuple[int, int, int, int]:
+def group_shape(
+    rows: int, columns: int, group: int | None, *, whole: bool
+) -> tuple[int, int, int, int]:
     """Choose (groups per program, padded width, groups in a row, warps) for a row."""
-    if per_row:
-        if columns > MAX_ROW:
-            raise ValueError(f"rows of {columns} elements, at most {MAX_ROW} have one scale a row")
-        width = max(triton.next_power_of_2(columns), 16)
-        return 1, width, 1, min(max(width // 1024, 1), 16)
-    n_groups = triton.cdiv(columns, GROUP)
-    groups = min(triton.next_power_of_2(n_groups), 16)
-    return groups, GROUP, n_groups, min(max(groups // 4, 1), 4)
+    if whole and columns > MAX_ROW:
+        raise ValueError(f"rows of {columns} elements, at most {MAX_ROW} have one scale a row")
+    if group is None:
+        groups, n_groups, width = 1, 1, max(triton.next_power_of_2(columns), 16)
+    else:
+        n_groups, width = triton.cdiv(columns, group), group
+        groups = triton.next_power_of_2(n_groups)
+        if not whole:
+            groups = min(groups, (PIECE if rows * columns > FEW else PIECE // 4) // group)
+    return groups, width, n_groups, min(max(groups * width // (32 * PER_LANE), 1), 16)
 
 
-def _launch(
+def quantize(
     x: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
     quant_max: float,
     scale_floor: float,
     *,
-    per_row: bool,
+    group: int | None,
+    second: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    gate: Gate | None = None,
 ) -> None:
-    rows, columns = x.shape
+    """Quantize rows to values [rows, columns] or, packed e2m1, [rows, ceil(columns / 2)] uint8.
+
+    Args:
+        x: [rows, columns], of a gate [rows, 2 * columns].
+        values: fp8, int8, or uint8 for packed codes; the last dimension contiguous, as in x.
+        scales: [rows] or [rows, groups]: float32; of mx e8m0 in uint8; of nvfp4 float8_e4m3fn.
+        quant_max: Largest code under float32 scales.
+        scale_floor: Smallest float32 scale.
+        group: Elements that share a scale, a power of two; None is a row.
+        second: [rows] float32, of nvfp4.
+        norm: What to do before, or None.
+        gate: The same.
+    """
+    rows, columns = x.shape[0], x.shape[1] // 2 if gate else x.shape[1]
     if rows == 0 or columns == 0:
         return
     if x.stride(1) != 1 or values.stride(1) != 1:
         raise ValueError("quantize: the last dimension of x and values must be contiguous")
-    groups, width, n_groups, warps = group_shape(columns, per_row=per_row)
-    values, encoding = stored_values(values)
+    codec = "nvfp4" if second is not None else "mx" if scales.dtype is torch.uint8 else "scaled"
+    packed = values.dtype is torch.uint8
+    scales = scales.unsqueeze(-1) if group is None else scales
+    whole = group is None or second is not None or norm is not None
+    if not whole and gate is None and _can_be_flat(x, values, scales, group):
+        x, values = x.view(-1, FLAT), values.view(-1, FLAT // 2 if packed else FLAT)
+        scales = scales.view(x.shape[0], -1)
+        rows, columns = x.shape
+    groups, width, n_groups, warps = group_shape(rows, columns, group, whole=whole)
+    fnuz = codec == "mx" and values.dtype is getattr(torch, "float8_e4m3fnuz", None)
+    if fnuz:
+        # The codes are e4m3fn's, whatever the device converts.
+        values, encoding = values.view(torch.uint8), "e4m3fn"
+    else:
+        values, encoding = stored_values(values)
+    addend, top_exponent = exponent_rule("e2m1" if packed else "e4m3fn")
+    residual, total = (norm.residual, norm.total) if norm else (None, None)
     launch(
         _quantize_kernel, (rows, triton.cdiv(n_groups, groups)),
-        x, values, scales, columns, n_groups,
-        x.stride(0), values.stride(0), scales.stride(0), scales.stride(1), quant_max, scale_floor,
-        GROUPS=groups, WIDTH=width, ENCODING=encoding, num_warps=warps,
+        x, x if residual is None else residual, x if total is None else total,
+        norm.weight if norm else x, values,
+        scales.view(torch.uint8) if second is not None else scales,
+        scales if second is None else second,
+        columns, n_groups, x.stride(0), 0 if residual is None else residual.stride(0),
+        0 if total is None else total.stride(0), values.stride(0),
+        scales.stride(0), scales.stride(1),
+        quant_max, scale_floor, norm.epsilon if norm else 0.0,
+        GROUPS=groups, WIDTH=width, NORM=norm is not None, RESIDUAL=residual is not None,
+        GATE=gate.activation if gate else "", INTERLEAVED=bool(gate and gate.interleaved),
+        CODEC=codec, PACKED=packed, ENCODING=encoding,
+        ADDEND=addend, TOP_EXPONENT=top_exponent, FNUZ=fnuz, num_warps=warps,
     )  # fmt: skip
+
+
+def _can_be_flat(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, group: int | None
+) -> bool:
+    """Tell whether groups may be counted through the whole matrix instead of row by row."""
+    assert group is not None
+    contiguous = x.is_contiguous() and values.is_contiguous() and scales.is_contiguous()
+    return contiguous and x.shape[1] % group == 0 and x.numel() % FLAT == 0

@@ -1,0 +1,297 @@
+"""Quantize activations together with what comes before them: a norm, or a gated activation.
+
+    quantize_rms_norm  quantize(round(x * rsqrt(mean(x^2) + epsilon)) * weight)
+    quantize_swiglu    quantize(round(activation(gate) * up))
+
+Both round to the activations' dtype where the separate ops do, so that a model computes the same
+with and without them; the wide result is never written to memory. `round` goes to the dtype of
+the activations; all else is float32, and the product with the weight is rounded again, as in
+transformers' norms. (Gemma's, which multiply by 1 + weight before rounding, are others.)
+
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467); Shazeer,
+"GLU Variants Improve Transformer" (arXiv:2002.05202).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import ArgumentError, DTypeError, ShapeError, UnknownNameError
+from hal.needs import Needs
+from hal.ops.binding import measurements, select_for
+from hal.ops.checks import check_gradient, check_same_device, dtype_name
+from hal.ops.fused_moe import ACTIVATIONS, activate
+from hal.ops.quantize import (
+    SIGNATURES,
+    TRITON,
+    check_rows,
+    launch_triton,
+    quantize_cached,
+    quantize_reference,
+)
+from hal.quant.represent import encoding_of
+from hal.quant.scheme import find_scheme
+from hal.registry import Level, Op
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.quant.scheme import Quantization, Scheme
+
+__all__ = ["QUANTIZE_RMS_NORM", "QUANTIZE_SWIGLU", "quantize_rms_norm", "quantize_swiglu"]
+
+QUANTIZE_RMS_NORM = Op(
+    "quantize_rms_norm",
+    ("tokens", "features"),
+    "normalize rows by their mean square and quantize them",
+    measurements("quantize_rms_norm"),
+)
+QUANTIZE_SWIGLU = Op(
+    "quantize_swiglu",
+    ("tokens", "features"),
+    "apply a gated activation and quantize the result",
+    measurements("quantize_swiglu"),
+)
+CPU = (Needs.platform("cpu"), Needs.package("torch"))
+Parts = tuple["torch.Tensor", ...]
+
+
+def quantize_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scheme: str | Scheme,
+    *,
+    epsilon: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    platform: Any = None,
+    **options: Any,
+) -> Parts:
+    """Return the quantized norm of `x`, or of `x + residual` and then the sum besides.
+
+    Args:
+        x: `[tokens, features]` bf16, fp16 or float32.
+        weight: `[features]` of the dtype of `x`.
+        scheme: A scheme with dynamic activations.
+        epsilon: What is added to the mean square.
+        residual: Like `x`, added to it first.
+        platform: Platform to select for; None means that of the device of `x`.
+        **options: `force`, `minimum` and the other options of `hal.select`.
+
+    Returns:
+        What `hal.ops.quantize` returns for the normalized rows; with a residual followed by
+        `x + residual`, which the next layer adds to.
+
+    Raises:
+        ShapeError, DTypeError, DeviceMismatchError, GradientError: For tensors that do not fit.
+        ArgumentError: If epsilon is negative or not finite.
+        UnknownNameError: If the scheme does not quantize activations.
+        NoKernelError: If no kernel can run.
+    """
+    where = "quantize_rms_norm"
+    check_rows(where, x)
+    _check_like(where, x, "weight", weight, x.shape[1:])
+    if residual is not None:
+        _check_like(where, x, "residual", residual, x.shape)
+        check_gradient(where, residual)
+    if not 0 <= epsilon < float("inf"):
+        raise ArgumentError(where, found=f"epsilon={epsilon}", needed="a finite number >= 0")
+    function, how, encoding = _selected(where, x, x.shape[1], scheme, platform, options)
+    found: Parts = function(x, weight, float(epsilon), residual, encoding, how)
+    return found
+
+
+def quantize_swiglu(
+    gate_up: torch.Tensor,
+    scheme: str | Scheme,
+    *,
+    activation: str = "silu",
+    interleaved: bool = False,
+    platform: Any = None,
+    **options: Any,
+) -> Parts:
+    """Return activation(gate) * up, quantized.
+
+    Args:
+        gate_up: `[tokens, 2 * features]` bf16, fp16 or float32.
+        scheme: A scheme with dynamic activations.
+        activation: `silu`, `gelu` or `gelu_tanh`.
+        interleaved: Gate and up columns alternate, gate first; else the gate is the first half.
+        platform: Platform to select for; None means that of the device of `gate_up`.
+        **options: `force`, `minimum` and the other options of `hal.select`.
+
+    Returns:
+        What `hal.ops.quantize` returns for `[tokens, features]`.
+
+    Raises:
+        ShapeError: If `gate_up` is not a matrix of an even number of columns.
+        DTypeError, GradientError: If it does not fit.
+        UnknownNameError: If the activation is unknown or the scheme does not quantize any.
+        NoKernelError: If no kernel can run.
+    """
+    where = "quantize_swiglu"
+    check_rows(where, gate_up)
+    if gate_up.shape[1] % 2:
+        raise ShapeError(where, found=f"input {list(gate_up.shape)}", needed="an even width")
+    if activation not in ACTIVATIONS:
+        raise UnknownNameError("activation", activation, ACTIVATIONS)
+    columns = gate_up.shape[1] // 2
+    function, how, encoding = _selected(where, gate_up, columns, scheme, platform, options)
+    found: Parts = function(gate_up, activation, interleaved, encoding, how)
+    return found
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, Parts]:
+    """Return the normalized rows in the dtype of `x`, and the sum of `x` and residual if any."""
+    import torch
+
+    x = x if residual is None else x + residual
+    wide = x.float()
+    root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (wide * root).to(x.dtype) * weight, () if residual is None else (x,)
+
+
+def gated(gate_up: torch.Tensor, activation: str, interleaved: bool) -> torch.Tensor:
+    """Return activation(gate) * up, computed in float32, in the dtype of `gate_up`."""
+    import torch
+
+    if interleaved:
+        gate_up = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
+    return activate(gate_up.float(), activation).to(gate_up.dtype)
+
+
+@QUANTIZE_RMS_NORM.kernel(
+    "reference",
+    level=Level.REFERENCE,
+    band="reference",
+    signatures=SIGNATURES,
+    requires=(Needs.package("torch"),),
+    batch_invariant=True,
+)
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
+    format: str, how: Quantization,
+) -> Parts:  # fmt: skip
+    """Follow both formulas in float32."""
+    rows, total = rms_norm(x, weight, epsilon, residual)
+    return (*quantize_reference(rows, format, how), *total)
+
+
+@QUANTIZE_RMS_NORM.kernel(
+    "torch_cached",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=SIGNATURES,
+    requires=CPU,
+    batch_invariant=True,
+)
+def rms_norm_cached(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
+    format: str, how: Quantization,
+) -> Parts:  # fmt: skip
+    """Normalize with torch, then quantize in pieces that stay in the cache of a core."""
+    rows, total = rms_norm(x, weight, epsilon, residual)
+    return (*quantize_cached(rows, format, how), *total)
+
+
+@QUANTIZE_RMS_NORM.kernel(
+    "triton",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=SIGNATURES,
+    requires=TRITON,
+    batch_invariant=True,
+)
+def rms_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
+    format: str, how: Quantization,
+) -> Parts:  # fmt: skip
+    """Do all of it in one Triton launch that reads each row once."""
+    import torch
+
+    from hal.ops.kernels.quantize import Norm
+
+    total = None
+    if residual is not None:
+        residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm = Norm(weight.contiguous(), epsilon, residual, total)
+    coded = launch_triton(x, format, how, x.shape[1], norm=norm)
+    return coded if total is None else (*coded, total)
+
+
+@QUANTIZE_SWIGLU.kernel(
+    "reference",
+    level=Level.REFERENCE,
+    band="reference",
+    signatures=SIGNATURES,
+    requires=(Needs.package("torch"),),
+    batch_invariant=True,
+)
+def swiglu_reference(
+    gate_up: torch.Tensor, activation: str, interleaved: bool, format: str, how: Quantization
+) -> Parts:
+    """Follow both formulas in float32."""
+    return quantize_reference(gated(gate_up, activation, interleaved), format, how)
+
+
+@QUANTIZE_SWIGLU.kernel(
+    "torch_cached",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=SIGNATURES,
+    requires=CPU,
+    batch_invariant=True,
+)
+def swiglu_cached(
+    gate_up: torch.Tensor, activation: str, interleaved: bool, format: str, how: Quantization
+) -> Parts:
+    """Apply the activation with torch, then quantize in pieces that stay in a core's cache."""
+    return quantize_cached(gated(gate_up, activation, interleaved), format, how)
+
+
+@QUANTIZE_SWIGLU.kernel(
+    "triton",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=SIGNATURES,
+    requires=TRITON,
+    batch_invariant=True,
+)
+def swiglu_triton(
+    gate_up: torch.Tensor, activation: str, interleaved: bool, format: str, how: Quantization
+) -> Parts:
+    """Do both in one Triton launch."""
+    from hal.ops.kernels.quantize import Gate
+
+    gate = Gate(activation, interleaved)
+    return launch_triton(gate_up, format, how, gate_up.shape[1] // 2, gate=gate)
+
+
+def _selected(
+    where: str, x: torch.Tensor, columns: int, scheme: str | Scheme, platform: Any, options: Any
+) -> tuple[Any, Quantization, str]:
+    """Return the kernel that is selected, how it shall store, and the format of the codes."""
+    found = find_scheme(scheme)
+    problem = {"tokens": x.shape[0], "features": columns}
+    selection, _ = select_for(where, found.name, x.device, problem, platform=platform, **options)
+    assert selection.kernel is not None
+    encoding = encoding_of(found.activation.format, selection.spec.formats.fp8_encoding)
+    return selection.kernel.load(), found.activation, encoding
+
+
+def _check_like(
+    where: str, x: torch.Tensor, name: str, given: torch.Tensor, shape: tuple[int, ...]
+) -> None:
+    """Raise unless a tensor has a shape, and the dtype and device of `x`."""
+    if tuple(given.shape) != tuple(shape):
+        raise ShapeError(where, found=f"{name} {list(given.shape)}", needed=str(list(shape)))
+    if given.dtype is not x.dtype:
+        raise DTypeError(
+            where,
+            found=f"{name} of {dtype_name(given)}",
+            needed=f"{dtype_name(x)}, as the input",
+            cure=f"{name}.to({x.dtype})",
+        )
+    check_same_device(where, x.device, **{name: given})
