@@ -184,7 +184,9 @@ def quantize_torch(
 )
 def quantize_cached(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
-    quantize = quantize_torch if how.bytewise else quantize_reference
+    from hal.ops.quantize_blocks import quantize_blocks
+
+    quantize = quantize_torch if how.bytewise else quantize_blocks
     if x.numel() <= CACHE_ELEMENTS:
         return quantize(x, format, how)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)

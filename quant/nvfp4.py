@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NVFP4_BLOCK",
+    "block_scales",
     "compressed_tensors_global_from_decode",
     "decode_global_from_compressed_tensors",
     "decode_global_from_modelopt",
@@ -110,19 +111,27 @@ def encode_nvfp4(
     Raises:
         ArgumentError: If `per` is something else.
     """
-    import torch
-
     largest = largest_of(x, per) if maximum is None else maximum
     global_scale = global_scale_of(largest)
     outer = _spread(global_scale, per)
     blocks = groups_of(x.float(), NVFP4_BLOCK)
     amax = blocks.abs().amax(-1)
-    wanted = (divide(amax, CODE_MAXIMUM) / outer).clamp_min(SMALLEST_SCALE)
-    wanted = torch.where(torch.isfinite(amax) & torch.isfinite(outer), wanted, torch.nan)
-    scales = saturate(wanted, "e4m3fn")
+    scales = block_scales(amax, outer)
     ratio = blocks / (scales.float() * outer).unsqueeze(-1)
     codes = pack(e2m1.encode(columns_of(ratio, x.shape[-1])))
     return codes, scales, global_scale
+
+
+def block_scales(amax: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    """Return the e4m3fn scales of blocks whose largest magnitude is `amax`, float32 `[..., G]`.
+
+    `outer` is their global scale, shaped to broadcast; where either is not finite, so is the scale.
+    """
+    import torch
+
+    wanted = (divide(amax, CODE_MAXIMUM) / outer).clamp_min(SMALLEST_SCALE)
+    wanted = torch.where(torch.isfinite(amax) & torch.isfinite(outer), wanted, torch.nan)
+    return saturate(wanted, "e4m3fn")
 
 
 def decode_nvfp4(

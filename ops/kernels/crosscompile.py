@@ -339,6 +339,21 @@ def _gate(activation: str, interleaved: bool) -> None:
     silu_and_mul(*width, activation=activation, interleaved=interleaved)
 
 
+def _store(target: Target, scheme: str, before: str) -> None:
+    """Call the launcher of a quantizing op."""
+    from hal.ops.kernels.quantize import Gate, Norm
+    from hal.ops.quantize import launch_triton
+    from hal.quant.scheme import find_scheme
+
+    how = find_scheme(scheme).activation
+    encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
+    x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
+    options: dict[str, Any] = {"gate": Gate()} if before == "gate" else {}
+    if before == "norm":
+        options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
+    launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
+
+
 _CASES: dict[str, Callable[[Target], None]] = {
     **{
         f"{op}/{kind}/{size}": partial(_product, op=op, kind=kind, size=size)
@@ -362,6 +377,12 @@ _CASES: dict[str, Callable[[Target], None]] = {
     "quantize/fp8_rows": lambda target: _quantize(target, "fp8", False, False),
     "quantize/fp8_groups": lambda target: _quantize(target, "fp8", True, False),
     "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),
+    **{
+        f"quantize/{scheme}/{before}": partial(_store, scheme=scheme, before=before)
+        for scheme in ("mxfp8", "mxfp4", "nvfp4")
+        for before in ("plain", "norm", "gate")
+    },
+    "quantize/fp8_channel/norm": partial(_store, scheme="fp8_channel", before="norm"),
     "swiglu/silu": lambda _: _gate("silu", False),
     "swiglu/gelu_interleaved": lambda _: _gate("gelu", True),
     "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),

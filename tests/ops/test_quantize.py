@@ -15,7 +15,7 @@ from hal.errors import (
     UnknownNameError,
 )
 from hal.ops.fused_moe import activate
-from hal.ops.quantize import CACHE_ELEMENTS, DYNAMIC, quantize_reference
+from hal.ops.quantize import CACHE_ELEMENTS, DYNAMIC, quantize_cached, quantize_reference
 from hal.ops.quantize_fused import gated, rms_norm
 from hal.quant import SCHEMES
 from hal.quant.represent import Coded, encoding_of, numbers
@@ -88,6 +88,27 @@ def test_quantize(device, kernel, scheme, shape):
     x = random(*shape, seed=1, device=device)
     assert shape != (70, 4096) or x.numel() > CACHE_ELEMENTS
     assert_same(forced(hal.ops.quantize, x, scheme, force=kernel), expected(x, scheme))
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (9, 200), (80, 4096)], ids=str)
+def test_blocks_on_a_cpu_keep_every_bit(scheme, shape):
+    """Broken blocks, zeros, subnormals, signs of zero and ties, within one piece and across."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -6.0])
+    if shape[0] > 4:
+        x[0], x[1], x[2, ::2] = 0, x[1] * 1e-39, -0.0
+        x[3] = ties.repeat(shape[1] // 8)
+        x[-1] *= 1e30
+    how = SCHEMES[scheme].activation
+    encodings = ("e4m3fn", "e4m3fnuz") if how.format == "e4m3fn" else (how.format,)
+    for broken in (False, True):
+        if broken and shape[0] > 4:
+            x[4, 3], x[4, -1], x[-2, 0] = float("nan"), float("inf"), float("-inf")
+        for rows in (x, x.bfloat16(), x.T.contiguous().T):
+            for encoding in encodings:
+                wanted = quantize_reference(rows, encoding, how)
+                assert_same(quantize_cached(rows, encoding, how), wanted)
 
 
 @cases("quantize_rms_norm")
