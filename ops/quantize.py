@@ -2,18 +2,18 @@
 
 The formula is that of `hal.quant.codec`: scale = max(amax / maximum, floor), codes by true
 division, clamp and round-to-nearest-even. Rows (or groups) with a NaN or an infinity get a NaN
-scale.
+scale. Static schemes bring the scale along, one for all rows; it is returned once a row.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import DTypeError, ShapeError
+from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, measurements, select_for
-from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, dtype_name
-from hal.quant.codec import SCALE_FLOOR, encode
+from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
+from hal.quant.codec import SCALE_FLOOR, encode, encode_static
 from hal.quant.represent import encoding_of, numbers, represent
 from hal.quant.scheme import BLOCK, SCHEMES, find_scheme, scale_shape
 from hal.registry import Level, Op
@@ -29,32 +29,39 @@ __all__ = ["QUANTIZE", "fake_quantize", "quantize", "quantizer"]
 QUANTIZE = Op(
     "quantize",
     ("tokens", "features"),
-    "quantize activations per token or per group",
+    "quantize activations per token, per group or under a fixed scale",
     measurements("quantize"),
 )
 CACHE_ELEMENTS = 1 << 18
 """Float32 copies up to this size (1 MiB) are taken from memory that is there already. Larger ones
 come from fresh pages, which cost a CPU 5 times as long as the quantization (docs/cpu.md)."""
-DYNAMIC = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.dynamic)
-SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in DYNAMIC}
+QUANTIZING = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.format)
+SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in QUANTIZING}
 PLAIN = {
     name: operands
     for name, operands in SIGNATURES.items()
     if SCHEMES[name].activation.scale_format == "float32"
 }
-"""Schemes whose activations have float32 scales per token or per 128."""
+"""Schemes whose activations have float32 scales per token, per 128 or for all."""
 
 QuantizeFunction = Any
-"""`(x [tokens, features], encoding, how) -> (codes, scales)`, then second scales, if any."""
+"""`(x [tokens, features], encoding, how, fixed) -> (codes, scales)`, then second scales, if any.
+
+`fixed` is the scale of a static scheme, float32 `[]`, else None."""
 
 
-def fake_quantize(x: torch.Tensor, scheme: Scheme, encoding: str) -> torch.Tensor:
-    """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`."""
+def fake_quantize(
+    x: torch.Tensor, scheme: Scheme, encoding: str, fixed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`.
+
+    A static scheme takes its `fixed` scale, float32 `[]`.
+    """
     how = scheme.activation
     if how.format is None:
         return x.float()
     own = activation_encoding(scheme, encoding)
-    return numbers(represent(x, how, own), how, own, x.shape[-1])
+    return numbers(represent(x, how, own, fixed=fixed), how, own, x.shape[-1])
 
 
 def activation_encoding(scheme: Scheme, encoding: str) -> str:
@@ -64,13 +71,19 @@ def activation_encoding(scheme: Scheme, encoding: str) -> str:
 
 
 def quantize(
-    x: torch.Tensor, scheme: str | Scheme, *, platform: Any = None, **options: Any
+    x: torch.Tensor,
+    scheme: str | Scheme,
+    *,
+    input_scale: torch.Tensor | None = None,
+    platform: Any = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Return (codes, scales) of activations `x` `[tokens, features]` under a scheme.
 
     Args:
         x: bf16, fp16 or float32.
-        scheme: A scheme with dynamic activations.
+        scheme: A scheme that quantizes activations.
+        input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
         platform: Platform to select for; None means that of the device of `x`.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
@@ -79,6 +92,7 @@ def quantize(
         `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides.
 
     Raises:
+        ArgumentError: If a static scheme comes without its scale, or another with one.
         ShapeError: If `x` is not a matrix.
         DTypeError: If it has another dtype.
         UnknownNameError: If the scheme does not quantize activations.
@@ -93,14 +107,35 @@ def quantize(
             found=f"input of {dtype_name(x)}",
             needed=" or ".join((*ACTIVATION_DTYPES, "float32")),
         )
+    _check_fixed(how, x, input_scale)
     check_gradient("quantize", x)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     function = selection.kernel.load()
     encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
-    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation)
+    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation, input_scale)
     return found
+
+
+def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+    from hal.quant.calibrate import require_scale
+
+    if (scale is not None) != how.static:
+        raise ArgumentError(
+            f"quantize under {how}",
+            found="no input_scale" if scale is None else "input_scale",
+            needed="input_scale, float32 []" if how.static else "none: scales come from x",
+            cure="hal.quant.input_scale(amax) computes it" if how.static else "",
+        )
+    if scale is None:
+        return
+    if dtype_name(scale) != "float32":
+        raise DTypeError("quantize: input_scale", found=scale.dtype, needed="float32")
+    if scale.ndim:
+        raise ShapeError("quantize: input_scale", found=list(scale.shape), needed="[]")
+    check_same_device("quantize", x.device, input_scale=scale)
+    require_scale("quantize: input_scale", scale)
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -118,9 +153,11 @@ def quantizer(binding: Binding, features: int) -> QuantizeFunction:
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
-def quantize_reference(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
+def quantize_reference(
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Follow the codec's formula in float32."""
-    coded = represent(x, how, format)
+    coded = represent(x, how, format, fixed=fixed)
     return tuple(tensor for tensor in coded if tensor is not None)
 
 
@@ -133,7 +170,7 @@ def quantize_reference(x: torch.Tensor, format: str, how: Quantization) -> tuple
     batch_invariant=True,
 )
 def quantize_torch(
-    x: torch.Tensor, format: str, how: Quantization
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do the same in few passes over the data."""
     import torch
@@ -142,6 +179,8 @@ def quantize_torch(
     from hal.torch_compat import dtype
 
     shape, granularity = tuple(x.shape), how.granularity
+    if fixed is not None:
+        return encode_static(x, format, fixed)
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
     if not whole or not x.numel():
         return encode(x, format, granularity)
@@ -171,7 +210,7 @@ def quantize_torch(
     batch_invariant=True,
 )
 def quantize_cached(
-    x: torch.Tensor, format: str, how: Quantization
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Go over the rows in pieces that stay in the cache of a core."""
     import torch
@@ -179,14 +218,14 @@ def quantize_cached(
     from hal.torch_compat import dtype
 
     if x.numel() <= CACHE_ELEMENTS:
-        return quantize_torch(x, format, how)
+        return quantize_torch(x, format, how, fixed)
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
-    scales = torch.empty(scale_shape(how.granularity, tuple(x.shape)), device=x.device)
+    scales = torch.empty(_scale_shape(how, tuple(x.shape)), device=x.device)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
     for part, codes, factors in zip(
         x.split(rows), values.split(rows), scales.split(rows), strict=True
     ):
-        codes_of_part, factors_of_part = quantize_torch(part, format, how)
+        codes_of_part, factors_of_part = quantize_torch(part, format, how, fixed)
         codes.copy_(codes_of_part)
         factors.copy_(factors_of_part)
     return values, scales
@@ -206,7 +245,7 @@ def quantize_cached(
     batch_invariant=True,
 )
 def quantize_triton(
-    x: torch.Tensor, format: str, how: Quantization
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the largest magnitude and round in one Triton launch."""
     import torch
@@ -217,9 +256,19 @@ def quantize_triton(
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
-    shape = scale_shape(how.granularity, tuple(x.shape))
+    shape = _scale_shape(how, tuple(x.shape))
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     top = number_format(format).quantization_maximum
+    if fixed is not None:
+        from hal.ops.kernels.static import quantize_static
+
+        quantize_static(x, values, scales, fixed, top)
+        return values, scales
     launch = quantize_rows if how.granularity == "token" else quantize_groups
     launch(x, values, scales, top, SCALE_FLOOR)
     return values, scales
+
+
+def _scale_shape(how: Quantization, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the scales of activations; a fixed one is given once a row."""
+    return scale_shape("token" if how.granularity == "tensor" else how.granularity, shape)

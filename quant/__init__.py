@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hal.quant.calibrate import input_scale
 from hal.quant.checkpoint import Checkpoint, load, save
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.layout import LAYOUTS, Layout, register_layout, to_layout
@@ -20,6 +21,7 @@ __all__ = [
     "Scheme",
     "bind_encoding",
     "find_scheme",
+    "input_scale",
     "load",
     "quantize",
     "register_layout",

@@ -101,7 +101,8 @@ def to_layout(
         found: dict[str, Any] = {"values": target.forward(current.inverse(weight.values))}
         for name, factors in list(weight.state_of().items())[1:]:
             how = weight.scheme.weight
-            granularity = how.second if name == "global_scale" else how.granularity
+            others = {"global_scale": how.second, "input_scale": "tensor"}
+            granularity = others.get(name, how.granularity)
             found[name] = _reordered(factors, granularity, current.inverse_rows)
             found[name] = _reordered(found[name], granularity, target.forward_rows)
         for name, old in weight.state_of().items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from hal.quant.codec import amax, decode, encode
+from hal.quant.codec import amax, decode, encode, encode_static
 from hal.quant.scheme import Quantization, group_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ def encoding_of(format: str | None, fp8_encoding: str | None) -> str:
 
 
 def represent(
-    x: torch.Tensor, how: Quantization, encoding: str, maximum: torch.Tensor | None = None
+    x: torch.Tensor,
+    how: Quantization,
+    encoding: str,
+    maximum: torch.Tensor | None = None,
+    *,
+    fixed: torch.Tensor | None = None,
 ) -> Coded:
     """Return `x` `[..., rows, columns]` as codes and scales.
 
@@ -56,7 +61,10 @@ def represent(
         maximum: Largest magnitudes to use instead of those of `x`, for shards of one matrix:
             shaped like the scales of granularity tensor, channel or token, or like the second
             scales (see `largest`). Groups and blocks must be whole in each shard, and take none.
+        fixed: The scale of static activations, float32 `[]` or `[...]`; see `encode_static`.
     """
+    if fixed is not None:
+        return Coded(*encode_static(x, encoding, fixed))
     if how.scale_format == "e8m0":
         return _mx(x, how, encoding)
     if how.second == "channel":

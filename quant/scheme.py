@@ -8,6 +8,7 @@ a device.
 |---|---|---|
 | none | any | none |
 | tensor | `[..., N, K]` | `[...]`, one a matrix |
+| tensor, of activations | `[tokens, K]` | one, fixed beforehand with the weight: `[...]` |
 | token | `[tokens, K]` | `[tokens]` |
 | channel | `[..., N, K]` | `[..., N]` |
 | group16 to group128 | `[..., rows, K]` | `[..., rows, ceil(K / group)]` |
@@ -104,6 +105,11 @@ class Scheme:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def static(self) -> bool:
+        """Tell whether activations are quantized under a scale that is fixed beforehand."""
+        return self.activation.format is not None and not self.activation.dynamic
+
     def operands(
         self, *, weight_only: bool = False, layout: str = "canonical", weight: str = "weight"
     ) -> tuple[Operand, ...]:
@@ -198,6 +204,20 @@ _ROWS = (
         "DeepSeek-V3 Technical Report, section 3.3 (arXiv:2412.19437)",
     ),
     Scheme(
+        "fp8_static",
+        _fp8("tensor"),
+        _fp8("tensor"),
+        "e4m3 weights with one scale a matrix, e4m3 activations under one scale fixed beforehand",
+        _OCP_FP8,
+    ),
+    Scheme(
+        "fp8_static_channel",
+        _fp8("channel"),
+        _fp8("tensor"),
+        "e4m3 weights scaled per output channel, e4m3 activations under one fixed scale",
+        _OCP_FP8,
+    ),
+    Scheme(
         "fp8_w8a16_tensor",
         _fp8("tensor"),
         _GIVEN,
@@ -223,6 +243,13 @@ _ROWS = (
         Quantization("int8", "channel", "float32"),
         Quantization("int8", "token", "float32", dynamic=True),
         "int8 weights scaled per output channel, int8 activations scaled per token",
+        "symmetric int8, codes -127 to 127",
+    ),
+    Scheme(
+        "int8_static",
+        Quantization("int8", "channel", "float32"),
+        Quantization("int8", "tensor", "float32"),
+        "int8 weights scaled per output channel, int8 activations under one fixed scale",
         "symmetric int8, codes -127 to 127",
     ),
     Scheme(

@@ -20,7 +20,7 @@ import torch
 from transformers.integrations import moe
 
 import hal.nn
-from hal.errors import ShapeError, UnsupportedModelError
+from hal.errors import ArgumentError, ShapeError, UnsupportedModelError
 from hal.integrations.conventions import (
     SUBMODULE,
     Convention,
@@ -138,6 +138,13 @@ def quantize(
         NoKernelError: If no kernel can run; nothing was changed.
     """
     how = find_scheme(scheme)
+    if how.static:
+        raise ArgumentError(
+            "quantize a model",
+            found=f"scheme {how}, whose activations have scales of their own in each layer",
+            needed="a scheme that scales activations at each call, such as fp8_channel",
+            cure="calibrate elsewhere, and load the checkpoint with hal.quant.load",
+        )
     experts = list(experts_of(model))
     if not experts:
         raise UnsupportedModelError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import EncodingError, ShapeError, UnsupportedModelError
+from hal.errors import ArgumentError, EncodingError, ShapeError, UnsupportedModelError
 from hal.quant.checkpoint.packing import clear_tail, flip_sign, pack_rows, to_words
 from hal.quant.layout import to_layout
 from hal.quant.scheme import BLOCK, Quantization, Scheme, group_of
@@ -66,7 +66,10 @@ def store(name: str, weight: QTensor) -> Stored:
     elif how.granularity == "tensor":
         scales = scales.reshape(1)
     if how.format != "e2m1":
-        return Stored({".weight": codes, ".weight_scale": scales}, _format(how))
+        kept = {".weight": codes, ".weight_scale": scales}
+        if plain.input_scale is not None:
+            kept[".input_scale"] = plain.input_scale.reshape(1)
+        return Stored(kept, _format(how))
     found = {".weight_packed": codes, ".weight_scale": scales}
     if plain.global_scale is not None:
         found[".weight_global_scale"] = (1.0 / plain.global_scale).reshape(1)
@@ -162,6 +165,13 @@ def _require_storable(name: str, weight: QTensor) -> None:
             found="e4m3fnuz bytes",
             needed="e4m3fn, which checkpoints hold on every device",
             cure="quantize with platform='cpu'",
+        )
+    if weight.scheme.static and weight.input_scale is None:
+        raise ArgumentError(
+            name,
+            found="no input_scale",
+            needed=f"input_scale, which readers of {weight.scheme} ask for",
+            cure="quantize(..., input_scale=hal.quant.input_scale(amax)), amax from calibration",
         )
     if how.format is not None and len(weight.shape) != 2:
         raise ShapeError(

@@ -6,6 +6,7 @@ Source: compressed-tensors, quantization/quant_args.py, quant_scheme.py and quan
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hal.errors import UnknownNameError, UnsupportedModelError
@@ -55,16 +56,18 @@ def _group(where: str, group: Any, config: Mapping[str, Any]) -> tuple[tuple[str
     weights = group["weights"]
     if unknown := sorted(set(weights) - _ARGS):
         refuse(f"{where}.weights", unknown[0], f"only {', '.join(sorted(_ARGS))}")
-    rule = _rule(f"{where}.weights", format, weights, _activation(where, group))
-    return targets, rule
+    activation, static = _activation(where, group)
+    rule = _rule(f"{where}.weights", format, weights, activation)
+    return targets, replace(rule, static=static)
 
 
-def _activation(where: str, group: Mapping[str, Any]) -> str | None:
+def _activation(where: str, group: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return the format of activations and whether one scale is fixed for them."""
     inputs = value_of(where, group, "input_activations", dict, None)
     if group.get("output_activations"):
         raise UnsupportedModelError(where, found="output_activations", needed="none")
     if inputs is None:
-        return None
+        return None, False
     bits = value_of(where, inputs, "num_bits", int, 8)
     kind = value_of(where, inputs, "type", str, "int").lower()
     if not value_of(where, inputs, "symmetric", bool, True):
@@ -74,7 +77,15 @@ def _activation(where: str, group: Mapping[str, Any]) -> str | None:
     known = {(8, "float"): "e4m3fn", (8, "int"): "int8", (4, "float"): "e2m1", (4, "int"): "int4"}
     if (bits, kind) not in known:
         refuse(f"{where}.input_activations", f"{kind} of {bits} bits", "8 or 4")
-    return known[bits, kind]
+    strategy = value_of(where, inputs, "strategy", str, "tensor")
+    fixed = inputs.get("dynamic", False) is False
+    if fixed and bits == 8 and strategy != "tensor":
+        raise UnsupportedModelError(
+            f"{where}.input_activations",
+            found=f"fixed scales of strategy {strategy}",
+            needed="dynamic scales, or one fixed scale of strategy tensor",
+        )
+    return known[bits, kind], fixed and bits == 8
 
 
 def _rule(where: str, format: str, weights: Mapping[str, Any], activation: str | None) -> Rule:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated import quantize
 from safetensors.torch import load_file
 
 from hal.errors import (
@@ -21,7 +22,7 @@ from hal.errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from hal.quant import SCHEMES, QTensor, quantize, to_layout
+from hal.quant import SCHEMES, QTensor, to_layout
 from hal.quant.checkpoint import load, save
 
 GOLDEN = Path(__file__).with_name("golden")
