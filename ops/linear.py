@@ -3,6 +3,7 @@
     bf16:          y = x @ w.T
     fp8_channel:   y[m, n] = sx[m] * sw[n] * sum_k qx[m, k] * qw[n, k]
     int8_channel:  the same with int8 codes and an int32 sum
+    int8_channel_asymmetric:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
     fp8_block128:  y[m, n] = sum_g sx[m, g] * sw[n // 128, g] * sum_{k in g} qx[m, k] * qw[n, k]
 
 `x` is `[..., K]` bf16 or fp16, the weight `[N, K]`; activations are quantized at each call as the
@@ -44,6 +45,7 @@ BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weig
 PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in BYTEWISE}
 FP8 = ("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_static", "fp8_static_channel")
 INT8 = ("int8_channel", "int8_static")
+"""Schemes of int8 whose products are a sum and scales, without zero points."""
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
 TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
 QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
@@ -176,7 +178,7 @@ def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None
     "triton_int8",
     level=Level.NATIVE,
     band="tuned",
-    signatures={name: ALL[name] for name in INT8},
+    signatures={name: ALL[name] for name in (*INT8, "int8_channel_asymmetric")},
     requires=(*TRITON, Needs.triton_math("int8"), QUANTIZED_ROWS),
 )
 def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
@@ -227,6 +229,13 @@ def fixed_scale(weight: QTensor) -> tuple[torch.Tensor, ...]:
     return (weight.input_scale.amax(),)
 
 
+def column_sums(weight: QTensor) -> torch.Tensor:
+    """Return the sum of each channel's codes, int32 `[..., N]`: what a zero point multiplies."""
+    import torch
+
+    return weight.values.sum(-1, dtype=torch.int32)
+
+
 def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, kind: str) -> Bound:
 
     from hal.ops.kernels.linear import gemm
@@ -239,11 +248,18 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
     tiles = TileChoice(binding, kind, rows_out, columns)
     has_scales, has_bias = weight.scales is not None, bias is not None
     fnuz = encoding == "e4m3fnuz"
+    shifted = quantizes and not scheme.activation.symmetric
+    if shifted:
+        assert weight.scales is not None
+        fixed = (column_sums(weight) * weight.scales,)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         out = x.new_empty(x.shape[0], rows_out)
-        a, a_scales = x, None
-        if quantizes:
+        a, a_scales, shifts = x, None, {}
+        if shifted:
+            a, a_scales, zeros = quantize_triton(x, encoding, scheme.activation)
+            shifts = {"a_shifts": zeros * a_scales, "b_sums": tensors[2]}
+        elif quantizes:
             given = tensors[2] if fixed else None
             a, a_scales = quantize_triton(x, encoding, scheme.activation, given)
         gemm(
@@ -256,6 +272,7 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
             kind=kind,
             tile=tiles(x.shape[0]),
             fnuz=fnuz,
+            **shifts,
         )
         return out
 

@@ -13,6 +13,7 @@ from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
+from hal.quant.asymmetric import encode_asymmetric
 from hal.quant.codec import SCALE_FLOOR, encode, encode_static
 from hal.quant.represent import encoding_of, numbers, represent
 from hal.quant.scheme import BLOCK, SCHEMES, find_scheme, scale_shape
@@ -45,7 +46,7 @@ PLAIN = {
 """Schemes whose activations have float32 scales per token, per 128 or for all."""
 
 QuantizeFunction = Any
-"""`(x [tokens, features], encoding, how, fixed) -> (codes, scales)`, then second scales, if any.
+"""`(x [tokens, features], encoding, how, fixed) -> (codes, scales)`, then second scales or zeros.
 
 `fixed` is the scale of a static scheme, float32 `[]`, else None."""
 
@@ -89,7 +90,8 @@ def quantize(
 
     Returns:
         Codes `[tokens, features]`, of four bits two in a byte, and scales, `[tokens]` or
-        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides.
+        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides, under
+        int8_channel_asymmetric int8 zero points `[tokens]`.
 
     Raises:
         ArgumentError: If a static scheme comes without its scale, or another with one.
@@ -171,7 +173,7 @@ def quantize_reference(
 )
 def quantize_torch(
     x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Do the same in few passes over the data."""
     import torch
 
@@ -181,6 +183,8 @@ def quantize_torch(
     shape, granularity = tuple(x.shape), how.granularity
     if fixed is not None:
         return encode_static(x, format, fixed)
+    if not how.symmetric:
+        return encode_asymmetric(x)
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
     if not whole or not x.numel():
         return encode(x, format, granularity)
@@ -211,7 +215,7 @@ def quantize_torch(
 )
 def quantize_cached(
     x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
     import torch
 
@@ -220,6 +224,10 @@ def quantize_cached(
     if x.numel() <= CACHE_ELEMENTS:
         return quantize_torch(x, format, how, fixed)
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
+    if not how.symmetric:
+        rows = max(CACHE_ELEMENTS // x.shape[1], 1)
+        parts = (quantize_torch(part, format, how) for part in x.split(rows))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     scales = torch.empty(_scale_shape(how, tuple(x.shape)), device=x.device)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
     for part, codes, factors in zip(
@@ -246,7 +254,7 @@ def quantize_cached(
 )
 def quantize_triton(
     x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Find the largest magnitude and round in one Triton launch."""
     import torch
 
@@ -258,6 +266,12 @@ def quantize_triton(
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
     shape = _scale_shape(how, tuple(x.shape))
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if not how.symmetric:
+        from hal.ops.kernels.asymmetric import quantize_asymmetric
+
+        zeros = torch.empty(shape, dtype=torch.int8, device=x.device)
+        quantize_asymmetric(x, values, scales, zeros, SCALE_FLOOR)
+        return values, scales, zeros
     top = number_format(format).quantization_maximum
     if fixed is not None:
         from hal.ops.kernels.static import quantize_static

@@ -54,6 +54,7 @@ class Quantization:
             bytes.
         second: How many values share a second scale, a float32 factor; `none` without one.
         dynamic: Whether scales are computed from the data at each call.
+        symmetric: Whether code 0 means zero; if not, each scale has a zero point beside it.
     """
 
     format: str | None = None
@@ -61,6 +62,7 @@ class Quantization:
     scale_format: str | None = None
     dynamic: bool = False
     second: str = "none"
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         for granularity in (self.granularity, self.second):
@@ -73,6 +75,8 @@ class Quantization:
         scaled = (self.scale_format is not None, self.granularity != "none")
         if scaled != (self.format is not None,) * 2:
             raise RegistrationError("quantized values have scales, others have none")
+        if not self.symmetric and (self.format, self.granularity) != ("int8", "token"):
+            raise RegistrationError("zero points belong to int8 activations per token")
 
     @property
     def bytewise(self) -> bool:
@@ -89,7 +93,8 @@ class Quantization:
             return "as given"
         when = "dynamic" if self.dynamic else "static"
         second = f" x float32 per {self.second}" if self.second != "none" else ""
-        return f"{self.format}, {self.scale_format} scale per {self.granularity}{second}, {when}"
+        scale = "scale" if self.symmetric else "scale and zero point"
+        return f"{self.format}, {self.scale_format} {scale} per {self.granularity}{second}, {when}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +249,13 @@ _ROWS = (
         Quantization("int8", "token", "float32", dynamic=True),
         "int8 weights scaled per output channel, int8 activations scaled per token",
         "symmetric int8, codes -127 to 127",
+    ),
+    Scheme(
+        "int8_channel_asymmetric",
+        Quantization("int8", "channel", "float32"),
+        Quantization("int8", "token", "float32", dynamic=True, symmetric=False),
+        "int8 weights scaled per output channel, int8 activations with a zero point per token",
+        "ONNX operators, DynamicQuantizeLinear, with int8 for uint8",
     ),
     Scheme(
         "int8_static",

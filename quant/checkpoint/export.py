@@ -134,7 +134,7 @@ def _arguments(how: Quantization) -> dict[str, Any]:
     found: dict[str, Any] = {
         "num_bits": bits,
         "type": kind,
-        "symmetric": True,
+        "symmetric": how.symmetric,
         "strategy": how.granularity,
         "dynamic": how.dynamic,
         "group_size": group,

@@ -37,6 +37,7 @@ class Rule:
         activation: Number format that activations are quantized to, None if they are not.
         zero_offset: What GPTQ subtracts from a zero point before storing it.
         static: Whether the scale of activations is fixed and lies in the checkpoint.
+        symmetric: Whether activations have no zero points.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Rule:
     activation: str | None = None
     zero_offset: int = 0
     static: bool = False
+    symmetric: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,13 @@ def scheme_of(rule: Rule) -> Scheme | None:
     format = "int4" if rule.encoding == "uint4" else rule.encoding
     wanted = (format, rule.granularity, rule.scale_format, rule.second)
     fitting = {
-        (row.activation.format, row.static): row
+        (row.activation.format, row.static, row.activation.symmetric): row
         for row in SCHEMES.values()
         if (w := row.weight).format is not None
         and (w.format, w.granularity, w.scale_format, w.second) == wanted
     }
-    return fitting.get((rule.activation, rule.static)) or fitting.get((None, False))
+    wanted_of_x = (rule.activation, rule.static, rule.symmetric)
+    return fitting.get(wanted_of_x) or fitting.get((None, False, True))
 
 
 def _is_class(target: str) -> bool:

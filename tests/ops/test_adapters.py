@@ -28,6 +28,7 @@ CPU_KERNELS = [
     ("torch_decode", "int8_channel"),
     ("torch_int_mm_cpu", "int8_channel"),
     ("torch_int_mm_cpu", "int8_static"),
+    ("torch_int_mm_zeros_cpu", "int8_channel_asymmetric"),
     ("torch_dequant", "fp8_channel"),
 ]
 GPU_KERNELS = [
@@ -35,6 +36,7 @@ GPU_KERNELS = [
     ("torch_decode", "fp8_channel"),
     ("torch_decode", "fp8_block128"),
     ("torch_int_mm", "int8_static"),
+    ("torch_int_mm_zeros", "int8_channel_asymmetric"),
     ("torch_scaled_mm", "fp8_channel"),
     ("torch_scaled_mm", "fp8_static"),
     ("torch_scaled_mm", "fp8_static_channel"),

@@ -19,6 +19,7 @@ CASES = [
     ("triton_fp8", "fp8_static_channel"),
     ("triton_int8", "int8_static"),
 ]
+SHIFTED = ("triton_int8", "int8_channel_asymmetric")
 
 
 def bind(op, kernel, problem, *operands):
@@ -41,7 +42,7 @@ def error(found, wanted):
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize(("kernel", "scheme"), CASES)
+@pytest.mark.parametrize(("kernel", "scheme"), [*CASES, SHIFTED])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 80, 256), (33, 72, 200)])
 def test_linear_against_float64(kernel, scheme, with_bias, tokens, rows, columns):

@@ -197,6 +197,13 @@ def _(folder):
     return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
 
 
+@case("ct_int8_asymmetric", CT)
+def _(folder):
+    scheme = preset("W8A8")
+    scheme.input_activations.symmetric = False
+    return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
+
+
 @case("ct_fp8_block", CT)
 def _(folder):
     return compressed(folder, preset("FP8_BLOCK"), {DOWN: (130, 128), UP: (7, 131)})

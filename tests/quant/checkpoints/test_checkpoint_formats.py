@@ -35,6 +35,7 @@ EXPECTED_SCHEMES = {
     "ct_int4_group32": "int4_w4a16_g32",
     "ct_int4_group64_asymmetric": "int4_w4a16_g64",
     "ct_int8_channel": "int8_channel",
+    "ct_int8_asymmetric": "int8_channel_asymmetric",
     "ct_int8_static": "int8_static",
     "ct_int8_w8a16": "int8_w8a16",
     "ct_mxfp4": "mxfp4",
