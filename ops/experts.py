@@ -33,7 +33,7 @@ from hal.ops.fused_moe import (
     activate,
     moe_signatures,
 )
-from hal.ops.linear import INT8, fixed_scale, row_scales
+from hal.ops.linear import E5M2, INT8, fixed_scale, row_scales
 from hal.ops.slots import Runs, combine, sort_slots
 from hal.registry import Level
 
@@ -224,7 +224,7 @@ def _int8(dtype_name: str) -> Stage:
     "torch_experts_decode",
     level=Level.WEIGHT_ONLY,
     band="portable",
-    signatures=moe_signatures(*BYTEWISE, weight_only=True),
+    signatures=moe_signatures(*BYTEWISE, *E5M2, weight_only=True),
     requires=(
         # Not ROCm: the shifts read e4m3fn, and gfx942 holds e4m3fnuz.
         Needs.platform("cpu", "cuda", "xpu"),

@@ -20,6 +20,7 @@ from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.linear import (
+    E5M2,
     FP8,
     INT8,
     TileChoice,
@@ -57,7 +58,7 @@ FUSED_MOE = Op(
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 BYTEWISE = tuple(name for name in QUANTIZED if SCHEMES[name].weight.bytewise)
-PACKED = tuple(name for name in QUANTIZED if name not in BYTEWISE)
+PACKED = tuple(name for name in QUANTIZED if name not in (*BYTEWISE, *E5M2))
 
 
 def moe_signatures(*names: str, weight_only: bool = False) -> dict[str, Any]:

@@ -42,7 +42,8 @@ QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
 WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
 BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.bytewise}
-PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in BYTEWISE}
+E5M2 = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.format == "e5m2"}
+PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in {**BYTEWISE, **E5M2}}
 FP8 = ("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_static", "fp8_static_channel")
 INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""

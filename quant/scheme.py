@@ -237,6 +237,13 @@ _ROWS = (
         _OCP_FP8,
     ),
     Scheme(
+        "fp8_e5m2_w8a16",
+        Quantization("e5m2", "channel", "float32"),
+        _GIVEN,
+        "e5m2 weights scaled per output channel, activations as given",
+        _OCP_FP8,
+    ),
+    Scheme(
         "fp8_w8a16_block128",
         _fp8("block128"),
         _GIVEN,

@@ -152,12 +152,13 @@ def _arguments(how: Quantization) -> dict[str, Any]:
 
 def _require_storable(name: str, weight: QTensor) -> None:
     how = weight.scheme.weight
-    if how.second == "channel":
+    if how.second == "channel" or how.format == "e5m2":
+        instead = "int4_w4a16; its scales become the pair when the model is loaded"
         raise UnsupportedModelError(
             name,
             found=f"scheme {weight.scheme}",
             needed="a scheme that compressed-tensors has a format for",
-            cure="save int4_w4a16; its scales become the pair when the model is loaded",
+            cure=f"save {'fp8_w8a16' if how.format == 'e5m2' else instead}",
         )
     if weight.encoding == "e4m3fnuz":
         raise EncodingError(
