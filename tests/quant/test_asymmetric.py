@@ -89,7 +89,10 @@ def test_where_zero_points_belong() -> None:
 
 
 def test_against_compressed_tensors() -> None:
-    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    forward = pytest.importorskip(
+        "compressed_tensors.quantization.lifecycle.forward",
+        reason="needs the package compressed_tensors",
+    )
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
 
