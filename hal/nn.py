@@ -213,12 +213,20 @@ class Linear(_Quantized):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
-    def from_module(cls, module: torch.nn.Linear, scheme: str | Scheme, **options: Any) -> Linear:
+    def from_module(
+        cls,
+        module: torch.nn.Linear,
+        scheme: str | Scheme,
+        *,
+        input_scale: torch.Tensor | float | None = None,
+        **options: Any,
+    ) -> Linear:
         """Return the quantized form of a `torch.nn.Linear`, which stays as it is.
 
         Args:
             module: A linear in bf16 or fp16; in float32 only with `dtype` among the options.
             scheme: Name of a scheme.
+            input_scale: Scale of the activations of a static scheme (`hal.quant.input_scale`).
             **options: Options of `hal.ops.Linear`; `dtype` is that of the module by default.
 
         Raises:
@@ -235,7 +243,7 @@ class Linear(_Quantized):
         plain = find_scheme(scheme).weight.format is None
         # A copy under scheme bf16: what is loaded later must not write into the source's weight.
         source = module.weight.detach().to(dtype, copy=True) if plain else module.weight
-        weight = quantize(source, scheme, platform=options.get("platform"))
+        weight = quantize(source, scheme, platform=options.get("platform"), input_scale=input_scale)
         given = module._parameters["bias"]
         bias = None if given is None else given.detach().to(dtype, copy=True)
         return cls(weight, bias, **options)

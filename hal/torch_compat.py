@@ -32,6 +32,7 @@ from hal.torch_matmul import (
     scaled_grouped_mm_function,
     scaled_mm_block128_function,
     scaled_mm_rowwise_function,
+    scaled_mm_tensorwise_function,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ __all__ = [
     "scaled_grouped_mm_function",
     "scaled_mm_block128_function",
     "scaled_mm_rowwise_function",
+    "scaled_mm_tensorwise_function",
     "schema_of",
     "view",
 ]

@@ -32,6 +32,7 @@ __all__ = [
     "scaled_grouped_mm_function",
     "scaled_mm_block128_function",
     "scaled_mm_rowwise_function",
+    "scaled_mm_tensorwise_function",
 ]
 
 # cuBLAS reads columns of float32 block scales at 16-byte steps: other sizes are padded to it.
@@ -91,6 +92,35 @@ def scaled_mm_rowwise_function() -> Call:
             bias=bias,
             output_dtype=out_dtype,
         )
+
+    return through_public
+
+
+@functools.cache
+def scaled_mm_tensorwise_function() -> Call:
+    """Return `(a, b_t, a_scale, b_scale, out_dtype) -> [M, N]`, one float32 scale `[]` a matrix.
+
+    - a: `[M, K]` 8-bit float, K contiguous.
+    - b_t: `[K, N]` 8-bit float, the transposed view of a row-major `[N, K]` weight.
+    - out_dtype: bfloat16, float16 or float32.
+    """
+    private = find("_scaled_mm")
+    if private is not None:
+
+        def through_private(
+            a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype
+        ) -> Tensor:
+            result: Tensor = private(a, b_t, a_scale, b_scale, out_dtype=out_dtype)
+            return result
+
+        return through_private
+
+    public, kind = _public("scaled_mm"), _scaling_types().TensorWise
+
+    def through_public(
+        a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype
+    ) -> Tensor:
+        return public(a, b_t, a_scale, kind, b_scale, kind, output_dtype=out_dtype)
 
     return through_public
 

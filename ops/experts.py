@@ -17,6 +17,7 @@ why, is measured in docs/cpu.md:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from hal.ops.fused_moe import (
     activate,
     moe_signatures,
 )
-from hal.ops.linear import row_scales
+from hal.ops.linear import E5M2, INT8, fixed_scale, row_scales
 from hal.ops.slots import Runs, combine, sort_slots
 from hal.registry import Level
 
@@ -172,7 +173,7 @@ def _box(rows: torch.Tensor, weight: torch.Tensor, runs: Runs) -> torch.Tensor:
     "torch_experts_int8",
     level=Level.NATIVE,
     band="portable",
-    signatures=moe_signatures("int8_channel"),
+    signatures=moe_signatures(*INT8),
     requires=(
         Needs.platform("cpu"),
         *TORCH,
@@ -185,7 +186,8 @@ def bind_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Sort slots by expert and multiply int8 codes exactly, in int32."""
     dtype_name = binding.problem("dtype", "bfloat16")
     stages = _int8(dtype_name), _int8(dtype_name)
-    return _bind(binding, w13, w2, *stages, (*w13.tensors, *w2.tensors))
+    read = ((*row_scales(weight), *fixed_scale(weight)) for weight in (w13, w2))
+    return _bind(binding, w13, w2, *stages, tuple(itertools.chain(*read)))
 
 
 def _int8(dtype_name: str) -> Stage:
@@ -198,7 +200,7 @@ def _int8(dtype_name: str) -> Stage:
     def stage(
         x: torch.Tensor, index: torch.Tensor | None, runs: Runs, tensors: Tensors
     ) -> torch.Tensor:
-        codes, scales = quantize_rows(x)
+        codes, scales = quantize_rows(x, *tensors[2:])
         if index is not None:
             codes, scales = codes.index_select(0, index), scales.index_select(0, index)
         weight, columns = tensors[0].transpose(1, 2), tensors[1]
@@ -222,7 +224,7 @@ def _int8(dtype_name: str) -> Stage:
     "torch_experts_decode",
     level=Level.WEIGHT_ONLY,
     band="portable",
-    signatures=moe_signatures(*BYTEWISE, weight_only=True),
+    signatures=moe_signatures(*BYTEWISE, *E5M2, weight_only=True),
     requires=(
         # Not ROCm: the shifts read e4m3fn, and gfx942 holds e4m3fnuz.
         Needs.platform("cpu", "cuda", "xpu"),

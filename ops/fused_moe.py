@@ -4,7 +4,8 @@
     h        = activation(gate) * up                           rounded to the dtype of x
     y[t]     = sum_k weight[t, k] * (h @ w2[e_k].T)            w2 [experts, hidden, intermediate]
 
-Quantized schemes represent x and h as the scheme's activations do. Slots whose id is below 0 or at
+Quantized schemes represent x and h as the scheme's activations do, static ones under the largest
+`input_scale` of the experts of w13 and of w2. Slots whose id is below 0 or at
 least `experts` contribute nothing; a token without a present slot gets zeros.
 
 Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202); Mixtral of Experts
@@ -19,7 +20,11 @@ from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.linear import (
+    E5M2,
+    FP8,
+    INT8,
     TileChoice,
+    fixed_scale,
     multiply,
     packed_kind,
     packed_tensors,
@@ -53,7 +58,7 @@ FUSED_MOE = Op(
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 BYTEWISE = tuple(name for name in QUANTIZED if SCHEMES[name].weight.bytewise)
-PACKED = tuple(name for name in QUANTIZED if name not in BYTEWISE)
+PACKED = tuple(name for name in QUANTIZED if name not in (*BYTEWISE, *E5M2))
 
 
 def moe_signatures(*names: str, weight_only: bool = False) -> dict[str, Any]:
@@ -134,14 +139,15 @@ def bind_reference(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
     ) -> torch.Tensor:
-        wide13 = w13.with_tensors(tensors[:width]).dequantize()
-        wide2 = w2.with_tensors(tensors[width:]).dequantize()
-        rows = fake_quantize(x, scheme, encoding)
+        seen13, seen2 = w13.with_tensors(tensors[:width]), w2.with_tensors(tensors[width:])
+        wide13, wide2 = seen13.dequantize(), seen2.dequantize()
+        fixed13, fixed2 = ((*fixed_scale(seen), None)[0] for seen in (seen13, seen2))
+        rows = fake_quantize(x, scheme, encoding, fixed13)
         out = rows.new_zeros(x.shape[0], w2.shape[1])
         for expert in range(w13.shape[0]):
             token, slot = (ids == expert).nonzero(as_tuple=True)
             h = activate(multiply(rows[token], wide13[expert], single), activation).to(x.dtype)
-            y = multiply(fake_quantize(h, scheme, encoding), wide2[expert], single)
+            y = multiply(fake_quantize(h, scheme, encoding, fixed2), wide2[expert], single)
             out.index_add_(0, token, y * weights[token, slot].float().unsqueeze(-1))
         return out.to(x.dtype)
 
@@ -164,7 +170,7 @@ def bind_triton_bf16(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     "triton_fp8",
     level=Level.NATIVE,
     band="tuned",
-    signatures=moe_signatures("fp8_tensor", "fp8_channel", "fp8_block128"),
+    signatures=moe_signatures(*FP8),
     requires=(
         *TRITON,
         Needs.triton_math("e4m3fn", "e4m3fnuz"),
@@ -181,7 +187,7 @@ def bind_triton_fp8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     "triton_int8",
     level=Level.NATIVE,
     band="tuned",
-    signatures=moe_signatures("int8_channel"),
+    signatures=moe_signatures(*INT8),
     requires=(
         *TRITON,
         Needs.triton_math("int8"),
@@ -240,15 +246,18 @@ def _bind_triton(
     intermediate = columns // 2
     scheme, encoding = w13.scheme, w13.encoding
     activation = binding.problem("activation", "silu")
-    quantizes = not kind.endswith("_decode") and scheme.activation.dynamic
-    how = scheme.activation
+    quantizes = not kind.endswith("_decode") and scheme.activation.format is not None
+    how, static = scheme.activation, quantizes and scheme.static
     read13, read2 = read(w13), read(w2)
+    if static:
+        read13, read2 = (*read13, *fixed_scale(w13)), (*read2, *fixed_scale(w2))
     kind2 = kind2 or kind
     width, names13, names2 = len(read13), scale_names(kind), scale_names(kind2)
     tiles13 = TileChoice(binding, kind, columns, hidden)
     tiles2 = TileChoice(binding, kind2, hidden, intermediate)
     fnuz = encoding == "e4m3fnuz"
-    gate = _gate_and_quantize(encoding, how.granularity, activation) if quantizes else None
+    dynamic = quantizes and not static
+    gate = _gate_and_quantize(encoding, how.granularity, activation) if dynamic else None
 
     def launch(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
@@ -265,7 +274,7 @@ def _bind_triton(
         b2, *s2 = tensors[width:]
         a, a_scales = x, None
         if quantizes:
-            a, a_scales = quantize_triton(x, encoding, how)
+            a, a_scales = quantize_triton(x, encoding, how, s13[-1] if static else None)
         gate_up = x.new_empty(slots, columns)
         grouped_gemm(
             a,
@@ -285,6 +294,8 @@ def _bind_triton(
         else:
             h = x.new_empty(slots, intermediate)
             silu_and_mul(gate_up, h, activation=activation)
+            if static:
+                h, h_scales = quantize_triton(h, encoding, how, s2[-1])
         y = x.new_empty(slots, hidden)
         grouped_gemm(
             h,

@@ -3,11 +3,12 @@
     bf16:          y = x @ w.T
     fp8_channel:   y[m, n] = sx[m] * sw[n] * sum_k qx[m, k] * qw[n, k]
     int8_channel:  the same with int8 codes and an int32 sum
+    int8_channel_asymmetric:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
     fp8_block128:  y[m, n] = sum_g sx[m, g] * sw[n // 128, g] * sum_{k in g} qx[m, k] * qw[n, k]
 
 `x` is `[..., K]` bf16 or fp16, the weight `[N, K]`; activations are quantized at each call as the
 scheme says. Kernels of level `weight_only` and `dequant` leave them as they are, which is more
-precise than the scheme asks for.
+precise than the scheme asks for. Static schemes quantize under the `input_scale` of the weight.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
 WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
 BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.bytewise}
-PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in BYTEWISE}
+E5M2 = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.format == "e5m2"}
+PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in {**BYTEWISE, **E5M2}}
+FP8 = ("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_static", "fp8_static_channel")
+INT8 = ("int8_channel", "int8_static")
+"""Schemes of int8 whose products are a sum and scales, without zero points."""
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
 TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
 QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
@@ -90,8 +95,9 @@ def bind_reference(binding: Binding, weight: QTensor, bias: torch.Tensor | None)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         rows = x.reshape(-1, shape[-1])
-        wide = weight.with_tensors(tensors[:width]).dequantize()
-        out = multiply(fake_quantize(rows, scheme, encoding), wide, single)
+        seen = weight.with_tensors(tensors[:width])
+        wide = seen.dequantize()
+        out = multiply(fake_quantize(rows, scheme, encoding, seen.input_scale), wide, single)
         if bias is not None:
             out = out + tensors[-1].float()
         return out.to(x.dtype)
@@ -161,7 +167,7 @@ def bind_triton_bf16(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
     "triton_fp8",
     level=Level.NATIVE,
     band="tuned",
-    signatures={name: ALL[name] for name in ("fp8_tensor", "fp8_channel", "fp8_block128")},
+    signatures={name: ALL[name] for name in FP8},
     requires=(*TRITON, Needs.triton_math("e4m3fn", "e4m3fnuz"), QUANTIZED_ROWS),
 )
 def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
@@ -173,7 +179,7 @@ def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None
     "triton_int8",
     level=Level.NATIVE,
     band="tuned",
-    signatures={"int8_channel": ALL["int8_channel"]},
+    signatures={name: ALL[name] for name in (*INT8, "int8_channel_asymmetric")},
     requires=(*TRITON, Needs.triton_math("int8"), QUANTIZED_ROWS),
 )
 def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
@@ -205,9 +211,27 @@ def product_kind(scheme: Scheme) -> str:
 def row_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
     """Return codes and scales, `[..., N]` of them where the weight has one a matrix."""
     if weight.scheme.weight.granularity != "tensor" or weight.scales is None:
-        return weight.tensors
+        return weight.tensors[:2]
     scales = weight.scales.unsqueeze(-1).expand(weight.shape[:-1]).contiguous()
     return weight.values, scales
+
+
+def fixed_scale(weight: QTensor) -> tuple[torch.Tensor, ...]:
+    """Return the scale of static activations, float32 `[]`; nothing for other schemes.
+
+    All experts read one input, which is quantized once: the largest of their scales serves all.
+    """
+    if not weight.scheme.static:
+        return ()
+    assert weight.input_scale is not None
+    return (weight.input_scale.amax(),)
+
+
+def column_sums(weight: QTensor) -> torch.Tensor:
+    """Return the sum of each channel's codes, int32 `[..., N]`: what a zero point multiplies."""
+    import torch
+
+    return weight.values.sum(-1, dtype=torch.int32)
 
 
 def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, kind: str) -> Bound:
@@ -216,12 +240,22 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
 
     encoding, scheme = weight.encoding, weight.scheme
     rows_out, columns = weight.shape
+    fixed, shifted = fixed_scale(weight), not scheme.activation.symmetric
+    if shifted:
+        assert weight.scales is not None
+        fixed = (column_sums(weight) * weight.scales,)
     tiles = TileChoice(binding, kind, rows_out, columns)
     has_bias = bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         out = x.new_empty(x.shape[0], rows_out)
-        codes, scales = quantize_triton(x, encoding, scheme.activation)
+        shifts: dict[str, Any] = {}
+        if shifted:
+            codes, scales, zeros = quantize_triton(x, encoding, scheme.activation)
+            shifts = {"a_shifts": zeros * scales, "b_sums": tensors[2]}
+        else:
+            given = tensors[2] if fixed else None
+            codes, scales = quantize_triton(x, encoding, scheme.activation, given)
         gemm(
             codes,
             tensors[0],
@@ -231,10 +265,11 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
             bias=tensors[-1] if has_bias else None,
             kind=kind,
             tile=tiles(x.shape[0]),
+            **shifts,
         )
         return out
 
-    return launch, _with_bias(row_scales(weight), bias)
+    return launch, _with_bias((*row_scales(weight), *fixed), bias)
 
 
 @LINEAR.kernel(

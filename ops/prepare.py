@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from hal.errors import DTypeError, EncodingError, ShapeError, ValueRangeError
+from hal.errors import ArgumentError, DTypeError, EncodingError, ShapeError, ValueRangeError
 from hal.ops.binding import Binding
 from hal.ops.checks import ACTIVATION_DTYPES, check_same_device, dtype_name
+from hal.quant.calibrate import require_scale
 from hal.quant.layout import to_layout
 from hal.quant.quantize import bind_encoding
 from hal.quant.scheme import SCHEMES
@@ -91,11 +92,25 @@ def prepare(binding: Binding, weight: QTensor, name: str) -> QTensor:
     with platform.ordered(weight.tensors):
         if weight.scales is not None and weight.device.type != "meta":
             require_finite_scales(f"{where} scales", weight)
+        if weight.scheme.static:
+            require_input_scale(where, weight)
         weight = bind_encoding(weight, binding.spec.formats.fp8_encoding, where=where)
     operand = kernel.operand(scheme, name)
     weight = to_layout(weight, operand.layout, platform)
     weight.require(where, layout=operand.layout, encodings=operand.formats)
     return weight
+
+
+def require_input_scale(where: str, weight: QTensor) -> None:
+    """Raise unless a weight under a static scheme knows the scale of its activations."""
+    if weight.input_scale is None:
+        raise ArgumentError(
+            where,
+            found="no input_scale",
+            needed=f"input_scale, for the static activations of {weight.scheme}",
+            cure="quantize(..., input_scale=hal.quant.input_scale(amax)), amax from calibration",
+        )
+    require_scale(f"{where} input_scale", weight.input_scale)
 
 
 def require_finite_scales(where: str, weight: QTensor) -> None:

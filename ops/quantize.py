@@ -2,18 +2,19 @@
 
 The formula is that of `hal.quant.codec`: scale = max(amax / maximum, floor), codes by true
 division, clamp and round-to-nearest-even. Rows (or groups) with a NaN or an infinity get a NaN
-scale.
+scale. Static schemes bring the scale along, one for all rows; it is returned once a row.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import DTypeError, ShapeError
+from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, measurements, select_for
-from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, dtype_name
-from hal.quant.codec import SCALE_FLOOR, encode
+from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
+from hal.quant.asymmetric import encode_asymmetric
+from hal.quant.codec import SCALE_FLOOR, encode, encode_static
 from hal.quant.represent import encoding_of, numbers, represent
 from hal.quant.scheme import BLOCK, SCHEMES, code_shape, find_scheme, group_of, scale_shape
 from hal.registry import Level, Op
@@ -29,22 +30,30 @@ __all__ = ["QUANTIZE", "fake_quantize", "quantize", "quantizer"]
 QUANTIZE = Op(
     "quantize",
     ("tokens", "features"),
-    "quantize activations per token or per group",
+    "quantize activations per token, per group or under a fixed scale",
     measurements("quantize"),
 )
 CACHE_ELEMENTS = 1 << 18
 """Float32 copies up to this size (1 MiB) are taken from memory that is there already. Larger ones
 come from fresh pages, which cost a CPU 5 times as long as the quantization (docs/cpu.md)."""
 ROW_DTYPES = (*ACTIVATION_DTYPES, "float32")
-DYNAMIC = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.dynamic)
-SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in DYNAMIC}
+QUANTIZING = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.format)
+DYNAMIC = tuple(
+    name
+    for name in QUANTIZING
+    if SCHEMES[name].activation.dynamic and SCHEMES[name].activation.symmetric
+)
+"""Schemes whose scales follow from largest magnitudes alone."""
+SIGNATURES = {name: SCHEMES[name].operands()[:1] for name in QUANTIZING}
+SEARCHED = {name: SIGNATURES[name] for name in DYNAMIC}
 PLAIN = {
     name: operands
     for name, operands in SIGNATURES.items()
     if SCHEMES[name].activation.scale_format == "float32"
 }
-"""Schemes whose activations have float32 scales per token or per 128."""
+"""Schemes whose activations have float32 scales per token, per 128 or for all."""
 TRITON = (
+    Needs.package("torch"),
     Needs.feature("triton"),
     Needs.package("triton", "3.2"),
     Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
@@ -52,16 +61,23 @@ TRITON = (
 )
 
 QuantizeFunction = Any
-"""`(x [tokens, features], encoding, how) -> (codes, scales)`, then second scales, if any."""
+"""`(x [tokens, features], encoding, how, fixed) -> (codes, scales)`, then second scales or zeros.
+
+`fixed` is the scale of a static scheme, float32 `[]`, else None."""
 
 
-def fake_quantize(x: torch.Tensor, scheme: Scheme, encoding: str) -> torch.Tensor:
-    """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`."""
+def fake_quantize(
+    x: torch.Tensor, scheme: Scheme, encoding: str, fixed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`.
+
+    A static scheme takes its `fixed` scale, float32 `[]`.
+    """
     how = scheme.activation
     if how.format is None:
         return x.float()
     own = activation_encoding(scheme, encoding)
-    return numbers(represent(x, how, own), how, own, x.shape[-1])
+    return numbers(represent(x, how, own, fixed=fixed), how, own, x.shape[-1])
 
 
 def activation_encoding(scheme: Scheme, encoding: str) -> str:
@@ -71,21 +87,29 @@ def activation_encoding(scheme: Scheme, encoding: str) -> str:
 
 
 def quantize(
-    x: torch.Tensor, scheme: str | Scheme, *, platform: Any = None, **options: Any
+    x: torch.Tensor,
+    scheme: str | Scheme,
+    *,
+    input_scale: torch.Tensor | None = None,
+    platform: Any = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Return (codes, scales) of activations `x` `[tokens, features]` under a scheme.
 
     Args:
         x: bf16, fp16 or float32.
-        scheme: A scheme with dynamic activations.
+        scheme: A scheme that quantizes activations.
+        input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
         platform: Platform to select for; None means that of the device of `x`.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
     Returns:
         Codes `[tokens, features]`, of four bits two in a byte, and scales, `[tokens]` or
-        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides.
+        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides, under
+        int8_channel_asymmetric int8 zero points `[tokens]`.
 
     Raises:
+        ArgumentError: If a static scheme comes without its scale, or another with one.
         ShapeError: If `x` is not a matrix.
         DTypeError: If it has another dtype.
         UnknownNameError: If the scheme does not quantize activations.
@@ -93,12 +117,13 @@ def quantize(
     """
     how = find_scheme(scheme)
     check_rows("quantize", x)
+    _check_fixed(how, x, input_scale)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     function = selection.kernel.load()
     encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
-    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation)
+    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation, input_scale)
     return found
 
 
@@ -113,6 +138,26 @@ def check_rows(where: str, x: torch.Tensor) -> None:
     if dtype_name(x) not in ROW_DTYPES:
         raise DTypeError(where, found=f"input of {dtype_name(x)}", needed=" or ".join(ROW_DTYPES))
     check_gradient(where, x)
+
+
+def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+    from hal.quant.calibrate import require_scale
+
+    if (scale is not None) != how.static:
+        raise ArgumentError(
+            f"quantize under {how}",
+            found="no input_scale" if scale is None else "input_scale",
+            needed="input_scale, float32 []" if how.static else "none: scales come from x",
+            cure="hal.quant.input_scale(amax) computes it" if how.static else "",
+        )
+    if scale is None:
+        return
+    if dtype_name(scale) != "float32":
+        raise DTypeError("quantize: input_scale", found=scale.dtype, needed="float32")
+    if scale.ndim:
+        raise ShapeError("quantize: input_scale", found=list(scale.shape), needed="[]")
+    check_same_device("quantize", x.device, input_scale=scale)
+    require_scale("quantize: input_scale", scale)
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -130,9 +175,11 @@ def quantizer(binding: Binding, features: int) -> QuantizeFunction:
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
-def quantize_reference(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
+def quantize_reference(
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Follow the codec's formula in float32."""
-    coded = represent(x, how, format)
+    coded = represent(x, how, format, fixed=fixed)
     return tuple(tensor for tensor in coded if tensor is not None)
 
 
@@ -145,8 +192,8 @@ def quantize_reference(x: torch.Tensor, format: str, how: Quantization) -> tuple
     batch_invariant=True,
 )
 def quantize_torch(
-    x: torch.Tensor, format: str, how: Quantization
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Do the same in few passes over the data."""
     import torch
 
@@ -154,6 +201,10 @@ def quantize_torch(
     from hal.torch_compat import dtype
 
     shape, granularity = tuple(x.shape), how.granularity
+    if fixed is not None:
+        return encode_static(x, format, fixed)
+    if not how.symmetric:
+        return encode_asymmetric(x)
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
     if not whole or not x.numel():
         return encode(x, format, granularity)
@@ -182,17 +233,23 @@ def quantize_torch(
     requires=(Needs.platform("cpu"), Needs.package("torch")),
     batch_invariant=True,
 )
-def quantize_cached(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
+def quantize_cached(
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
     from hal.ops.quantize_blocks import quantize_blocks
 
-    quantize = quantize_torch if how.bytewise else quantize_blocks
+    def quantize(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if how.bytewise:
+            return quantize_torch(part, format, how, fixed)
+        return quantize_blocks(part, format, how)
+
     if x.numel() <= CACHE_ELEMENTS:
-        return quantize(x, format, how)
+        return quantize(x)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
     whole: tuple[torch.Tensor, ...] = ()
     for first, part in zip(range(0, x.shape[0], rows), x.split(rows), strict=True):
-        pieces = quantize(part, format, how)
+        pieces = quantize(part)
         whole = whole or tuple(piece.new_empty((x.shape[0], *piece.shape[1:])) for piece in pieces)
         for piece, out in zip(pieces, whole, strict=True):
             out[first : first + rows].copy_(piece)
@@ -207,9 +264,30 @@ def quantize_cached(x: torch.Tensor, format: str, how: Quantization) -> tuple[to
     requires=TRITON,
     batch_invariant=True,
 )
-def quantize_triton(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
-    """Find the largest magnitude and round in one Triton launch."""
-    return launch_triton(x, format, how, x.shape[1])
+def quantize_triton(
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Find the largest magnitude, or take a fixed scale, and round in one Triton launch."""
+    if fixed is None and how.symmetric:
+        return launch_triton(x, format, how, x.shape[1])
+    import torch
+
+    from hal.formats import number_format
+    from hal.torch_compat import dtype
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if fixed is not None:
+        from hal.ops.kernels.static import quantize_static
+
+        quantize_static(x, values, scales, fixed, number_format(format).quantization_maximum)
+        return values, scales
+    from hal.ops.kernels.asymmetric import quantize_asymmetric
+
+    zeros = torch.empty(x.shape[0], dtype=torch.int8, device=x.device)
+    quantize_asymmetric(x, values, scales, zeros, SCALE_FLOOR)
+    return values, scales, zeros
 
 
 def launch_triton(

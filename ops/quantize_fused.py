@@ -22,7 +22,7 @@ from hal.ops.binding import measurements, select_for
 from hal.ops.checks import check_gradient, check_same_device, dtype_name
 from hal.ops.fused_moe import ACTIVATIONS, activate
 from hal.ops.quantize import (
-    SIGNATURES,
+    SEARCHED,
     TRITON,
     check_rows,
     launch_triton,
@@ -165,7 +165,7 @@ def gated(gate_up: torch.Tensor, activation: str, interleaved: bool) -> torch.Te
     "reference",
     level=Level.REFERENCE,
     band="reference",
-    signatures=SIGNATURES,
+    signatures=SEARCHED,
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
@@ -182,7 +182,7 @@ def rms_norm_reference(
     "torch_cached",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SIGNATURES,
+    signatures=SEARCHED,
     requires=CPU,
     batch_invariant=True,
 )
@@ -199,7 +199,7 @@ def rms_norm_cached(
     "triton",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SIGNATURES,
+    signatures=SEARCHED,
     requires=TRITON,
     batch_invariant=True,
 )
@@ -225,7 +225,7 @@ def rms_norm_triton(
     "reference",
     level=Level.REFERENCE,
     band="reference",
-    signatures=SIGNATURES,
+    signatures=SEARCHED,
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
@@ -240,7 +240,7 @@ def swiglu_reference(
     "torch_cached",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SIGNATURES,
+    signatures=SEARCHED,
     requires=CPU,
     batch_invariant=True,
 )
@@ -255,7 +255,7 @@ def swiglu_cached(
     "triton",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SIGNATURES,
+    signatures=SEARCHED,
     requires=TRITON,
     batch_invariant=True,
 )

@@ -13,6 +13,10 @@ For a block of values with largest magnitude `amax`, in float32:
 - A block with a NaN or an infinity gets a NaN scale: its values become NaN, never wrong numbers.
 - An all-zero block gets SCALE_FLOOR and zeros.
 
+Static activations take a scale that calibration fixed, by the same rule; what exceeds it saturates:
+
+    code  = cast(clamp(round(x / scale), -quantization_maximum, quantization_maximum))
+
 Source: OCP 8-bit Floating Point Specification 1.0, section 5.2 (conversions); the choices where
 implementations differ are listed in docs/quantization.md.
 """
@@ -28,7 +32,7 @@ from hal.quant.scheme import BLOCK, group_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SCALE_FLOOR", "decode", "encode", "expand_scales"]
+__all__ = ["SCALE_FLOOR", "decode", "encode", "encode_static", "expand_scales"]
 
 SCALE_FLOOR = 1e-12
 """Smallest scale. Above it nothing under- or overflows; below it all values round to zero."""
@@ -58,6 +62,8 @@ def amax(x: torch.Tensor, granularity: str) -> torch.Tensor:
 
 def expand_scales(scales: torch.Tensor, granularity: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return `scales` so that they multiply values of `shape` element by element."""
+    if granularity == "tensor" and len(scales.shape) == len(shape) - 1:
+        return scales.unsqueeze(-1)  # what `encode_static` returns
     if granularity == "tensor":
         return scales[..., None, None]
     if granularity in ("channel", "token"):
@@ -98,6 +104,35 @@ def encode(
     ratio = x.float() / expand_scales(scales, granularity, tuple(x.shape))
     if target.is_integer:
         ratio = ratio.nan_to_num(nan=0.0).round()
+    return ratio.clamp(-top, top).to(dtype(format)), scales
+
+
+def encode_static(
+    x: torch.Tensor, format: str, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes, scales) of activations `x` under one scale that is fixed beforehand.
+
+    Args:
+        x: `[..., rows, columns]` of any float dtype.
+        format: Number format of the codes.
+        scale: float32 `[]` or `[...]`; finite and above 0.
+
+    Returns:
+        Codes shaped like `x`, and float32 scales `[..., rows]`: `scale`, but NaN for rows that hold
+        a NaN or an infinity, whose codes are NaN where the format has one, else 0.
+    """
+    import torch
+
+    from hal.torch_compat import dtype
+
+    target = number_format(format)
+    top = target.quantization_maximum
+    wide = x.float()
+    whole = wide.isfinite().all(-1)
+    ratio = (wide / scale[..., None, None]).masked_fill(~whole.unsqueeze(-1), torch.nan)
+    if target.is_integer:
+        ratio = ratio.nan_to_num(nan=0.0).round()
+    scales = scale.unsqueeze(-1).expand(whole.shape).masked_fill(~whole, torch.nan)
     return ratio.clamp(-top, top).to(dtype(format)), scales
 
 

@@ -139,7 +139,8 @@ class Layout:
 
 def granularity_of(name: str, how: Quantization) -> str:
     """Return how many values share an element of a weight's scales, second scales or zeros."""
-    return how.second if name == "global_scale" else how.granularity
+    others = {"global_scale": how.second, "input_scale": "tensor"}
+    return others.get(name, how.granularity)
 
 
 def matrix_shape(name: str, how: Quantization, spread: bool, shape: Shape) -> Shape:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["saturate", "to_fn", "to_fnuz"]
 
-ENCODINGS = ("e4m3fn", "e4m3fnuz")
+ENCODINGS = ("e4m3fn", "e4m3fnuz", "e5m2")
 
 
 def torch_fp8(encoding: str) -> torch.dtype:
@@ -34,6 +34,8 @@ def torch_fp8(encoding: str) -> torch.dtype:
 
     if encoding not in ENCODINGS:
         raise UnknownNameError("fp8 encoding", encoding, ENCODINGS)
+    if encoding == "e5m2":
+        return torch.float8_e5m2
     return torch.float8_e4m3fn if encoding == "e4m3fn" else torch.float8_e4m3fnuz
 
 
@@ -41,11 +43,12 @@ def saturate(x: torch.Tensor, encoding: str) -> torch.Tensor:
     """Return `x` cast to fp8, to nearest with ties to even; what is too large becomes the largest.
 
     NaN stays NaN, infinities become the largest value, -0 becomes 0 in e4m3fnuz. A plain cast
-    gives NaN above the largest value, in e4m3fnuz and before torch 2.13 in e4m3fn.
+    gives NaN above the largest value, in e4m3fnuz and before torch 2.13 in e4m3fn, and infinity in
+    e5m2.
 
     Args:
         x: Any float dtype and shape.
-        encoding: `e4m3fn` (largest value 448) or `e4m3fnuz` (240).
+        encoding: `e4m3fn` (largest value 448), `e4m3fnuz` (240) or `e5m2` (57344).
 
     Raises:
         UnknownNameError: If the encoding is none of these.
@@ -56,7 +59,7 @@ def saturate(x: torch.Tensor, encoding: str) -> torch.Tensor:
     top = number_format(encoding).maximum
     codes = x.float().clamp(-top, top).to(dtype).view(torch.uint8)
     # Casts disagree about the sign of a NaN.
-    nan = 0x7F if encoding == "e4m3fn" else 0x80
+    nan = 0x80 if encoding == "e4m3fnuz" else 0x7F
     return codes.masked_fill(x.isnan(), nan).view(dtype)
 
 

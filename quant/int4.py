@@ -26,10 +26,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hal.errors import DTypeError
+from hal.errors import DTypeError, UnknownNameError
 from hal.formats import number_format
 from hal.quant.codec import SCALE_FLOOR
-from hal.quant.fp8 import saturate, to_fnuz, torch_fp8
+from hal.quant.fp8 import saturate, to_fnuz
 from hal.quant.nibbles import (
     checked_scales,
     columns_of,
@@ -39,6 +39,7 @@ from hal.quant.nibbles import (
     stored_scales,
     unpack,
 )
+from hal.quant.scheme import ENCODINGS
 from hal.quant.uint4 import bounds_of, decode_uint4, encode_uint4
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def w4a8_scale_pair(
     """
     import torch
 
-    torch_fp8(encoding)  # raises before anything is computed
+    if encoding not in ENCODINGS["e4m3fn"]:
+        raise UnknownNameError("fp8 encoding", encoding, ENCODINGS["e4m3fn"])
     scales = group_scales.float()
     finite = torch.isfinite(scales)
     if maximum is None:

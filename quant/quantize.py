@@ -32,6 +32,7 @@ def quantize(
     platform: Any = None,
     device: int | None = None,
     reduce: Reduce | None = None,
+    input_scale: torch.Tensor | float | None = None,
 ) -> QTensor:
     """Return `weight` quantized under `scheme`, in the encoding of the platform's device.
 
@@ -49,15 +50,20 @@ def quantize(
             whole (`lambda found: all_reduce(found, MAX)`). It is called equally often, with
             equal shapes, for shards of equal shape. Scales per group and block ask for nothing:
             a shard must hold whole groups and blocks.
+        input_scale: Scale of the activations of a static scheme, one number or `[...]`, as
+            `hal.quant.input_scale` computes it for e4m3fn; doubled for devices that read
+            e4m3fnuz. Without one the weight cannot be bound.
 
     Raises:
+        ArgumentError: If an input scale is given to a scheme that has none.
         DTypeError: If the weight is not a float tensor.
         ShapeError: If it has fewer than two dimensions or an empty one.
-        ValueRangeError: If it holds a NaN or an infinity.
+        ValueRangeError: If it holds a NaN or an infinity, or the input scale is below SCALE_FLOOR.
         UnknownNameError: If the scheme is unknown.
     """
     import torch
 
+    from hal.quant.calibrate import checked_input_scale
     from hal.runtime import platform_of
 
     how = find_scheme(scheme)
@@ -70,6 +76,7 @@ def quantize(
         )
     where = platform_of(weight.device, platform)
     weight = weight.detach()
+    fixed = checked_input_scale(how, input_scale, tuple(weight.shape[:-2]), weight.device)
     if how.weight.format is None:
         weight = weight if weight.dtype is not torch.float32 else weight.bfloat16()
         _require_finite(amax(weight, "tensor").amax())
@@ -83,8 +90,16 @@ def quantize(
         top, coded = _encode_slices(weight, how.weight, encoding, reduce)
         _require_finite(top)
     tensors = coded.values, coded.scales
+    if fixed is not None and encoding == "e4m3fnuz":
+        fixed = fixed * 2
     return QTensor(
-        *tensors, how, encoding, logical_shape=shape, global_scale=coded.second, zeros=coded.zeros
+        *tensors,
+        how,
+        encoding,
+        logical_shape=shape,
+        global_scale=coded.second,
+        zeros=coded.zeros,
+        input_scale=fixed,
     )
 
 
@@ -119,7 +134,9 @@ def bind_encoding(weight: QTensor, fp8_encoding: str | None, *, where: str) -> Q
         if convert is to_fnuz_mx:
             _require_doubling(where, weight.scales)
         values, scales = convert(weight.values, weight.scales)
-        return replace(weight, values=values, scales=scales, encoding=needed)
+        # Activations are cast to the same encoding, whose codes mean half as much.
+        fixed = None if weight.input_scale is None else weight.input_scale * 2
+        return replace(weight, values=values, scales=scales, encoding=needed, input_scale=fixed)
     weight.require(where, layout=weight.layout, encodings=(needed,))
     return weight
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from hal.quant.codec import amax, decode, encode
+from hal.quant.codec import amax, decode, encode, encode_static
 from hal.quant.scheme import Quantization, group_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Coded(NamedTuple):
         values: Codes, two in a byte where they have four bits.
         scales: Scales in the format that the scheme names; None for values as given.
         second: float32 second scales, or None.
-        zeros: Codes that mean zero, or None.
+        zeros: Codes that mean zero, or None: uint8 of weights, int8 of activations.
     """
 
     values: torch.Tensor
@@ -45,7 +45,12 @@ def encoding_of(format: str | None, fp8_encoding: str | None) -> str:
 
 
 def represent(
-    x: torch.Tensor, how: Quantization, encoding: str, maximum: torch.Tensor | None = None
+    x: torch.Tensor,
+    how: Quantization,
+    encoding: str,
+    maximum: torch.Tensor | None = None,
+    *,
+    fixed: torch.Tensor | None = None,
 ) -> Coded:
     """Return `x` `[..., rows, columns]` as codes and scales.
 
@@ -56,7 +61,12 @@ def represent(
         maximum: Largest magnitudes to use instead of those of `x`, for shards of one matrix:
             shaped like the scales of granularity tensor, channel or token, or like the second
             scales (see `largest`). Groups and blocks must be whole in each shard, and take none.
+        fixed: The scale of static activations, float32 `[]` or `[...]`; see `encode_static`.
     """
+    if fixed is not None:
+        return Coded(*encode_static(x, encoding, fixed))
+    if not how.symmetric:
+        return _asymmetric(x)
     if how.scale_format == "e8m0":
         return _mx(x, how, encoding)
     if how.second == "channel":
@@ -90,7 +100,24 @@ def numbers(coded: Coded, how: Quantization, encoding: str, columns: int) -> tor
         return _nvfp4_numbers(coded, how, columns)
     if how.format == "int4":
         return _int4_numbers(coded, how, columns)
+    if not how.symmetric:
+        return _asymmetric_numbers(coded)
     return decode(coded.values, coded.scales, how.granularity)
+
+
+def _asymmetric(x: torch.Tensor) -> Coded:
+    from hal.quant.asymmetric import encode_asymmetric
+
+    values, scales, zeros = encode_asymmetric(x)
+    return Coded(values, scales, zeros=zeros)
+
+
+def _asymmetric_numbers(coded: Coded) -> torch.Tensor:
+    from hal.quant.asymmetric import decode_asymmetric
+
+    assert coded.scales is not None
+    assert coded.zeros is not None
+    return decode_asymmetric(coded.values, coded.scales, coded.zeros)
 
 
 def _mx(x: torch.Tensor, how: Quantization, encoding: str) -> Coded:

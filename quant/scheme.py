@@ -8,6 +8,7 @@ a device.
 |---|---|---|
 | none | any | none |
 | tensor | `[..., N, K]` | `[...]`, one a matrix |
+| tensor, of activations | `[tokens, K]` | one, fixed beforehand with the weight: `[...]` |
 | token | `[tokens, K]` | `[tokens]` |
 | channel | `[..., N, K]` | `[..., N]` |
 | group16 to group128 | `[..., rows, K]` | `[..., rows, ceil(K / group)]` |
@@ -53,6 +54,7 @@ class Quantization:
             bytes.
         second: How many values share a second scale, a float32 factor; `none` without one.
         dynamic: Whether scales are computed from the data at each call.
+        symmetric: Whether code 0 means zero; if not, each scale has a zero point beside it.
     """
 
     format: str | None = None
@@ -60,6 +62,7 @@ class Quantization:
     scale_format: str | None = None
     dynamic: bool = False
     second: str = "none"
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         for granularity in (self.granularity, self.second):
@@ -72,6 +75,8 @@ class Quantization:
         scaled = (self.scale_format is not None, self.granularity != "none")
         if scaled != (self.format is not None,) * 2:
             raise RegistrationError("quantized values have scales, others have none")
+        if not self.symmetric and (self.format, self.granularity) != ("int8", "token"):
+            raise RegistrationError("zero points belong to int8 activations per token")
 
     @property
     def bytewise(self) -> bool:
@@ -88,7 +93,8 @@ class Quantization:
             return "as given"
         when = "dynamic" if self.dynamic else "static"
         second = f" x float32 per {self.second}" if self.second != "none" else ""
-        return f"{self.format}, {self.scale_format} scale per {self.granularity}{second}, {when}"
+        scale = "scale" if self.symmetric else "scale and zero point"
+        return f"{self.format}, {self.scale_format} {scale} per {self.granularity}{second}, {when}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,11 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def static(self) -> bool:
+        """Tell whether activations are quantized under a scale that is fixed beforehand."""
+        return self.activation.format is not None and not self.activation.dynamic
 
     def operands(
         self, *, weight_only: bool = False, layout: str = "canonical", weight: str = "weight"
@@ -198,6 +209,20 @@ _ROWS = (
         "DeepSeek-V3 Technical Report, section 3.3 (arXiv:2412.19437)",
     ),
     Scheme(
+        "fp8_static",
+        _fp8("tensor"),
+        _fp8("tensor"),
+        "e4m3 weights with one scale a matrix, e4m3 activations under one scale fixed beforehand",
+        _OCP_FP8,
+    ),
+    Scheme(
+        "fp8_static_channel",
+        _fp8("channel"),
+        _fp8("tensor"),
+        "e4m3 weights scaled per output channel, e4m3 activations under one fixed scale",
+        _OCP_FP8,
+    ),
+    Scheme(
         "fp8_w8a16_tensor",
         _fp8("tensor"),
         _GIVEN,
@@ -212,6 +237,13 @@ _ROWS = (
         _OCP_FP8,
     ),
     Scheme(
+        "fp8_e5m2_w8a16",
+        Quantization("e5m2", "channel", "float32"),
+        _GIVEN,
+        "e5m2 weights scaled per output channel, activations as given",
+        _OCP_FP8,
+    ),
+    Scheme(
         "fp8_w8a16_block128",
         _fp8("block128"),
         _GIVEN,
@@ -223,6 +255,20 @@ _ROWS = (
         Quantization("int8", "channel", "float32"),
         Quantization("int8", "token", "float32", dynamic=True),
         "int8 weights scaled per output channel, int8 activations scaled per token",
+        "symmetric int8, codes -127 to 127",
+    ),
+    Scheme(
+        "int8_channel_asymmetric",
+        Quantization("int8", "channel", "float32"),
+        Quantization("int8", "token", "float32", dynamic=True, symmetric=False),
+        "int8 weights scaled per output channel, int8 activations with a zero point per token",
+        "ONNX operators, DynamicQuantizeLinear, with int8 for uint8",
+    ),
+    Scheme(
+        "int8_static",
+        Quantization("int8", "channel", "float32"),
+        Quantization("int8", "tensor", "float32"),
+        "int8 weights scaled per output channel, int8 activations under one fixed scale",
         "symmetric int8, codes -127 to 127",
     ),
     Scheme(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TENSORS", "QTensor"]
 
 
-TENSORS = ("values", "scales", "global_scale", "zeros")
+TENSORS = ("values", "scales", "global_scale", "zeros", "input_scale")
 """What a weight may consist of, in this order."""
 
 
@@ -50,6 +50,9 @@ class QTensor:
             lie in a byte.
         global_scale: float32 second scales, where the scheme has them.
         zeros: Codes that mean zero, uint8 shaped like the scales; of encoding uint4 only.
+        input_scale: float32 `[...]`, the scale of the activations that the weight multiplies, for
+            activations in the encoding of the weight; of static schemes only, None before
+            calibration.
     """
 
     values: torch.Tensor
@@ -60,6 +63,7 @@ class QTensor:
     logical_shape: tuple[int, ...] = ()
     global_scale: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         from hal.quant.layout import find_layout
@@ -71,6 +75,8 @@ class QTensor:
             "global_scale": how.second,
             "zeros": how.granularity if self.encoding == "uint4" else "none",
         }
+        if self.input_scale is not None or not self.scheme.static:
+            granularities["input_scale"] = "tensor" if self.scheme.static else "none"
         form = find_layout(self.layout).form_of(self.scheme, self.encoding, self.logical_shape)
         shape = form.stored_shape("values", how, self.logical_shape)
         if tuple(self.values.shape) != shape:
@@ -141,7 +147,7 @@ class QTensor:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Return values and, if any, scales, second scales and zero points, in this order."""
+        """Return what there is of `TENSORS`, in that order."""
         return tuple(self.state_of().values())
 
     def state_of(self) -> dict[str, torch.Tensor]:
@@ -248,9 +254,10 @@ class QTensor:
                     "QTensor.from_state_dict", found=f"values of {raw.dtype}", needed=needed
                 )
             typed[name] = raw.view(needed) if as_bytes else raw
-        values, scales, global_scale, zeros = typed.values()
+        values = typed.pop("values")
         assert values is not None
-        return cls(values, scales, scheme, encoding, layout, shape, global_scale, zeros)
+        scales, layout = typed.pop("scales"), metadata["layout"]
+        return cls(values, scales, scheme, encoding, layout, shape, **typed)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.logical_shape))

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hal.errors import ArgumentError, UnknownNameError
+from hal.integrations.conventions import require_own_scales
 from hal.quant.scheme import Scheme, find_scheme
 from hal.selection import OPTION_NAMES
 
@@ -30,7 +31,7 @@ class HalConfig(QuantizationConfigMixin):
 
     Raises:
         UnknownNameError: If a scheme, an option or a setting is unknown.
-        ArgumentError: If a setting cannot be written to JSON.
+        ArgumentError: If the scheme needs calibration, or a setting cannot be written to JSON.
     """
 
     quant_method: Any
@@ -51,7 +52,7 @@ class HalConfig(QuantizationConfigMixin):
         if quant_method != METHOD:
             raise ArgumentError("HalConfig: quant_method", found=quant_method, needed=METHOD)
         self.quant_method = METHOD
-        self.scheme: str = find_scheme(scheme).name
+        self.scheme: str = require_own_scales(find_scheme(scheme)).name
         self.ignore: list[str] = [ignore] if isinstance(ignore, str) else list(ignore)
         self.platform = platform
         self.options: dict[str, Any] = dict(options or {})

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers.integrations import moe
 
-from hal.errors import DTypeError, ShapeError, UnsupportedModelError
+from hal.errors import ArgumentError, DTypeError, ShapeError, UnsupportedModelError
 from hal.ops.checks import ACTIVATION_DTYPES, dtype_name
 from hal.ops.fused_moe import ACTIVATIONS, activate
 from hal.quant.checkpoint.linears import kept_as
+from hal.quant.scheme import Scheme
 
 __all__ = [
     "SUBMODULE",
@@ -27,6 +28,7 @@ __all__ = [
     "convention_of",
     "experts_of",
     "linears_of",
+    "require_own_scales",
     "require_weights",
     "weights_of",
 ]
@@ -198,6 +200,22 @@ def _gating(module: Any, where: str) -> tuple[str, bool]:
         found=f"the unknown gating {gate}",
         needed=" or ".join(ACTIVATIONS) + " of gate, times up",
     )
+
+
+def require_own_scales(scheme: Scheme) -> Scheme:
+    """Return the scheme, or raise where activations need scales that calibration alone can tell.
+
+    Raises:
+        ArgumentError: For a static scheme.
+    """
+    if scheme.static:
+        raise ArgumentError(
+            "quantize a model",
+            found=f"scheme {scheme}, whose activations have scales of their own in each layer",
+            needed="a scheme that scales activations at each call, such as fp8_channel",
+            cure="calibrate elsewhere, and load the checkpoint with hal.quant.load",
+        )
+    return scheme
 
 
 def weights_of(module: Any, convention: Convention) -> tuple[torch.Tensor, torch.Tensor]:

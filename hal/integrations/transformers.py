@@ -29,6 +29,7 @@ from hal.integrations.conventions import (
     attention_linears_of,
     convention_of,
     experts_of,
+    require_own_scales,
     require_weights,
     weights_of,
 )
@@ -74,7 +75,7 @@ def quantize(
         ArgumentError: If weights cannot be quantized; nothing was changed.
         NoKernelError: If no kernel can run; nothing was changed.
     """
-    how = find_scheme(scheme)
+    how = require_own_scales(find_scheme(scheme))
     experts = list(experts_of(model))
     if not experts:
         raise UnsupportedModelError(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from hal.ops.adapters import decode, grouped_mm, int_mm, scaled_mm
+from hal.ops.adapters import decode, grouped_mm, int_mm, int_mm_zeros, scaled_mm
 
-__all__ = ["decode", "grouped_mm", "int_mm", "scaled_mm"]
+__all__ = ["decode", "grouped_mm", "int_mm", "int_mm_zeros", "scaled_mm"]

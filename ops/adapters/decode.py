@@ -4,6 +4,8 @@ A byte of e4m3fn `s eeee mmm` becomes the bf16 number of the same value by movin
 `s 0000 eeee mmm 0000` and multiplying by 2**120, the difference of the exponent biases: exact for
 every finite code, subnormals and zeros included. torch's own cast takes 19 times as long on a
 CPU (docs/cpu.md). A NaN byte would become 480, so binding refuses it.
+
+A byte of e5m2 is the upper byte of the fp16 number of the same value, NaN and infinity included.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 from hal.errors import ValueRangeError
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import BYTEWISE, LINEAR, row_scales
+from hal.ops.linear import BYTEWISE, E5M2, LINEAR, row_scales
 from hal.quant.codec import expand_scales
 from hal.quant.scheme import BLOCK
 from hal.registry import Level
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from hal.quant.tensor import QTensor
 
-__all__ = ["Decoder", "decode_e4m3fn", "decoder"]
+__all__ = ["Decoder", "decode_e4m3fn", "decode_e5m2", "decoder"]
 
 TILE_ELEMENTS = 1 << 20
 """Weights are decoded this many at a time, so that the wide copy stays small."""
@@ -40,6 +42,21 @@ def decode_e4m3fn(codes: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.bfloat16).mul_(2.0**120)
 
 
+def decode_e5m2(codes: torch.Tensor) -> torch.Tensor:
+    """Return e5m2 `codes` as bf16, exactly."""
+    import torch
+
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
+    return bits.view(torch.float16).to(torch.bfloat16)
+
+
+def decode_int8(codes: torch.Tensor) -> torch.Tensor:
+    """Return int8 `codes` as bf16, exactly."""
+    import torch
+
+    return codes.to(torch.bfloat16)
+
+
 class Decoder:
     """Turn codes `[N, K]` into a matrix to multiply with.
 
@@ -47,22 +64,22 @@ class Decoder:
         scales_after: Whether the product must still be multiplied by the scales `[N]`.
     """
 
-    __slots__ = ("_dtype", "_float8", "_granularity", "scales_after")
+    __slots__ = ("_dtype", "_granularity", "_numbers", "scales_after")
 
-    def __init__(self, float8: bool, granularity: str, dtype: torch.dtype) -> None:
+    def __init__(self, encoding: str, granularity: str, dtype: torch.dtype) -> None:
         import torch
 
-        self._float8, self._granularity, self._dtype = float8, granularity, dtype
-        # Unscaled sums reach 448 * K * x: bf16 holds them, fp16 would overflow.
+        decoders = {"e4m3fn": decode_e4m3fn, "e5m2": decode_e5m2, "int8": decode_int8}
+        self._numbers = decoders[encoding]
+        self._granularity, self._dtype = granularity, dtype
+        # Unscaled sums reach 57344 * K * x: bf16 holds them, fp16 would overflow.
         self.scales_after = granularity == "channel" and dtype is torch.bfloat16
 
     def values(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the weight `[N, K]`, without its scales if they come after."""
-        import torch
-
         if self.scales_after:
-            return decode_e4m3fn(codes) if self._float8 else codes.to(torch.bfloat16)
-        wide = (decode_e4m3fn(codes) if self._float8 else codes).float()
+            return self._numbers(codes)
+        wide = self._numbers(codes).float()
         rows, columns = codes.shape
         if self._granularity == "block128" and rows % BLOCK == 0 and columns % BLOCK == 0:
             blocks = wide.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
@@ -82,8 +99,7 @@ def decoder(weight: QTensor, dtype_name: str) -> Decoder:
 
     from hal.torch_compat import dtype
 
-    float8 = weight.encoding == "e4m3fn"
-    if float8:
+    if weight.encoding == "e4m3fn":
         for part in weight.values.view(torch.uint8).flatten(0, -2).split(4096):
             if bool((part & 0x7F == 0x7F).any()):
                 raise ValueRangeError(
@@ -92,14 +108,14 @@ def decoder(weight: QTensor, dtype_name: str) -> Decoder:
     granularity = weight.scheme.weight.granularity
     # With one scale a matrix, `row_scales` makes them one a row.
     granularity = "channel" if granularity == "tensor" else granularity
-    return Decoder(float8, granularity, dtype(dtype_name))
+    return Decoder(weight.encoding, granularity, dtype(dtype_name))
 
 
 @LINEAR.kernel(
     "torch_decode",
     level=Level.WEIGHT_ONLY,
     band="portable",
-    signatures=BYTEWISE,
+    signatures={**BYTEWISE, **E5M2},
     requires=(
         Needs.platform("cpu", "cuda", "xpu"),
         Needs.package("torch"),

@@ -18,7 +18,7 @@ from hal.arch import CudaArch
 from hal.formats import number_format
 from hal.needs import Need, Needs
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import ALL, LINEAR
+from hal.ops.linear import ALL, INT8, LINEAR, fixed_scale, row_scales
 from hal.ops.quantize import CACHE_ELEMENTS, quantize_cached, quantizer
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.scheme import SCHEMES
@@ -33,6 +33,7 @@ __all__ = ["exact_sums", "int_mm_rows", "quantize_rows", "scaled"]
 
 INT8_MAXIMUM = number_format("int8").quantization_maximum
 PER_TOKEN = SCHEMES["int8_channel"].activation
+FIXED = SCHEMES["int8_static"].activation
 CUDA_LEAST_ROWS = 17
 LARGE_WEIGHT = 1 << 21
 """Elements from which on reordering the weight, as oneDNN does at each call, costs more."""
@@ -71,16 +72,22 @@ def int_mm_rows(codes: torch.Tensor, weight: torch.Tensor, multiply: Multiply) -
     return multiply(codes, weight.t())
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(
+    x: torch.Tensor, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes `[M, K]` and float32 scales `[M, 1]` of `x`, in as few calls as will do.
+
+    Args:
+        x: `[M, K]` of any float dtype.
+        fixed: The scale of static activations, float32 `[]`.
 
     The codec's formula but for one thing: a row with an infinity may get an infinite scale and
     zero codes, not a NaN scale. Zero times infinity is NaN in every sum, so results are the same.
     """
     import torch
 
-    if x.numel() > CACHE_ELEMENTS:
-        codes, scales = quantize_cached(x, "int8", PER_TOKEN)
+    if fixed is not None or x.numel() > CACHE_ELEMENTS:
+        codes, scales = quantize_cached(x, "int8", PER_TOKEN if fixed is None else FIXED, fixed)
         return codes, scales.unsqueeze(-1)
     ratio = x.to(torch.float32, copy=True)
     scales = ratio.abs().amax(-1, keepdim=True).div_(INT8_MAXIMUM).clamp_min_(SCALE_FLOOR)
@@ -107,7 +114,7 @@ def scaled(
     "torch_int_mm_cpu",
     level=Level.NATIVE,
     band="portable",
-    signatures={"int8_channel": ALL["int8_channel"]},
+    signatures={name: ALL[name] for name in INT8},
     requires=(
         Needs.platform("cpu"),
         Needs.package("torch"),
@@ -123,22 +130,23 @@ def bind_cpu(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
     from hal.torch_compat import int_mm_function
 
     multiply, has_bias = int_mm_function(), bias is not None
+    fixed = fixed_scale(weight)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize_rows(x)
+        codes, scales = quantize_rows(x, *tensors[2:3] if fixed else ())
         sums = int_mm_rows(codes, tensors[0], multiply)
         if has_bias:
-            return scaled(sums, scales, tensors[1], torch.float32).add_(tensors[2]).to(x.dtype)
+            return scaled(sums, scales, tensors[1], torch.float32).add_(tensors[-1]).to(x.dtype)
         return scaled(sums, scales, tensors[1], x.dtype)
 
-    return launch, (*weight.tensors, *(() if bias is None else (bias,)))
+    return launch, (*row_scales(weight), *fixed, *(() if bias is None else (bias,)))
 
 
 @LINEAR.kernel(
     "torch_int_mm",
     level=Level.NATIVE,
     band="portable",
-    signatures={"int8_channel": ALL["int8_channel"]},
+    signatures={name: ALL[name] for name in INT8},
     requires=(
         Needs.platform("cuda"),
         Needs.at_least(CudaArch(7, 5)),
@@ -157,17 +165,18 @@ def bind_cuda(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> B
     from hal.torch_compat import int_mm_function
 
     multiply, has_bias = int_mm_function(), bias is not None
-    quantize = quantizer(binding, weight.shape[1])
+    fixed = fixed_scale(weight)
+    quantize, how = quantizer(binding, weight.shape[1]), weight.scheme.activation
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, "int8", PER_TOKEN)
+        codes, scales = quantize(x, "int8", how, tensors[2] if fixed else None)
         rows = codes.shape[0]
         if rows < CUDA_LEAST_ROWS:
             codes = pad(codes, (0, 0, 0, 32 - rows))
         sums = multiply(codes, tensors[0].t())[:rows]
         out = sums.float().mul_(scales.unsqueeze(-1)).mul_(tensors[1])
         if has_bias:
-            out += tensors[2]
+            out += tensors[-1]
         return out.to(x.dtype)
 
-    return launch, (*weight.tensors, *(() if bias is None else (bias,)))
+    return launch, (*row_scales(weight), *fixed, *(() if bias is None else (bias,)))

@@ -23,10 +23,12 @@ from hal.ops.tiles import Tile
 @triton.jit(do_not_specialize=["n_rows"])
 def _gemm_kernel(
     a_ptr, b_ptr, out_ptr, a_scales_ptr, b_scales_ptr, bias_ptr, b_zeros_ptr, b_second_ptr,
+    a_shifts_ptr, b_sums_ptr,
     n_rows, n_columns, k_size, k_split,
     stride_am, stride_ak, stride_bn, stride_bk, stride_os, stride_om, stride_on,
     stride_asm, stride_ask, stride_bsn, stride_bsk, stride_b2n,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, PER_ITEM: tl.constexpr,
+    SHIFTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr,
     A_SCALED: tl.constexpr, DECODE: tl.constexpr, FNUZ: tl.constexpr, INTEGER: tl.constexpr,
@@ -73,6 +75,13 @@ def _gemm_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
             SCALES, A_SCALED, DECODE, INTEGER, WIDE,
         )  # fmt: skip
+    if SHIFTED:
+        shifts = tl.load(a_shifts_ptr + rows, mask=row_inside, other=0.0)
+        sums = tl.load(b_sums_ptr + columns, mask=column_inside, other=0.0)
+        if SPLIT:
+            # The parts are added up: one of them takes the shift.
+            shifts = tl.where(tl.program_id(1) == 0, shifts, 0.0)
+        result -= shifts[:, None] * sums[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0)
         result += bias.to(tl.float32)[None, :]
@@ -112,6 +121,8 @@ def gemm(
     b_zeros: torch.Tensor | None = None,
     b_second: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    a_shifts: torch.Tensor | None = None,
+    b_sums: torch.Tensor | None = None,
     kind: str,
     tile: Tile,
     fnuz: bool = False,
@@ -120,10 +131,12 @@ def gemm(
 
     channel: a_scales [m] f32 (not for decode kinds), b_scales [n] f32. block128: a_scales
     [m, ceil(k / 128)], b_scales [ceil(n / 128), ceil(k / 128)]. tensor: b_scales [] or [n] f32.
-    bias [n]. Decode kinds read fp8 weights, or their bytes as uint8 with `fnuz` telling the
-    encoding. Groups: b [n, ceil(k / 2)] uint8 of 4-bit codes, the low nibble first, or [n, k] of
-    e4m3; b_scales [n, ceil(k / group)] in the format of the kind; b_zeros uint8 shaped like them
-    (uint4); b_second [] or [n] f32 (nvfp4). Scales are read fastest where n is contiguous.
+    bias [n]. a_shifts [m] and b_sums [n], f32: their product is subtracted, for zero points of a:
+    zeros * a_scales and b.sum(1) * b_scales. Decode kinds read fp8 weights, or their bytes as uint8
+    with `fnuz` telling the encoding. Groups: b [n, ceil(k / 2)] uint8 of 4-bit codes, the low
+    nibble first, or [n, k] of e4m3; b_scales [n, ceil(k / group)] in the format of the kind;
+    b_zeros uint8 shaped like them (uint4); b_second [] or [n] f32 (nvfp4). Scales are read fastest
+    where n is contiguous.
     b may be a `Weight` made by `as_weight` before, which then holds all of this.
     """
     weight = (
@@ -137,6 +150,11 @@ def gemm(
         raise ValueError(f"gemm: out is {list(out.shape)}, must be [{m}, {n}]")
     if bias is not None and (bias.shape[0] != n or bias.stride(0) != 1):
         raise ValueError(f"gemm: bias must be [{n}] and contiguous")
+    if (a_shifts is None) != (b_sums is None):
+        raise ValueError("gemm: needs both a_shifts and b_sums, or neither")
+    for name, shift, size in (("a_shifts", a_shifts, m), ("b_sums", b_sums, n)):
+        if shift is not None and (shift.shape != (size,) or shift.dtype != torch.float32):
+            raise ValueError(f"gemm: {name} must be float32 [{size}]")
     if m == 0 or n == 0:
         return
     options = tile_options(kind, tile, n, weight, a.dtype)
@@ -154,11 +172,12 @@ def gemm(
         unused if bias is None else bias,
         unused if weight.zeros is None else weight.zeros,
         unused if weight.second is None else weight.second,
+        unused if a_shifts is None else a_shifts, unused if b_sums is None else b_sums,
         m, n, weight.k, k_split, *a.stride(), *weight.codes.stride(), *strides,
         *scale_strides(kind, a_scales, weight, 2),
         HAS_BIAS=bias is not None and splits == 1,
         WIDE=offsets_need_64_bits(a, weight.codes, out), SPLIT=splits > 1,
-        PER_ITEM=weight.codes.itemsize * weight.per_byte,
+        PER_ITEM=weight.codes.itemsize * weight.per_byte, SHIFTED=a_shifts is not None,
         **options,
     )  # fmt: skip
     if splits > 1:

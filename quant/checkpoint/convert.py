@@ -74,6 +74,7 @@ def to_qtensor(pieces: Pieces) -> QTensor:
         logical_shape=pieces.logical_shape,
         global_scale=pieces.global_scale,
         zeros=pieces.zeros,
+        input_scale=pieces.input_scale if scheme.static else None,
     )
 
 

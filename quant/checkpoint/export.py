@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import EncodingError, ShapeError, UnsupportedModelError
+from hal.errors import ArgumentError, EncodingError, ShapeError, UnsupportedModelError
 from hal.quant.checkpoint.packing import clear_tail, flip_sign, pack_rows, to_words
 from hal.quant.layout import to_layout
 from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, group_of, scale_shape
@@ -67,7 +67,10 @@ def store(name: str, weight: QTensor) -> Stored:
     elif how.granularity == "tensor":
         scales = scales.reshape(1)
     if how.format != "e2m1":
-        return Stored({".weight": codes, ".weight_scale": scales}, _format(how))
+        kept = {".weight": codes, ".weight_scale": scales}
+        if plain.input_scale is not None:
+            kept[".input_scale"] = plain.input_scale.reshape(1)
+        return Stored(kept, _format(how))
     found = {".weight_packed": codes, ".weight_scale": scales}
     if plain.global_scale is not None:
         found[".weight_global_scale"] = (1.0 / plain.global_scale).reshape(1)
@@ -76,7 +79,14 @@ def store(name: str, weight: QTensor) -> Stored:
 
 def can_store(scheme: Scheme) -> bool:
     """Return whether compressed-tensors has a format for weights under a scheme."""
-    return scheme.weight.second != "channel"
+    return scheme.weight.second != "channel" and scheme.weight.format != "e5m2"
+
+
+def instead_of(scheme: Scheme) -> str:
+    """Return what can be stored in place of a scheme that has no format."""
+    if scheme.weight.format == "e5m2":
+        return "fp8_w8a16"
+    return "int4_w4a16; its scales become the pair when the model is loaded"
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
@@ -152,7 +162,7 @@ def _arguments(how: Quantization) -> dict[str, Any]:
     found: dict[str, Any] = {
         "num_bits": bits,
         "type": kind,
-        "symmetric": True,
+        "symmetric": how.symmetric,
         "strategy": how.granularity,
         "dynamic": how.dynamic,
         "group_size": group,
@@ -175,7 +185,7 @@ def _require_storable(name: str, weight: QTensor) -> None:
             name,
             found=f"scheme {weight.scheme}",
             needed="a scheme that compressed-tensors has a format for",
-            cure="save int4_w4a16; its scales become the pair when the model is loaded",
+            cure=f"save {instead_of(weight.scheme)}",
         )
     if weight.encoding == "e4m3fnuz":
         raise EncodingError(
@@ -183,6 +193,13 @@ def _require_storable(name: str, weight: QTensor) -> None:
             found="e4m3fnuz bytes",
             needed="e4m3fn, which checkpoints hold on every device",
             cure="quantize with platform='cpu'",
+        )
+    if weight.scheme.static and weight.input_scale is None:
+        raise ArgumentError(
+            name,
+            found="no input_scale",
+            needed=f"input_scale, which readers of {weight.scheme} ask for",
+            cure="quantize(..., input_scale=hal.quant.input_scale(amax)), amax from calibration",
         )
     if how.format is not None and len(weight.shape) != 2:
         raise ShapeError(

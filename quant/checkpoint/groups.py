@@ -6,6 +6,7 @@ Source: compressed-tensors, quantization/quant_args.py, quant_scheme.py and quan
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hal.errors import UnknownNameError, UnsupportedModelError
@@ -55,29 +56,42 @@ def _group(where: str, group: Any, config: Mapping[str, Any]) -> tuple[tuple[str
     weights = group["weights"]
     if unknown := sorted(set(weights) - _ARGS):
         refuse(f"{where}.weights", unknown[0], f"only {', '.join(sorted(_ARGS))}")
-    rule = _rule(f"{where}.weights", format, weights, _activation(where, group))
-    return targets, rule
+    inputs = _activation(where, group)
+    return targets, replace(_rule(f"{where}.weights", format, weights), **inputs)
 
 
-def _activation(where: str, group: Mapping[str, Any]) -> str | None:
+def _activation(where: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a rule says about activations: format, fixed scale, zero points."""
     inputs = value_of(where, group, "input_activations", dict, None)
     if group.get("output_activations"):
         raise UnsupportedModelError(where, found="output_activations", needed="none")
     if inputs is None:
-        return None
+        return {}
     bits = value_of(where, inputs, "num_bits", int, 8)
     kind = value_of(where, inputs, "type", str, "int").lower()
-    if not value_of(where, inputs, "symmetric", bool, True):
-        raise UnsupportedModelError(
-            f"{where}.input_activations", found="zero points", needed="symmetric"
-        )
     known = {(8, "float"): "e4m3fn", (8, "int"): "int8", (4, "float"): "e2m1", (4, "int"): "int4"}
     if (bits, kind) not in known:
         refuse(f"{where}.input_activations", f"{kind} of {bits} bits", "8 or 4")
-    return known[bits, kind]
+    strategy = value_of(where, inputs, "strategy", str, "tensor")
+    fixed = inputs.get("dynamic", False) is False
+    symmetric = value_of(where, inputs, "symmetric", bool, True)
+    if not symmetric and (known[bits, kind] != "int8" or fixed or strategy != "token"):
+        raise UnsupportedModelError(
+            f"{where}.input_activations",
+            found=f"zero points of {'fixed' if fixed else 'dynamic'} {kind}{bits} per {strategy}",
+            needed="symmetric, or dynamic int8 of strategy token",
+        )
+    if fixed and bits == 8 and strategy != "tensor":
+        raise UnsupportedModelError(
+            f"{where}.input_activations",
+            found=f"fixed scales of strategy {strategy}",
+            needed="dynamic scales, or one fixed scale of strategy tensor",
+        )
+    static = fixed and bits == 8
+    return {"activation": known[bits, kind], "static": static, "symmetric": symmetric}
 
 
-def _rule(where: str, format: str, weights: Mapping[str, Any], activation: str | None) -> Rule:
+def _rule(where: str, format: str, weights: Mapping[str, Any]) -> Rule:
     bits = value_of(where, weights, "num_bits", int, 8)
     kind = value_of(where, weights, "type", str, "int").lower()
     symmetric = value_of(where, weights, "symmetric", bool, True)
@@ -93,27 +107,27 @@ def _rule(where: str, format: str, weights: Mapping[str, Any], activation: str |
     known = {
         "float-quantized": (
             kind == "float" and bits == 8 and not is_group,
-            Rule(format, "e4m3fn", granularity, activation=activation),
+            Rule(format, "e4m3fn", granularity),
         ),
         "int-quantized": (
             kind == "int" and bits in (4, 8) and granularity != "block128",
-            Rule(format, "int8" if bits == 8 else "int4", granularity, activation=activation),
+            Rule(format, "int8" if bits == 8 else "int4", granularity),
         ),
         "pack-quantized": (
             kind == "int" and bits in (4, 8) and (is_group or granularity == "channel"),
-            Rule(format, _packed(bits, symmetric), granularity, activation=activation),
+            Rule(format, _packed(bits, symmetric), granularity),
         ),
         "nvfp4-pack-quantized": (
             kept == ("float", 4, "group16") and weights.get("strategy") == "tensor_group",
-            Rule(format, "e2m1", "group16", "e4m3fn", "tensor", activation),
+            Rule(format, "e2m1", "group16", "e4m3fn", "tensor"),
         ),
         "mxfp4-pack-quantized": (
             kept == ("float", 4, "group32"),
-            Rule(format, "e2m1", "group32", "e8m0", activation=activation),
+            Rule(format, "e2m1", "group32", "e8m0"),
         ),
         "mxfp8-quantized": (
             kept == ("float", 8, "group32"),
-            Rule(format, "e4m3fn", "group32", "e8m0", activation=activation),
+            Rule(format, "e4m3fn", "group32", "e8m0"),
         ),
     }
     if format not in known:

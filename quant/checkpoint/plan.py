@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hal.errors import ArgumentError, ShapeError, UnsupportedModelError
-from hal.quant.checkpoint.export import can_store, stored_bytes
+from hal.quant.checkpoint.export import can_store, instead_of, stored_bytes
 from hal.quant.checkpoint.files import Folder
 from hal.quant.checkpoint.header import Entry
 from hal.quant.checkpoint.linears import STACKED, ignored_by, require_matches, why_kept
@@ -144,18 +144,24 @@ def _planned(name: str, entry: Entry, scheme: Scheme, patterns: Sequence[str]) -
 
 def _storable(scheme: str | Scheme) -> Scheme:
     how = find_scheme(scheme)
-    if how.weight.format is None or not can_store(how):
-        names = [s.name for s in SCHEMES.values() if s.weight.format is not None and can_store(s)]
-        plain = how.weight.format is None
-        raise UnsupportedModelError(
-            f"scheme {how.name}",
-            found="nothing to quantize" if plain else "no format for it in compressed-tensors",
-            needed=" or ".join(names),
-            cure=""
-            if plain
-            else "save int4_w4a16; its scales become the pair when the model is loaded",
-        )
-    return how
+    if how.weight.format is None:
+        found, cure = "nothing to quantize", ""
+    elif how.static:
+        found = "activation scales, which only calibration on text can tell"
+        cure = "take a scheme that scales activations at each call, or save what was calibrated"
+    elif not can_store(how):
+        found, cure = "no format for it in compressed-tensors", f"take {instead_of(how)}"
+    else:
+        return how
+    names = [s.name for s in SCHEMES.values() if _quantizes_alone(s)]
+    raise UnsupportedModelError(
+        f"scheme {how.name}", found=found, needed=" or ".join(names), cure=cure
+    )
+
+
+def _quantizes_alone(scheme: Scheme) -> bool:
+    """Tell whether weights are all that the scheme needs, and a file can hold them."""
+    return scheme.weight.format is not None and not scheme.static and can_store(scheme)
 
 
 def _require_plain(folder: Folder) -> None:

@@ -241,6 +241,8 @@ def _require_parts(where: str, module: str, rule: Rule, suffixes: set[str]) -> N
     needed = {part.suffix for part in parts if part.needed}
     if rule.encoding == "uint4" and rule.format != "gptq":
         needed.add(".weight_zero_point" if rule.format == "pack-quantized" else ".qzeros")
+    if rule.static:
+        needed |= {part.suffix for part in parts} & {".input_scale", ".activation_scale"}
     if missing := sorted(needed - suffixes):
         raise ArgumentError(
             where, found=f"no {module}{missing[0]}", needed=f"it too, for {rule.format}"

@@ -106,7 +106,11 @@ def _fine_grained(where: str, config: Mapping[str, Any]) -> Recipe:
         raise UnsupportedModelError(where, found="fp4 experts", needed="expert_dtype fp8")
     names = "modules_to_not_convert" if "modules_to_not_convert" in config else "ignored_layers"
     granularity = "tensor" if blocks is None else "block128"
-    rule = Rule("fine-grained-fp8", "e4m3fn", granularity, activation="e4m3fn")
+    when = value_of(where, config, "activation_scheme", str, "dynamic")
+    if when not in ("dynamic", "static"):
+        refuse(f"{where}.activation_scheme", when, "dynamic or static")
+    static = when == "static"
+    rule = Rule("fine-grained-fp8", "e4m3fn", granularity, activation="e4m3fn", static=static)
     return _single("fp8", rule, names_of(where, config, names), matches_part)
 
 
@@ -156,7 +160,7 @@ def _awq(where: str, config: Mapping[str, Any]) -> Recipe:
 
 
 _MODELOPT = {
-    "FP8": Rule("modelopt-fp8", "e4m3fn", "tensor", activation="e4m3fn"),
+    "FP8": Rule("modelopt-fp8", "e4m3fn", "tensor", activation="e4m3fn", static=True),
     "FP8_PER_CHANNEL_PER_TOKEN": Rule("modelopt-fp8", "e4m3fn", "channel", activation="e4m3fn"),
     "NVFP4": Rule("modelopt-nvfp4", "e2m1", "group16", "e4m3fn", "tensor", "e2m1"),
     "W4A16_NVFP4": Rule("modelopt-nvfp4", "e2m1", "group16", "e4m3fn", "tensor"),

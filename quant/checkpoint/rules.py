@@ -36,6 +36,8 @@ class Rule:
         second: `tensor` where there is a second scale, else `none`.
         activation: Number format that activations are quantized to, None if they are not.
         zero_offset: What GPTQ subtracts from a zero point before storing it.
+        static: Whether the scale of activations is fixed and lies in the checkpoint.
+        symmetric: Whether activations have no zero points.
     """
 
     format: str
@@ -45,6 +47,8 @@ class Rule:
     second: str = "none"
     activation: str | None = None
     zero_offset: int = 0
+    static: bool = False
+    symmetric: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +91,19 @@ def scheme_of(rule: Rule) -> Scheme | None:
     """Return the scheme that a rule's weights fit, None if hal has none.
 
     Activations are as the checkpoint says where a scheme has them so; elsewhere as given, which
-    loses nothing. They are never quantized further than the checkpoint asks.
+    loses nothing. They are never quantized further than the checkpoint asks, nor under another
+    scale.
     """
     format = "int4" if rule.encoding == "uint4" else rule.encoding
     wanted = (format, rule.granularity, rule.scale_format, rule.second)
     fitting = {
-        row.activation.format: row
+        (row.activation.format, row.static, row.activation.symmetric): row
         for row in SCHEMES.values()
         if (w := row.weight).format is not None
         and (w.format, w.granularity, w.scale_format, w.second) == wanted
     }
-    return fitting.get(rule.activation) or fitting.get(None)
+    wanted_of_x = (rule.activation, rule.static, rule.symmetric)
+    return fitting.get(wanted_of_x) or fitting.get((None, False, True))
 
 
 def _is_class(target: str) -> bool:

@@ -33,8 +33,8 @@ class Pieces:
         logical_shape: `[..., N, K]`.
         global_scale: float32, `[...]`, a factor: value = code * scale * global scale.
         zeros: uint8 shaped like the scales: value = (code - zero) * scale.
-        input_scale: float32 `[]`, a factor for static activations; hal's schemes scale activations
-            by what they see and do not use it.
+        input_scale: float32 `[]`, a factor for static activations. Static schemes use it; others
+            scale activations by what they see.
     """
 
     name: str

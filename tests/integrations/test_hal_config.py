@@ -164,6 +164,7 @@ def test_options_and_platform(saved) -> None:
     ("call", "error", "match"),
     [
         ((("int4",), {}), UnknownNameError, "unknown scheme 'int4'; did you mean"),
+        ((("fp8_static",), {}), ArgumentError, r"calibrate elsewhere, .* hal\.quant\.load"),
         ((("bf16",), {"shceme": 1}), UnknownNameError, "unknown setting of HalConfig 'shceme'"),
         ((("bf16",), {"options": {"forse": "x"}}), UnknownNameError, "did you mean 'force'"),
         ((("bf16",), {"options": {"force": 1.5}}), ArgumentError, "needed text, True or False"),

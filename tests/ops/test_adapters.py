@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from calibrated import quantize
 
 import hal.ops
 from hal.errors import DTypeError, ForcedKernelError, ValueRangeError
@@ -17,7 +18,7 @@ from hal.ops.quantize import (
     quantize_reference,
     quantize_torch,
 )
-from hal.quant import SCHEMES, quantize
+from hal.quant import SCHEMES
 from hal.quant.scheme import Quantization
 from hal.registry import find_op
 
@@ -26,13 +27,20 @@ CPU_KERNELS = [
     ("torch_decode", "fp8_block128"),
     ("torch_decode", "int8_channel"),
     ("torch_int_mm_cpu", "int8_channel"),
+    ("torch_int_mm_cpu", "int8_static"),
+    ("torch_int_mm_zeros_cpu", "int8_channel_asymmetric"),
     ("torch_dequant", "fp8_channel"),
 ]
 GPU_KERNELS = [
     ("torch_int_mm", "int8_channel"),
     ("torch_decode", "fp8_channel"),
     ("torch_decode", "fp8_block128"),
+    ("torch_int_mm", "int8_static"),
+    ("torch_int_mm_zeros", "int8_channel_asymmetric"),
     ("torch_scaled_mm", "fp8_channel"),
+    ("torch_scaled_mm", "fp8_static"),
+    ("torch_scaled_mm", "fp8_static_channel"),
+    ("torch_scaled_mm_tensor", "fp8_static"),
     ("torch_scaled_mm_block128", "fp8_block128"),
 ]
 SIZES = [(1, 2), (1, 33), (5, 7), (130, 129), (256, 384), (257, 128)]
@@ -43,7 +51,8 @@ def expected(kernel, weight, x, bias):
     level = str(find_op("linear").find(kernel).level)
     rows = x.double()
     if level == "native":
-        rows = fake_quantize(x, weight.scheme, weight.encoding).double()
+        fixed = weight.input_scale
+        rows = fake_quantize(x, weight.scheme, weight.encoding, fixed).double()
     out = rows @ weight.dequantize().double().T
     return out if bias is None else out + bias.double()
 

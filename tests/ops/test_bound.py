@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from calibrated import quantize
 
 import hal
 from hal.errors import (
@@ -23,7 +24,7 @@ from hal.errors import (
     ValueRangeError,
 )
 from hal.ops import FusedMoE, Linear, Routing, fused_moe, linear
-from hal.quant import SCHEMES, quantize, to_layout
+from hal.quant import SCHEMES, to_layout
 
 
 def weight(*shape: int, scheme: str = "int8_channel", seed: int = 0, device="cpu"):

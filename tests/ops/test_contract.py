@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibrated import quantize
 
 import hal
 from hal.errors import ForcedKernelError
 from hal.ops import FusedMoE, Linear, Routing
 from hal.ops.fused_moe import ACTIVATIONS, activate
 from hal.ops.quantize import activation_encoding
-from hal.quant import SCHEMES, quantize
+from hal.quant import SCHEMES, QTensor
 from hal.quant.represent import numbers, represent
 from hal.registry import Level, find_op
 
@@ -47,13 +48,14 @@ def random(*shape: int, seed: int, device: torch.device, scale: float = 1.0) -> 
     return (torch.randn(*shape, generator=generator) * scale).bfloat16().to(device)
 
 
-def as_seen(x: torch.Tensor, scheme: str, encoding: str, level: Level) -> torch.Tensor:
+def as_seen(x: torch.Tensor, weight: QTensor, level: Level) -> torch.Tensor:
     """Return the activations in float64 as a kernel of that level sees them."""
-    how = SCHEMES[scheme].activation
+    how = weight.scheme.activation
     if how.format is None or level not in QUANTIZES or not x.numel():
         return x.double()
-    own = activation_encoding(SCHEMES[scheme], encoding)
-    return numbers(represent(x, how, own), how, own, x.shape[-1]).double()
+    own = activation_encoding(weight.scheme, weight.encoding)
+    fixed = None if weight.input_scale is None else weight.input_scale.amax()
+    return numbers(represent(x, how, own, fixed=fixed), how, own, x.shape[-1]).double()
 
 
 def tolerance(scheme: str, level: Level) -> float:
@@ -68,9 +70,8 @@ def expected_moe(x, w13, w2, ids, weights, activation, level, roundings=0) -> to
     `roundings`: 1 rounds gate and up to the dtype of x before the activation, 2 also rounds the
     activated gate before it meets up.
     """
-    scheme, encoding = w13.scheme.name, w13.encoding
     wide13, wide2 = w13.dequantize().double(), w2.dequantize().double()
-    rows = as_seen(x, scheme, encoding, level)
+    rows = as_seen(x, w13, level)
     out = rows.new_zeros(x.shape)
     for token in range(x.shape[0]):
         for slot in range(ids.shape[1]):
@@ -83,7 +84,7 @@ def expected_moe(x, w13, w2, ids, weights, activation, level, roundings=0) -> to
             if roundings == 1:
                 gate_up = gate_up.double()
             h = activate(gate_up, activation).to(x.dtype)
-            h = as_seen(h[None], scheme, encoding, level)[0]
+            h = as_seen(h[None], w2, level)[0]
             out[token] += weights[token, slot].double() * (wide2[expert] @ h)
     return out
 
@@ -115,7 +116,7 @@ def test_linear_against_float64(device, kernel, scheme, tokens, columns, rows):
     bound = bind(Linear, weight, force=kernel, tokens=tokens)
     assert bound.kernel == kernel
     x = random(tokens, columns, seed=2, device=device)
-    seen = as_seen(x, scheme, weight.encoding, bound.selection.level)
+    seen = as_seen(x, weight, bound.selection.level)
     found = bound(x)
     assert found.dtype is torch.bfloat16
     assert error(found, seen @ weight.dequantize().double().T) < TOLERANCE
@@ -128,7 +129,7 @@ def test_linear_with_bias_and_in_fp16(device, kernel, scheme):
     bias = random(48, seed=3, device=device).half()
     bound = bind(Linear, weight, bias, force=kernel, dtype=torch.float16, tokens=32)
     x = random(32, 128, seed=2, device=device).half()
-    seen = as_seen(x, scheme, weight.encoding, bound.selection.level)
+    seen = as_seen(x, weight, bound.selection.level)
     found = bound(x)
     assert found.dtype is torch.float16
     assert error(found, seen @ weight.dequantize().double().T + bias.double()) < TOLERANCE
@@ -149,7 +150,7 @@ def test_linear_of_nasty_input(device, kernel, scheme):
         not found[9].isfinite().any() or scheme == "bf16" or bound.selection.level not in QUANTIZES
     )
     rest = [row for row in range(32) if row not in (5, 9)]
-    seen = as_seen(x, scheme, weight.encoding, bound.selection.level)[rest]
+    seen = as_seen(x, weight, bound.selection.level)[rest]
     assert error(found[rest], seen @ weight.dequantize().double().T) < TOLERANCE
     assert not found[rest][:, :16].any()
     assert not found[3].any()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibrated import quantize
 
 from hal.ops import FusedMoE, Linear, Routing, route
-from hal.quant import SCHEMES, quantize
+from hal.quant import SCHEMES
 
 pytestmark = pytest.mark.gpu
 

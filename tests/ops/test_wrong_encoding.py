@@ -8,14 +8,19 @@ import torch
 import hal
 from hal.errors import EncodingError, LayoutError
 from hal.ops import FusedMoE, Linear
-from hal.quant import LAYOUTS, SCHEMES, QTensor, quantize, to_layout
+from hal.quant import LAYOUTS, SCHEMES, QTensor, input_scale, quantize, to_layout
 
 FP8 = [name for name, scheme in SCHEMES.items() if scheme.weight.format == "e4m3fn"]
 
 
 def weight(scheme: str, platform: str, *shape: int) -> QTensor:
     generator = torch.Generator().manual_seed(0)
-    return quantize(torch.randn(shape, generator=generator), scheme, platform=platform)
+    options = {"input_scale": input_scale(torch.tensor(4.0), scheme)} if is_static(scheme) else {}
+    return quantize(torch.randn(shape, generator=generator), scheme, platform=platform, **options)
+
+
+def is_static(scheme: str) -> bool:
+    return SCHEMES[scheme].static
 
 
 @pytest.mark.parametrize("scheme", FP8)

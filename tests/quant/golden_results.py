@@ -58,6 +58,32 @@ def torchao_results() -> dict[str, list[torch.Tensor]]:
     scale = per_tensor_amax_to_scale(numbers().abs().amax())
     scales, found = nvfp4_quantize(numbers(), 16, scale)
     results["nvfp4"] = [found, scales, scale]
+    return {**results, **_torchao_bytes()}
+
+
+def _torchao_bytes() -> dict[str, list[torch.Tensor]]:
+    """Return (codes, scales) per row, of int8 with and without (zero points)."""
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        _choose_scale_float8,
+        _quantize_affine_float8,
+        choose_qparams_affine,
+        quantize_affine,
+    )
+
+    results = {}
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        scales = _choose_scale_float8(numbers(), [1, 64], dtype)
+        found = _quantize_affine_float8(numbers(), scales, dtype)
+        results[str(dtype).removeprefix("torch.float8_")] = [found, scales.flatten()]
+    for kind, least in (("SYMMETRIC", -127), ("ASYMMETRIC", -128)):
+        limits = torch.int8, least, 127
+        scales, zeros = choose_qparams_affine(
+            numbers(), MappingType[kind], (1, 64), *limits, eps=1e-12,
+            scale_dtype=torch.float32, zero_point_dtype=torch.int32,
+        )  # fmt: skip
+        found = quantize_affine(numbers(), (1, 64), scales, zeros, *limits)
+        results[f"int8 {kind}"] = [found, scales.flatten(), zeros.flatten().to(torch.int8)]
     return results
 
 
@@ -93,6 +119,14 @@ def compressed_tensors_results() -> dict[str, list[torch.Tensor]]:
     scales, zeros = calculate_qparams(blocks(32).amin(-1), blocks(32).amax(-1), args)
     found = quantize(numbers(), scales, zeros, args)
     results["uint4"] = [(found + 8).to(torch.uint8), scales, (zeros + 8).to(torch.uint8)]
+    low, high = numbers().amin(-1, keepdim=True), numbers().amax(-1, keepdim=True)
+    kinds = {"e4m3fn": ("float", True), "int8": ("int", True), "int8 ASYMMETRIC": ("int", False)}
+    for name, (kind, symmetric) in kinds.items():
+        args = QuantizationArgs(num_bits=8, type=kind, strategy="channel", symmetric=symmetric)
+        scales, zeros = calculate_qparams(low, high, args)
+        kept = torch.float8_e4m3fn if kind == "float" else torch.int8
+        found = quantize(numbers(), scales, zeros, args, dtype=kept)
+        results[name] = [found, scales.flatten(), zeros.flatten().to(torch.int8)]
     return results
 
 

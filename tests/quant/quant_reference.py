@@ -13,12 +13,14 @@ import numpy as np
 
 BLOCK = 128
 FLOOR = np.float32(1e-12)
-TOP = {"e4m3fn": 448.0, "e4m3fnuz": 224.0, "int8": 127.0}
+TOP = {"e4m3fn": 448.0, "e4m3fnuz": 224.0, "e5m2": 57344.0, "int8": 127.0}
 
 
 @functools.cache
 def byte_values(encoding: str) -> np.ndarray:
     """Return what each of the 256 bytes means, in float64 (OCP FP8 1.0; fnuz: bias 8)."""
+    if encoding == "e5m2":
+        return e5m2_values()
     bias = {"e4m3fn": 7, "e4m3fnuz": 8}[encoding]
     values = np.empty(256)
     for byte in range(256):
@@ -32,6 +34,21 @@ def byte_values(encoding: str) -> np.ndarray:
         values[[0x7F, 0xFF]] = np.nan
     else:
         values[0x80] = np.nan
+    return values
+
+
+def e5m2_values() -> np.ndarray:
+    """Return the same for e5m2: bias 15, infinities and NaN at the top exponent."""
+    values = np.empty(256)
+    for byte in range(256):
+        exponent, mantissa = (byte >> 2) & 31, byte & 3
+        if exponent == 31:
+            value = np.nan if mantissa else np.inf
+        elif exponent:
+            value = (1 + mantissa / 4) * 2.0 ** (exponent - 15)
+        else:
+            value = mantissa / 4 * 2.0**-14
+        values[byte] = -value if byte & 128 else value
     return values
 
 

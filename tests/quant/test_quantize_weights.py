@@ -71,6 +71,8 @@ def test_the_error_is_within_half_a_step(scheme: str) -> None:
     bounds = {
         # 3 bits after the first: at most 1/16 of a value
         "e4m3fn": weight.abs() / 16 + largest * 2**-9 / 448,
+        # 2 bits after the first, subnormals of 2^-16
+        "e5m2": weight.abs() / 8 + largest * 2**-17 / 57344,
         "int8": largest / 254,
         # half a step of 7, and what rounding the scale to e4m3 adds to up to 8 steps
         "int4": largest / 14 + largest / 14 * (scheme == "int4_w4a8_fp8"),

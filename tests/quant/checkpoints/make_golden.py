@@ -184,6 +184,26 @@ def _(folder):
     return compressed(folder, preset("FP8"), {DOWN: (12, 24)})
 
 
+@case("ct_fp8_channel_static", CT)
+def _(folder):
+    scheme = preset("FP8", strategy="channel")
+    return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
+
+
+@case("ct_int8_static", CT)
+def _(folder):
+    scheme = preset("W8A8")
+    scheme.input_activations = type(scheme.weights)(num_bits=8, type="int", strategy="tensor")
+    return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
+
+
+@case("ct_int8_asymmetric", CT)
+def _(folder):
+    scheme = preset("W8A8")
+    scheme.input_activations.symmetric = False
+    return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
+
+
 @case("ct_fp8_block", CT)
 def _(folder):
     return compressed(folder, preset("FP8_BLOCK"), {DOWN: (130, 128), UP: (7, 131)})

@@ -27,13 +27,16 @@ EXPECTED_SCHEMES = {
     "ct_fp8_block": "fp8_block128",
     "ct_fp8_channel": "fp8_channel",
     "ct_fp8_channel_float32_scales": "fp8_channel",
-    "ct_fp8_tensor_static": "fp8_tensor",
+    "ct_fp8_channel_static": "fp8_static_channel",
+    "ct_fp8_tensor_static": "fp8_static",
     "ct_int4_channel": None,
     "ct_int4_fp8_activations": "int4_w4a16",
     "ct_int4_group128": "int4_w4a16",
     "ct_int4_group32": "int4_w4a16_g32",
     "ct_int4_group64_asymmetric": "int4_w4a16_g64",
     "ct_int8_channel": "int8_channel",
+    "ct_int8_asymmetric": "int8_channel_asymmetric",
+    "ct_int8_static": "int8_static",
     "ct_int8_w8a16": "int8_w8a16",
     "ct_mxfp4": "mxfp4",
     "ct_mxfp4_w4a16": "mxfp4_w4a16",
@@ -46,8 +49,8 @@ EXPECTED_SCHEMES = {
     "hf_fp8_block": "fp8_block128",
     "hf_fp8_block_ragged": "fp8_block128",
     "hf_fp8_experts_ue8m0": "fp8_block128",
-    "hf_fp8_tensor": "fp8_tensor",
-    "modelopt_fp8": "fp8_tensor",
+    "hf_fp8_tensor": "fp8_static",
+    "modelopt_fp8": "fp8_static",
     "modelopt_nvfp4": "nvfp4",
 }
 
@@ -286,7 +289,7 @@ def test_modelopt_mixed_precision(golden) -> None:
     parts = {name.replace(".", "__"): other.tensor(name) for name in other.names_of(UP)}
     copy.add(**parts)
     checkpoint = load(copy.folder)
-    assert [checkpoint[name].scheme.name for name in (DOWN, UP)] == ["fp8_tensor", "nvfp4"]
+    assert [checkpoint[name].scheme.name for name in (DOWN, UP)] == ["fp8_static", "nvfp4"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
@@ -310,3 +313,28 @@ def anonymous_bytes() -> int:
     text = Path("/proc/self/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("ct_fp8_tensor_static", ".input_scale"),
+        ("ct_fp8_channel_static", ".input_scale"),
+        ("ct_int8_static", ".input_scale"),
+        ("hf_fp8_tensor", ".activation_scale"),
+        ("modelopt_fp8", ".input_scale"),
+    ],
+)
+def test_fixed_scales_of_activations_come_along(name, suffix) -> None:
+    with load(GOLDEN / name) as checkpoint:
+        for module in checkpoint:
+            stored = checkpoint.tensor(module + suffix)
+            assert torch.equal(checkpoint[module].input_scale, stored.float().reshape(()))
+
+
+def test_fixed_scales_per_token_are_refused(golden) -> None:
+    copy = golden("ct_fp8_tensor_static")
+    changes = {"group_0": {"input_activations": {"strategy": "token"}}}
+    copy.settings(config_groups=changes)
+    with pytest.raises(UnsupportedModelError, match="fixed scales of strategy token"):
+        load(copy.folder)

@@ -1,0 +1,131 @@
+"""Ops under static schemes: the scale must be there, is used, and one serves all experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from calibrated import quantize
+
+import hal
+from hal.errors import ArgumentError, DTypeError, ShapeError, ValueRangeError
+from hal.ops import FusedMoE, Linear, Routing
+from hal.ops.quantize import PLAIN, QUANTIZE, fake_quantize
+from hal.ops.quantize import quantize as quantize_activations
+from hal.quant.scheme import SCHEMES
+from hal.torch_compat import scaled_mm_tensorwise_function
+
+STATIC = [name for name, scheme in SCHEMES.items() if scheme.static]
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+def test_a_weight_without_the_scale_is_not_bound(scheme: str) -> None:
+    bare = replace(quantize(numbers(16, 32), scheme), input_scale=None)
+    with pytest.raises(ArgumentError, match=r"found no input_scale.*hal\.quant\.input_scale"):
+        Linear(bare)
+    experts = [quantize(numbers(*shape), scheme) for shape in ((2, 32, 16), (2, 16, 16))]
+    for place in (0, 1):
+        weights = list(experts)
+        weights[place] = replace(weights[place], input_scale=None)
+        with pytest.raises(ArgumentError, match=f"{('w13', 'w2')[place]}: found no input_scale"):
+            FusedMoE(*weights)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-13, float("nan"), float("inf")])
+def test_a_scale_that_cannot_be_is_refused(value: float) -> None:
+    made = quantize(numbers(16, 32), "int8_static")
+    with pytest.raises(ValueRangeError, match=r"input_scale.*at least 1e-12"):
+        Linear(replace(made, input_scale=torch.tensor(value)))
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+def test_what_exceeds_the_scale_saturates(scheme: str) -> None:
+    weight = quantize(torch.eye(32).bfloat16(), scheme, amax=2.0)
+    x = numbers(7, 32) * 10
+    out = Linear(weight, force="reference")(x)
+    assert (out.abs() <= 2.0 * 1.01).all()
+    small = x.abs() < 2
+    assert torch.allclose(out[small].float(), x[small].float(), rtol=0.07, atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+def test_the_largest_scale_serves_all_experts(scheme: str) -> None:
+    w13, w2 = (quantize(numbers(*s), scheme) for s in ((2, 32, 16), (2, 16, 16)))
+    scales = torch.tensor([0.001, 0.25])
+    mixed = replace(w13, input_scale=scales), replace(w2, input_scale=scales.flip(0))
+    largest = torch.tensor([0.25, 0.25])
+    alike = replace(w13, input_scale=largest), replace(w2, input_scale=largest)
+    routing = Routing(ids=torch.tensor([[0, 1], [1, 0]]), weights=torch.ones(2, 2))
+    x = numbers(2, 16)
+    for kernel in ("reference", None):
+        found = FusedMoE(*mixed, force=kernel)(x, routing)
+        assert torch.equal(found, FusedMoE(*alike, force=kernel)(x, routing))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch", "torch_cached"])
+@pytest.mark.parametrize("scheme", [name for name in STATIC if name in PLAIN])
+def test_kernels_of_quantize_agree(scheme: str, kernel: str, monkeypatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.modules["hal.ops.quantize"], "CACHE_ELEMENTS", 200)
+    assert QUANTIZE.find(kernel)
+    x = numbers(9, 40)
+    x[1, 3], x[2, 5], x[3] = torch.nan, torch.inf, 0
+    scale = torch.tensor(0.01)
+    codes, scales = quantize_activations(x, scheme, input_scale=scale, force=kernel)
+    wanted = fake_quantize(x, SCHEMES[scheme], str(SCHEMES[scheme].weight.format), scale)
+    assert scales.shape == (9,)
+    found = codes.float() * scales.unsqueeze(-1)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().all(-1).tolist() == [row in (1, 2) for row in range(9)]
+
+
+def test_quantize_wants_the_scale_of_static_schemes_alone() -> None:
+    x = numbers(2, 128)
+    with pytest.raises(ArgumentError, match="found no input_scale"):
+        quantize_activations(x, "int8_static")
+    with pytest.raises(ArgumentError, match="needed none"):
+        quantize_activations(x, "int8_channel", input_scale=torch.tensor(1.0))
+    with pytest.raises(DTypeError, match="float32"):
+        quantize_activations(x, "int8_static", input_scale=torch.tensor(1))
+    with pytest.raises(ShapeError, match=r"\[1\], needed \[\]"):
+        quantize_activations(x, "int8_static", input_scale=torch.ones(1))
+    with pytest.raises(ValueRangeError, match="at least 1e-12"):
+        quantize_activations(x, "int8_static", input_scale=torch.tensor(0.0))
+
+
+def test_torchs_product_with_one_scale_a_matrix() -> None:
+    """torch computes it on a CPU too, if slowly: the arguments are what it expects."""
+    weight = quantize(numbers(48, 64), "fp8_static")
+    x = numbers(5, 64)
+    x[2, 3] = torch.inf
+    codes, _ = quantize_activations(x, "fp8_static", input_scale=weight.input_scale)
+    out = scaled_mm_tensorwise_function()(
+        codes, weight.values.t(), weight.input_scale, weight.scales, torch.bfloat16
+    )
+    seen = fake_quantize(x, weight.scheme, "e4m3fn", weight.input_scale).double()
+    wanted = seen @ weight.dequantize().double().T
+    assert out[2].isnan().all()
+    keep = [0, 1, 3, 4]
+    torch.testing.assert_close(out[keep].double(), wanted[keep], rtol=2**-8, atol=1e-2)
+
+
+def test_a_simulated_e4m3fnuz_device_sees_the_same_activations() -> None:
+    weight = quantize(numbers(32, 64), "fp8_static", platform="cpu")
+    bound = Linear(weight, platform="rocm:mi300x", force="reference")
+    x = numbers(5, 64) * 3
+    assert bound.tensors[2].item() == 2 * weight.input_scale.item()
+    assert torch.equal(bound(x), Linear(weight, platform="cpu", force="reference")(x))
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+def test_selection_names_the_static_products(scheme: str) -> None:
+    kernel = {"i": "triton_int8", "f": "triton_fp8"}[scheme[0]]
+    sizes = {"in_features": 4096, "out_features": 4096, "dtype": "bfloat16"}
+    selection = hal.select("linear", scheme=scheme, platform="cuda:h100", **sizes)
+    assert selection.candidate(kernel).can_run
