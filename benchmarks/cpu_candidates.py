@@ -790,7 +790,7 @@ def kernels_section(args: argparse.Namespace) -> None:
     from hal.quant import SCHEMES, quantize
 
     rows: list[list[object]] = []
-    for scheme in SCHEMES:
+    for scheme in args.schemes or SCHEMES:
         for n, k in SHAPES[: args.shapes]:
             weight = quantize(torch.randn(n, k).mul_(k**-0.5).to(BF16), scheme)
             bound = bind_all("linear", scheme, lambda name, w=weight: hal.ops.Linear(w, force=name))
@@ -800,7 +800,7 @@ def kernels_section(args: argparse.Namespace) -> None:
                 times = race(f"linear {scheme}, M={m} N={n} K={k}", calls, None, args)
                 sizes = {"tokens": m, "in_features": k, "out_features": n}
                 rows.append(["linear", scheme, sizes, ratios(times)])
-        for experts, top_k, hidden, inter in MOES[: args.shapes]:
+        for experts, top_k, hidden, inter in MOES[: args.shapes if args.tokens_moe else 0]:
             w13 = torch.randn(experts, 2 * inter, hidden).mul_(hidden**-0.5).to(BF16)
             w2 = torch.randn(experts, hidden, inter).mul_(inter**-0.5).to(BF16)
             pair = quantize(w13, scheme), quantize(w2, scheme)
@@ -857,7 +857,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)} (default all)")
     parser.add_argument("-m", "--tokens-linear", type=int, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("-t", "--tokens-moe", type=int, nargs="+", default=[1, 16, 128, 2048])
+    parser.add_argument("-t", "--tokens-moe", type=int, nargs="*", default=[1, 16, 128, 2048])
+    parser.add_argument("--schemes", nargs="+", help="for `kernels`: these alone")
     parser.add_argument("--hidden", type=int, default=2048, help="row length of `quantize`")
     parser.add_argument("--shapes", type=int, default=3, help="run the first so many shapes")
     parser.add_argument("--threads", type=int, default=2)

@@ -211,6 +211,8 @@ class Kernel:
         deterministic: Whether equal input gives equal bits.
         batch_invariant: Whether a token's result is independent of the other tokens.
         summary: One line for people.
+        claimed: Whether all that is known of it comes from its library's sources: hal has run it
+            against an imitation of the library and never against the library itself.
     """
 
     op: str
@@ -224,6 +226,7 @@ class Kernel:
     batch_invariant: bool = False
     summary: str = ""
     origin: str = "hal"
+    claimed: bool = False
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -346,6 +349,7 @@ class Op:
         batch_invariant: bool = False,
         summary: str = "",
         origin: str = "hal",
+        claimed: bool = False,
     ) -> Kernel:
         """Attach a kernel by the name of its binder.
 
@@ -386,6 +390,7 @@ class Op:
             batch_invariant,
             summary,
             origin,
+            claimed,
         )
         self._kernels[name] = kernel
         return kernel

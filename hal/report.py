@@ -120,12 +120,14 @@ def why_not_better(selection: Selection) -> str | None:
         candidate
         for candidate in selection.candidates
         if candidate.serves
-        and candidate.failures
+        and (candidate.failures or candidate.claimed)
         and (chosen is None or _is_better(candidate, chosen))
     ]
     if not missed:
         return None
     nearest = min(missed, key=lambda c: (_distance(c.failures), -c.kernel.level, c.kernel.name))
+    if not nearest.failures:
+        return f"{nearest.kernel.name} [{nearest.kernel.level}]: claimed, hal has not run it"
     failure = max(nearest.failures, key=lambda f: _DISTANCE.index(f.code))
     return f"{nearest.kernel.name} [{nearest.kernel.level}]: {failure}"
 
@@ -141,7 +143,7 @@ def _is_better(candidate: Candidate, chosen: Kernel) -> bool:
 
 
 def _distance(failures: Sequence[Failure]) -> tuple[int, int]:
-    return max(_DISTANCE.index(failure.code) for failure in failures), len(failures)
+    return max((_DISTANCE.index(failure.code) for failure in failures), default=-1), len(failures)
 
 
 def _alike(specs: Sequence[DeviceSpec]) -> list[list[int]]:

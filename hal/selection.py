@@ -6,7 +6,8 @@ is computed by the code that runs in production.
 
 Order: a kernel that a measurement on the same architecture shows to be faster than kernels of a
 higher level moves up to that level; then levels decide, then measured times, then bands, then
-names.
+names. A claimed kernel, which hal never ran with its real library, comes after all others but the
+reference until it is measured.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Candidate:
         """Tell whether every requirement is met."""
         return not self.failures
 
+    @property
+    def claimed(self) -> bool:
+        """Tell whether nobody ran it: a claimed kernel without a measured time."""
+        return self.kernel.claimed and self.measurement is None
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -133,6 +139,8 @@ class Selection:
             ratio = other.measurement.time / chosen.measurement.time
             if ratio > 1:
                 return f"measured {ratio:.2f}x as fast as {other.kernel.name}"
+        if other.claimed and not chosen.claimed:
+            return f"hal has not run {other.kernel.name}, which is claimed"
         if self.kernel.level > other.kernel.level:
             return f"{self.kernel.level} comes before {other.kernel.level} ({other.kernel.name})"
         if chosen.measurement and not other.measurement:
@@ -167,6 +175,7 @@ class Selection:
                     "kernel": candidate.kernel.name,
                     "level": str(candidate.kernel.level),
                     "band": candidate.kernel.band,
+                    "claimed": candidate.claimed,
                     "rank": candidate.rank,
                     "serves": candidate.serves,
                     "measured": _measured(candidate.measurement),
@@ -291,7 +300,8 @@ def rank(
         ]
         level = max([kernel.level, *beaten])
         time = mine.time if mine else math.inf
-        return (-level, mine is None, time, -BANDS.index(kernel.band), kernel.name)
+        last = 2 if level is Level.REFERENCE else int(candidate.claimed)
+        return (last, -level, mine is None, time, -BANDS.index(kernel.band), kernel.name)
 
     # Not able.sort(): a list is empty while it is being sorted, and `key` looks at all of them.
     in_order = sorted(able, key=key)
@@ -379,7 +389,8 @@ def _table(selection: Selection) -> list[str]:
         mark = "+" if candidate.can_run else "-"
         if kernel is selection.kernel:
             mark = "*"
-        lines.append(f" {mark} {kernel.name:<24} {kernel.level!s:<12} {kernel.band}")
+        line = f" {mark} {kernel.name:<24} {kernel.level!s:<12} {kernel.band}"
+        lines.append(f"{line:<52} claimed" if candidate.claimed else line)
         if candidate.measurement is not None:
             row = candidate.measurement
             sizes = " ".join(f"{name}={size}" for name, size in row.sizes)

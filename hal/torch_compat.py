@@ -5,9 +5,9 @@ version, since vendors' builds are not what their versions say; `hal.quirks` lis
 Where torch is too old, `PlatformError` says which release has what was asked for.
 
 Getters (`..._function`) return what to call, so that a bound op pays nothing for the choice. The
-products come from `hal.torch_matmul`. The rest is also for code that stands beside hal, such as
-an engine: `view`, `pad`, `schema_of`, `register_fake`, `accelerator_type`, `device_memory` and
-`graph_type`.
+products come from `hal.torch_matmul` and `hal.torch_packed`. The rest is also for code that stands
+beside hal, such as an engine: `view`, `pad`, `schema_of`, `register_fake`, `accelerator_type`,
+`device_memory` and `graph_type`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ from hal.torch_matmul import (
     scaled_mm_rowwise_function,
     scaled_mm_tensorwise_function,
 )
+from hal.torch_packed import (
+    int4pack_functions,
+    int8pack_function,
+    scaled_mm_blocked_function,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +52,15 @@ __all__ = [
     "graph_type",
     "grouped_mm_function",
     "has_dtype",
+    "int4pack_functions",
+    "int8pack_function",
     "int_mm_function",
     "is_compiling_function",
     "pad",
     "register_fake",
     "scaled_grouped_mm_function",
     "scaled_mm_block128_function",
+    "scaled_mm_blocked_function",
     "scaled_mm_rowwise_function",
     "scaled_mm_tensorwise_function",
     "schema_of",

@@ -2,6 +2,38 @@
 
 from __future__ import annotations
 
-from hal.ops.adapters import decode, grouped_mm, int_mm, int_mm_zeros, scaled_mm
+from hal.ops.adapters import (
+    aiter,
+    decode,
+    deep_gemm,
+    flashinfer,
+    grouped_mm,
+    int4pack,
+    int8pack,
+    int_mm,
+    int_mm_zeros,
+    scaled_mm,
+    scaled_mm_blocked,
+    scaled_mm_unit,
+    vllm_cutlass,
+    vllm_mixed,
+    vllm_xpu,
+)
 
-__all__ = ["decode", "grouped_mm", "int_mm", "int_mm_zeros", "scaled_mm"]
+__all__ = [
+    "aiter",
+    "decode",
+    "deep_gemm",
+    "flashinfer",
+    "grouped_mm",
+    "int4pack",
+    "int8pack",
+    "int_mm",
+    "int_mm_zeros",
+    "scaled_mm",
+    "scaled_mm_blocked",
+    "scaled_mm_unit",
+    "vllm_cutlass",
+    "vllm_mixed",
+    "vllm_xpu",
+]

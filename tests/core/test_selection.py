@@ -21,7 +21,7 @@ from hal.errors import (
     ValueRangeError,
 )
 from hal.needs import Needs
-from hal.registry import BANDS, Level, Op, Operand
+from hal.registry import BANDS, Level, Measurement, Op, Operand
 from hal.selection import Options, Selection, choose, options_from, require
 
 NEVER = (Needs.platform("xpu"), Needs.feature("amx_tile"))
@@ -48,6 +48,34 @@ def test_levels_decide_before_bands_and_bands_before_names() -> None:
     assert [candidate.rank for candidate in selection.candidates] == [0, 1, 2, 3, 4]
     assert selection.kernel is op.find("c")
     assert selection.level is Level.NATIVE
+
+
+def test_a_claimed_kernel_comes_after_all_that_hal_has_run_until_it_is_measured() -> None:
+    times: list[Measurement] = []
+    op = make_op(measured=lambda: tuple(times))
+    attach(op, "a", Level.NATIVE, "specialised", claimed=True)
+    attach(op, "b", Level.WEIGHT_ONLY, "specialised", claimed=True)
+    attach(op, "c", Level.WEIGHT_ONLY, "tuned")
+    attach(op, "d", Level.DEQUANT, "portable")
+    attach(op, "e", Level.REFERENCE)
+    selection = pick(op)
+    assert order(selection) == ["c", "d", "a", "b", "e"]
+    assert [candidate.claimed for candidate in selection.candidates] == [0, 0, 1, 1, 0]
+    assert " + a                        native       specialised claimed" in str(selection)
+    assert pick(op, Options(force="a")).kernel is op.find("a")
+    assert pick(op, Options(minimum=Level.NATIVE)).kernel is op.find("a")
+    times += [took("b", 1.0), took("c", 2.0)]
+    selection = pick(op)
+    assert order(selection) == ["b", "c", "d", "a", "e"]
+    assert not selection.candidate("b").claimed
+    assert selection.to_dict()["candidates"][3]["claimed"]
+
+
+def test_the_reason_says_that_the_other_is_claimed() -> None:
+    op = make_op()
+    attach(op, "a", Level.NATIVE, "specialised", claimed=True)
+    attach(op, "b", Level.NATIVE, "tuned")
+    assert pick(op).reason == "hal has not run a, which is claimed"
 
 
 @pytest.mark.parametrize(
