@@ -17,6 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import Any
 
 from hal.device import DeviceSpec
@@ -32,6 +33,8 @@ from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_name
 __all__ = ["OPTION_NAMES", "Candidate", "Options", "Selection", "choose", "rank"]
 
 WIDTH = 80
+ON_AVERAGE = "x the best"
+"""Unit of the geometric mean that stands for several measured times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,11 @@ class Selection:
         other = able[1]
         if chosen.measurement and other.measurement:
             ratio = other.measurement.time / chosen.measurement.time
+            if ratio > 1 and chosen.measurement.unit == ON_AVERAGE:
+                return (
+                    f"measured {chosen.measurement.time:.2f}x the best time on average, "
+                    f"{other.kernel.name} {other.measurement.time:.2f}x"
+                )
             if ratio > 1:
                 return f"measured {ratio:.2f}x as fast as {other.kernel.name}"
         if other.claimed and not chosen.claimed:
@@ -356,7 +364,38 @@ def _nearest(
                 total += abs(math.log2(max(mine, 1)) - math.log2(max(size, 1)))
         return total, -len(groups[run]), run
 
-    return groups[min(groups, key=distance)] if groups else {}
+    if not groups:
+        return {}
+    sizes, unit, source = min(groups, key=distance)
+    known = tuple(pair for pair in sizes if context.problem.get(pair[0]) is not None)
+    alike = [
+        found
+        for run, found in groups.items()
+        if run[1:] == (unit, source) and set(known) <= set(run[0])
+    ]
+    return alike[0] if len(alike) == 1 else _on_average(alike, known)
+
+
+def _on_average(
+    runs: list[dict[str, Measurement]], known: tuple[tuple[str, int], ...]
+) -> dict[str, Measurement]:
+    """Return how far each kernel is from the best of a run, as the geometric mean over runs.
+
+    A size that was not given may be any of those measured; runs that lack a kernel say nothing.
+    """
+    most = max(map(len, runs))
+    runs = [run for run in runs if len(run) == most]
+    names = set.intersection(*({*run} for run in runs))
+    best = geometric_mean([min(row.time for row in run.values()) for run in runs])
+    return {
+        name: replace(
+            runs[0][name],
+            sizes=known,
+            time=round(geometric_mean([run[name].time for run in runs]) / best, 2),
+            unit=ON_AVERAGE,
+        )
+        for name in names
+    }
 
 
 def _measured(row: Measurement | None) -> dict[str, Any] | None:
@@ -394,7 +433,8 @@ def _table(selection: Selection) -> list[str]:
         if candidate.measurement is not None:
             row = candidate.measurement
             sizes = " ".join(f"{name}={size}" for name, size in row.sizes)
-            lines += _wrapped(f"{row.time:g} {row.unit} at {sizes}; {row.source}", "     ")
+            at = f" at {sizes}" if sizes else ""
+            lines += _wrapped(f"{row.time:g} {row.unit}{at}; {row.source}", "     ")
         for failure in candidate.failures:
             lines += _wrapped(str(failure), "     ", "       ")
     if elsewhere:

@@ -210,7 +210,8 @@ def gemv_tile(kind: str, n: int, k: int, *, compute_units: int) -> Tile:
     if b_bytes == 2:
         return Tile(1, 1, 1024, 2, 1)
     if b_bytes == 1:
-        return Tile(1, 4, 1024, 2, 1) if k <= 4096 else Tile(1, 4, 2048, 4, 1)
+        short = k < 4096 or (k == 4096 and kind == "int8_channel_decode")
+        return Tile(1, 4, 1024, 2, 1) if short else Tile(1, 4, 2048, 4, 1)
     tall = -(-n // 8) >= 4 * compute_units or k < 4096
     return Tile(1, 8, 2048, 4, 1) if tall else Tile(1, 4, 4096, 4, 1)
 

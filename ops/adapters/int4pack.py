@@ -61,7 +61,6 @@ Bound = tuple[Launch, Tensors]
         Needs.multiple_of("in_features", 128),
         Needs.multiple_of("out_features", 8),
     ),
-    claimed=True,
 )
 @LINEAR.kernel(
     "torch_int4pack_rocm",

@@ -42,7 +42,6 @@ Bound = tuple[Launch, Tensors]
         Needs.multiple_of("in_features", 16),
         Needs.multiple_of("out_features", 16),
     ),
-    claimed=True,
 )
 def bind_tensorwise(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Multiply codes in float32 sums, then scale rows and columns."""

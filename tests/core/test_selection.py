@@ -140,6 +140,23 @@ def test_the_nearest_measured_sizes_count() -> None:
     assert dict(chosen.measurement.sizes) == {"m": 4096, "n": 4096}
 
 
+def test_where_a_size_is_unknown_the_average_counts() -> None:
+    rows = [
+        took("slow_native", 20, m=1, n=64), took("fast_decode", 10, m=1, n=64),
+        took("slow_native", 10, m=512, n=64), took("fast_decode", 30, m=512, n=64),
+        took("slow_native", 90, m=1, n=4096), took("fast_decode", 30, m=1, n=4096),
+    ]  # fmt: skip
+    op = measured_op(*rows)
+    assert order(pick(op, m=1, n=64)) == ["fast_decode", "slow_native"]
+    chosen = pick(op, n=64)
+    assert order(chosen) == ["slow_native", "fast_decode"]
+    assert chosen.reason == "measured 1.41x the best time on average, fast_decode 1.73x"
+    assert dict(chosen.candidates[0].measurement.sizes) == {"n": 64}
+    assert order(pick(op, n=4096)) == ["fast_decode", "slow_native"]
+    assert order(pick(op)) == ["fast_decode", "slow_native"]
+    assert pick(op).reason == "measured 1.44x the best time on average, slow_native 1.82x"
+
+
 def test_a_kernel_that_cannot_run_is_not_ordered_by_its_measurement() -> None:
     op = make_op(measured=lambda: (took("broken", 1, m=1), took("works", 5, m=1)))
     attach(op, "broken", requires=NEVER)

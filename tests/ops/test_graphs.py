@@ -20,6 +20,10 @@ def test_replay_on_new_data(scheme, tokens):
 
     linear = Linear(quantize(random(256, 256), scheme))
     moe = FusedMoE(quantize(random(8, 256, 256), scheme), quantize(random(8, 256, 128), scheme))
+    if moe.kernel.startswith("torch_experts"):
+        pytest.skip(
+            f"{moe.kernel} waits for the host, and {scheme} has no other kernel for experts"
+        )
     router = random(8, 256)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
