@@ -6,9 +6,9 @@ Usage: python benchmarks/quantize.py [--schemes mxfp8,...] [--before plain,norm,
 Large shapes: `GB/s` counts the bytes that must be read and written; `copy` is what `copy_` of as
 many bytes in all reaches, timed in turn with the quantizer, and `of copy` the ratio. `compiled` is
 torch.compile of the formula as one would write it for inductor (whose codes may be off by a
-rounding), `x` its time over ours: above 1 ours is faster. Least time of several, by events, on
-inputs larger than the L2 cache. `--small`: 1, 16 and 128 rows of 4096, by replays of CUDA graphs
-with a cold cache. `--pieces` tries other shapes of a program.
+rounding), `x` its time over ours: above 1 ours is faster. Times are of CUDA graphs' replays with a
+cold L2 cache, so that the host's time does not count: the least of three medians. `--small`: 1, 16
+and 128 rows of 4096, one median. `--pieces` tries other shapes of a program.
 """
 
 from __future__ import annotations
@@ -109,21 +109,13 @@ def try_pieces(ours: Call, copy: float) -> None:
     kernels.PIECE, kernels.PER_LANE = chosen
 
 
-def least_times(turns: list[Call], rounds: int = 12) -> list[float]:
-    """Return the least time of each call in microseconds; calls take turns."""
-    for call in turns:
-        for _ in range(3):
-            call()
-    least = [float("inf")] * len(turns)
-    for _ in range(rounds):
-        for index, call in enumerate(turns):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            least[index] = min(least[index], start.elapsed_time(end) * 1e3)
-    return least
+def least_times(turns: list[Call], rounds: int = 3) -> list[float]:
+    """Return the least of several medians of each call in microseconds; calls take turns.
+
+    Graphs are replayed, so that no time of the host is counted.
+    """
+    found = [[time_graph(call, replays=7) for call in turns] for _ in range(rounds)]
+    return [min(times) for times in zip(*found, strict=True)]
 
 
 def calls(tokens: int, columns: int, scheme: str, before: str) -> tuple[Call, Call, int]:
