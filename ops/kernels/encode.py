@@ -6,8 +6,9 @@ element on a Hopper, so each step is written for few of them:
 
 - magnitudes are compared as integers, where NaN and infinity are the largest: one reduction;
 - adding 1.5 * 2^23 to a number leaves no fraction bits: the add itself rounds half to even, and the
-  low bits of the sum are the integer;
-- e2m1 codes are the least of three rounded lines, as in `hal.quant.e2m1`.
+  low bits of the sum are the integer; 1.5 * 2^22 leaves halves;
+- e2m1 codes are the least of three rounded lines, as in `hal.quant.e2m1`, in units of a half. A
+  thread packs eight of them to a word, whose sign bits, clamps and broken groups cost little.
 """
 
 from __future__ import annotations
@@ -19,12 +20,34 @@ from hal.ops.kernels.common import INTERPRETED
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
 ROUNDER = tl.constexpr(12582912.0)
+SIXTH = tl.constexpr(0.1666666716337204)  # 1 / 6 in float32
+HALVES = tl.constexpr(6291456.0)
+HALVES_BITS = tl.constexpr(0x4AC00000)
+EIGHT_HALVES = tl.constexpr(0xB6C00000 - (1 << 32))  # HALVES_BITS * 0x11111111 in 32 bits
 
 
 @triton.jit
 def magnitude_bits(x):
     """Return the bits of |x|, int32: larger for larger numbers, and largest for inf and NaN."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def in_eighths(x):
+    """Return x [rows, width] as [rows, width / 8, 8]: a thread that loads 16 bytes holds those."""
+    return tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8))
+
+
+@triton.jit
+def largest_bits(x, AXIS: tl.constexpr):
+    """Return the largest `magnitude_bits` of x [a, b, 8] f32 along the last axis and AXIS.
+
+    The largest signed integer is that of a positive number, the largest unsigned one that of a
+    negative number, if there are any: no instruction takes signs away.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    negative = tl.max(bits.to(tl.uint32, bitcast=True), axis=2).to(tl.int32, bitcast=True)
+    return tl.max(tl.maximum(tl.max(bits, axis=2), negative & 0x7FFFFFFF), axis=AXIS)
 
 
 @triton.jit
@@ -79,19 +102,42 @@ def divide(x, divisor):
 
 
 @triton.jit
-def encode_e2m1(x):
-    """Encode x [rows, width] f32 as packed e2m1 codes [rows, width / 2] uint8.
+def divide_sizes(x, divisor, reciprocal):
+    """Divide x, without negative zeros, by divisor, given 1 / divisor as rounded; see `divide`."""
+    divisor = tl.zeros(x.shape, tl.float32) + divisor
+    if INTERPRETED:
+        return tl.div_rn(x, divisor)
+    reciprocal = tl.zeros(x.shape, tl.float32) + reciprocal
+    quotient = x * reciprocal
+    return tl.fma(tl.fma(quotient, -divisor, x), reciprocal, quotient)
 
-    NaN has no code: whoever calls writes over the codes of such a row.
+
+@triton.jit
+def encode_e2m1(size, x, factor, PER_WORD: tl.constexpr, CLAMP: tl.constexpr):
+    """Encode size * factor with the signs of x, f32 [rows, eighths, 8], as packed e2m1 codes.
+
+    Returns int32 [rows, eighths, 8 / PER_WORD]: 8 codes in each, or 2 in its low byte. factor must
+    leave products exact. CLAMP: they are at most 9, not below 7. NaN has no code: whoever calls
+    writes over the codes of such a row.
     """
-    size = tl.abs(x)
-    line = tl.minimum(size * 2.0 + ROUNDER, size + (ROUNDER + 2.0))
-    line = tl.minimum(line, size * 0.5 + (ROUNDER + 4.0))
-    line = tl.minimum(line, ROUNDER + 7.0)
-    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    code = line.to(tl.int32, bitcast=True) | sign
-    even, odd = tl.split(tl.reshape(code, (x.shape[0], x.shape[1] // 2, 2)))
-    return (even | (odd << 4)).to(tl.uint8)
+    line = (size * factor + HALVES).to(tl.int32, bitcast=True)
+    second = (size * (factor * 0.5) + (HALVES + 1.0)).to(tl.int32, bitcast=True)
+    third = (size * (factor * 0.25) + (HALVES + 2.0)).to(tl.int32, bitcast=True)
+    line = tl.minimum(tl.minimum(line, second), third)
+    SHAPE: tl.constexpr = (x.shape[0], x.shape[1] * 8 // PER_WORD, PER_WORD)
+    places = (tl.arange(0, PER_WORD) * 4)[None, None, :]
+    # Sums, since a shift and an add are one instruction. The bits above the codes are the same in
+    # all of them, and add up to a number that is known.
+    words = tl.sum(tl.reshape(line, SHAPE) << places, axis=2)
+    if PER_WORD == 8:
+        words -= EIGHT_HALVES
+    signs = tl.reshape(x.to(tl.int32, bitcast=True), SHAPE) >> (28 - places)
+    signs = tl.xor_sum(signs & (8 << places), axis=2)
+    if CLAMP:
+        # 9 and what is near it became code 8, which must be 7.
+        above = words & -0x77777778
+        words = (words | (above - ((above >> 3) & 0x11111111))) & 0x77777777
+    return tl.reshape(words | signs, (x.shape[0], x.shape[1], 8 // PER_WORD))
 
 
 @triton.jit
@@ -120,7 +166,7 @@ def scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE: tl.constexpr, ENCODING: 
 
 @triton.jit
 def mx_tile(
-    x, PACKED: tl.constexpr, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr,
+    x, PER_WORD: tl.constexpr, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr,
     ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """Quantize each row of x [rows, width] f32; return codes and e8m0 bytes [rows] uint8.
@@ -128,17 +174,21 @@ def mx_tile(
     ADDEND and TOP_EXPONENT are the rule of `hal.quant.mx.exponent_rule`. FNUZ: the codes will be
     read as e4m3fnuz, where they mean half, so the exponents count one more.
     """
-    top = tl.max(magnitude_bits(x), axis=1)
+    eighths = in_eighths(x)
+    top = largest_bits(eighths, 1)
     broken = top >= INFINITY_BITS
     byte = ((tl.where(broken, 0, top) + ADDEND) >> 23) - TOP_EXPONENT
     byte = tl.maximum(byte, 0)
     # 2^(127 - byte) is a normal number, since no rule gives a byte above 253.
-    ratio = x * ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, None]
-    if PACKED:
-        codes = encode_e2m1(ratio)
-        codes = tl.where(broken[:, None], 0, codes).to(tl.uint8)
+    factor = ((254 - byte) << 23).to(tl.float32, bitcast=True)
+    if PER_WORD > 1:
+        # No clamp: the rule keeps ratios below 7, which round to 6.
+        factor = factor[:, None, None]
+        codes = encode_e2m1(tl.abs(eighths), eighths, factor, PER_WORD, False)
+        codes = tl.where(broken[:, None, None], 0, codes)
+        codes = tl.reshape(codes, (x.shape[0], x.shape[1] // PER_WORD))
     else:
-        codes = encode_values(ratio, broken, VALUE_DTYPE, ENCODING)
+        codes = encode_values(x * factor[:, None], broken, VALUE_DTYPE, ENCODING)
     if FNUZ:
         codes = tl.where(codes == 0x80, 0, codes).to(tl.uint8)
         byte += 1
@@ -146,27 +196,40 @@ def mx_tile(
 
 
 @triton.jit
-def nvfp4_tile(x, scale_floor):
-    """Quantize x [rows, 16] f32, all blocks of one row of a matrix.
+def nvfp4_tile(x, scale_floor, PER_WORD: tl.constexpr, ENCODING: tl.constexpr):
+    """Quantize blocks of 16 f32, all of one row of a matrix: x [2 * rows, 8], as `half_columns`.
 
-    Returns packed codes [rows, 8] uint8, e4m3fn scale bytes [rows] uint8, and the float32 scale.
+    Returns packed codes [rows, 16 / PER_WORD], e4m3fn scale bytes [rows] uint8, and the float32
+    scale. ENCODING: e4m3fn, or empty where the hardware converts.
     """
-    bits = magnitude_bits(x)
-    top = tl.max(bits, axis=1)
+    x = tl.reshape(x, (2, x.shape[0] // 2, 8))
+    top = largest_bits(x, 0)
     broken = top >= INFINITY_BITS
     largest = tl.max(top, axis=0)
     if largest >= INFINITY_BITS:
         # Rare, and so out of the way: numbers beside a NaN count, the NaN does not.
-        largest = tl.max(tl.max(tl.where(bits >= INFINITY_BITS, 0, bits), axis=1), axis=0)
+        # Shifted, since the compiler would share a magnitude with those who need none.
+        bits = x.to(tl.uint32, bitcast=True) << 1
+        bits = tl.ravel(tl.where(bits >= 2 * INFINITY_BITS, 0, bits))
+        largest = (tl.max(bits, axis=0) >> 1).to(tl.int32)
     row = tl.full((1,), 0, tl.int32) + largest
     top_of_row = tl.full((1,), 448.0 * 6.0, tl.float32)
     outer = tl.maximum(tl.div_rn(row.to(tl.float32, bitcast=True), top_of_row), scale_floor)
     amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
-    wanted = tl.div_rn(amax, tl.full(amax.shape, 6.0, tl.float32))
-    wanted = tl.div_rn(wanted, tl.broadcast_to(outer, amax.shape))
-    scale = encode_fp8(tl.maximum(wanted, 2.0**-9), "e4m3fn")
+    # Where numbers are too small for an exact quotient, the scale is the least one anyway.
+    wanted = divide_sizes(amax, 6.0, SIXTH)
+    wanted = divide_sizes(wanted, outer, tl.div_rn(tl.full((1,), 1.0, tl.float32), outer))
+    wanted = tl.maximum(wanted, 2.0**-9)
+    if ENCODING == "":
+        scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        scale = encode_fp8(wanted, ENCODING)
     # The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
     factor = (scale.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**120
-    codes = encode_e2m1(divide(x, factor * tl.broadcast_to(outer, amax.shape)))
-    codes = tl.where(broken[:, None], 0, codes).to(tl.uint8)
+    factor = factor * tl.broadcast_to(outer, amax.shape)
+    reciprocal = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)
+    size = divide_sizes(tl.abs(x), factor[None, :, None], reciprocal[None, :, None])
+    codes = encode_e2m1(size, x, 1.0, PER_WORD, True)
+    codes = tl.permute(tl.where(broken[None, :, None], 0, codes), (1, 0, 2))
+    codes = tl.reshape(codes, (x.shape[1], 16 // PER_WORD))
     return codes, tl.where(broken, 0x7F, scale).to(tl.uint8), outer

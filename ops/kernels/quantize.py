@@ -18,7 +18,7 @@ import triton.language as tl
 
 from hal.ops.kernels.common import converts_fp8, is_fp8, launch
 from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
-from hal.ops.kernels.source import gated_tile, group_columns, normalized_tile
+from hal.ops.kernels.source import gated_tile, group_columns, half_columns, normalized_tile
 from hal.quant.mx import exponent_rule
 
 GROUP = 128
@@ -55,19 +55,25 @@ class Gate(NamedTuple):
 @triton.jit
 def _quantize_kernel(
     x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr,
-    n_columns, n_groups, stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
+    n_columns, n_words, n_groups, stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
     quant_max, scale_floor, epsilon,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    CODEC: tl.constexpr, PACKED: tl.constexpr, ENCODING: tl.constexpr,
+    CODEC: tl.constexpr, PER_WORD: tl.constexpr, ENCODING: tl.constexpr,
     ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
-    columns, inside = group_columns(n_columns, first_group, GROUPS, WIDTH)
+    HALVES: tl.constexpr = 2 if CODEC == "nvfp4" else 1
+    if CODEC == "nvfp4":
+        columns, inside = half_columns(n_columns, GROUPS)
+    else:
+        columns, inside = group_columns(n_columns, first_group, GROUPS, WIDTH)
     x_ptr += row * stride_xm
     if GATE != "":
-        x = gated_tile(x_ptr, columns, inside, n_columns, GROUPS, WIDTH, GATE, INTERLEAVED)
+        x = gated_tile(
+            x_ptr, columns, inside, n_columns, GROUPS * HALVES, WIDTH // HALVES, GATE, INTERLEAVED
+        )
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
     elif NORM:
         x = normalized_tile(
@@ -78,14 +84,15 @@ def _quantize_kernel(
         x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     VALUE_DTYPE: tl.constexpr = values_ptr.dtype.element_ty
     if CODEC == "nvfp4":
-        codes, scales, second = nvfp4_tile(x, scale_floor)
+        codes, scales, second = nvfp4_tile(x, scale_floor, PER_WORD, ENCODING)
         tl.store(second_ptr + row + tl.arange(0, 1), second)
     elif CODEC == "mx":
-        codes, scales = mx_tile(x, PACKED, VALUE_DTYPE, ENCODING, ADDEND, TOP_EXPONENT, FNUZ)
+        codes, scales = mx_tile(x, PER_WORD, VALUE_DTYPE, ENCODING, ADDEND, TOP_EXPONENT, FNUZ)
     else:
         codes, scales = scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE, ENCODING)
-    if PACKED:
-        columns, inside = group_columns((n_columns + 1) // 2, first_group, GROUPS, WIDTH // 2)
+    if PER_WORD > 1:
+        columns, inside = group_columns(n_words, first_group, GROUPS, WIDTH // PER_WORD)
+        codes = codes.to(VALUE_DTYPE)
     tl.store(values_ptr + row * stride_vm + columns, codes, mask=inside)
     groups = first_group + tl.arange(0, GROUPS)
     tl.store(scales_ptr + row * stride_sm + groups * stride_sg, scales, mask=groups < n_groups)
@@ -180,7 +187,11 @@ def quantize(
         rows, columns = x.shape
     groups, width, n_groups, warps = group_shape(rows, columns, group, whole=whole)
     fnuz = codec == "mx" and values.dtype is getattr(torch, "float8_e4m3fnuz", None)
-    if fnuz:
+    per_word = 1
+    if packed:
+        values, per_word = _as_words(values, columns)
+        encoding = "" if second is None or converts_fp8(scales.dtype) else "e4m3fn"
+    elif fnuz:
         # The codes are e4m3fn's, whatever the device converts.
         values, encoding = values.view(torch.uint8), "e4m3fn"
     else:
@@ -193,15 +204,24 @@ def quantize(
         norm.weight if norm else x, values,
         scales.view(torch.uint8) if second is not None else scales,
         scales if second is None else second,
-        columns, n_groups, x.stride(0), 0 if residual is None else residual.stride(0),
+        columns, triton.cdiv(columns, per_word), n_groups, x.stride(0),
+        0 if residual is None else residual.stride(0),
         0 if total is None else total.stride(0), values.stride(0),
         scales.stride(0), scales.stride(1),
         quant_max, scale_floor, norm.epsilon if norm else 0.0,
         GROUPS=groups, WIDTH=width, NORM=norm is not None, RESIDUAL=residual is not None,
         GATE=gate.activation if gate else "", INTERLEAVED=bool(gate and gate.interleaved),
-        CODEC=codec, PACKED=packed, ENCODING=encoding,
+        CODEC=codec, PER_WORD=per_word, ENCODING=encoding,
         ADDEND=addend, TOP_EXPONENT=top_exponent, FNUZ=fnuz, num_warps=warps,
     )  # fmt: skip
+
+
+def _as_words(values: torch.Tensor, columns: int) -> tuple[torch.Tensor, int]:
+    """Return packed codes as int32 where rows consist of those, and how many codes a word has."""
+    aligned = values.data_ptr() % 4 == 0 and values.stride(0) % 4 == 0
+    if columns % 8 == 0 and aligned and values.storage_offset() % 4 == 0:
+        return values.view(torch.int32), 8
+    return values, 2
 
 
 def _can_be_flat(

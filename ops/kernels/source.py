@@ -23,6 +23,17 @@ def group_columns(n_columns, first_group, GROUPS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
+def half_columns(n_columns, GROUPS: tl.constexpr):
+    """Return the column numbers [2 * GROUPS, 8] of a row, first all first halves of groups of 16.
+
+    Threads load 8 numbers of 16 bits: this way the halves of a group meet in one.
+    """
+    half = tl.arange(0, 2 * GROUPS)
+    columns = ((half % GROUPS) * 16 + (half // GROUPS) * 8)[:, None] + tl.arange(0, 8)[None, :]
+    return columns, columns < n_columns
+
+
+@triton.jit
 def activate(gate, ACTIVATION: tl.constexpr):
     """Return the activation of gate (f32): silu, gelu (erf) or gelu_tanh."""
     if ACTIVATION == "silu":

@@ -104,6 +104,38 @@ def test_all_exponents_and_edges_of_codes(device, scheme, encoding):
         assert_same(quantize_triton(rows, encoding, how), quantize_reference(rows, encoding, how))
 
 
+def test_nvfp4_blocks_whose_scale_rounds_down_far(device, generator):
+    """Subnormal scales: up to 1.5 and 2.5 of their steps round down, so ratios reach 9."""
+    how = SCHEMES["nvfp4"].activation
+    x = torch.rand(64, 256, generator=generator, device=device).reshape(64, 16, 16) * 2 - 1
+    steps = torch.linspace(0.4, 4.6, 63 * 16, device=device)
+    edges = torch.tensor([0.5, 1.5, 2.5, 3.5], device=device)
+    steps[:4], steps[4:8] = edges, edges.nextafter(edges * 0)
+    x[1:, :, 7] = -1
+    x[1:] *= (steps * 6 * 2**-9).reshape(63, 16, 1)
+    # With this maximum the scale of the row is one.
+    x[:, 0, 3] = 2688
+    x = torch.cat((x, x[:, :1]), 1).flatten(1)
+    found, wanted = quantize_triton(x, "e2m1", how), quantize_reference(x, "e2m1", how)
+    assert (wanted[2] == 1).all()
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_codes_that_no_word_can_hold(device, generator, scheme):
+    """Rows that begin at odd bytes are stored in bytes, and nothing beside them is touched."""
+    how = SCHEMES[scheme].activation
+    x = awkward((7, 256), torch.bfloat16, device, generator)
+    codes, scales, *second = quantize_reference(x, "e2m1", how)
+    room = torch.full((7, 131), 0x55, dtype=torch.uint8, device=device)
+    found = torch.empty_like(scales)
+    seconds = torch.empty_like(second[0]) if second else None
+    group = 16 if second else 32
+    quantize_module.quantize(x, room[:, 1:129], found, 0.0, 1e-12, group=group, second=seconds)
+    assert_same((room[:, 1:129].contiguous(), found), (codes, scales))
+    assert (room[:, [0, 129, 130]] == 0x55).all()
+
+
 @pytest.mark.parametrize("scheme", ["fp8_channel", "nvfp4", "mxfp4", "fp8_block128"])
 def test_longest_row(device, generator, scheme):
     how = SCHEMES[scheme].activation
