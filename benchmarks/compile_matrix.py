@@ -6,6 +6,7 @@ Usage: python benchmarks/compile_matrix.py [--jobs N]
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,10 @@ from hal.ops.kernels.crosscompile import OWN_FORMAT, Cell, Target, cell_names, c
 from hal.platforms.tables import device_spec
 
 TARGETS = (
-    *(("cuda", arch) for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")),
+    *(
+        ("cuda", arch)
+        for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+    ),
     *(("rocm", arch) for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
 )
 OUTPUT = Path(__file__).parents[1] / "docs" / "kernels-compiled.md"
@@ -29,11 +33,27 @@ device. Numbers are for 8 / 16384 tokens of a Qwen3-30B-A3B layer (128 experts, 
 | target | grouped_gemm of kind | instruction | own | shared KiB | registers | spilled | seconds |
 |---|---|---|---|---|---|---|---|
 """
+DENSE = """
+## Dense products
+
+One matrix of 1536 x 2048 by 8 / 16384 tokens. *gemv*: the kernel for one token, without matrix
+instruction; *expand*: the one that writes a whole weight as bf16, for many tokens. Of these two the
+registers are given, and in brackets what they spill.
+
+| target | kind | instruction | own | shared KiB | registers | spilled | gemv | expand |
+|---|---|---|---|---|---|---|---|---|
+"""
+SPILLS = """
+## Cells that spill
+
+| target | cell | bytes of a thread |
+|---|---|--:|
+"""
 OTHERS = """
 ## All other cells: the worst of each number
 
-Dense products, products with ragged sizes and 64-bit offsets, routing, alignment, combination,
-quantization, gated activations.
+Products with ragged sizes and 64-bit offsets, routing, alignment, combination, quantization (also
+fused with a norm or a gate), gated activations.
 
 | target | cells | failed | shared KiB (limit) | registers | spilled | seconds |
 |---|--:|---|--:|--:|---|--:|
@@ -57,9 +77,29 @@ def compile_target(platform: str, arch: str) -> list[Cell]:
 
 def product_row(kind: str, few: Cell, many: Cell) -> str:
     """Return the row of one kind of grouped product: few / many tokens."""
+    columns = (*product_columns(kind, few, many), f"{few.seconds:.1f} / {many.seconds:.1f}")
+    return f"| {' | '.join(columns)} |"
+
+
+def dense_row(kind: str, few: Cell, many: Cell, gemv: Cell | None, expand: Cell | None) -> str:
+    """Return the row of one kind of dense product: few / many tokens, one token, the expansion."""
+    columns = (*product_columns(kind, few, many), used(gemv), used(expand))
+    return f"| {' | '.join(columns)} |"
+
+
+def used(cell: Cell | None) -> str:
+    """Return the registers that a cell takes, and what it spills."""
+    if cell is None:
+        return ""
+    spilled = f" ({cell.spilled_bytes})" if cell.spilled_bytes else ""
+    return cell.error or f"{cell.registers}{spilled}"
+
+
+def product_columns(kind: str, few: Cell, many: Cell) -> tuple[str, ...]:
+    """Return what is said of every product: few / many tokens."""
     own = "yes" if all(OWN_FORMAT[kind] in cell.formats for cell in (few, many)) else "**no**"
     found = " ".join(f"`{_short(name)}`" for name in many.instructions)
-    columns = (
+    return (
         few.target,
         kind,
         few.error or many.error or found,
@@ -67,9 +107,7 @@ def product_row(kind: str, few: Cell, many: Cell) -> str:
         f"{few.shared_memory_bytes / 1024:.0f} / {many.shared_memory_bytes / 1024:.0f}",
         f"{few.registers} / {many.registers}",
         f"{few.spilled_bytes} / {many.spilled_bytes}",
-        f"{few.seconds:.1f} / {many.seconds:.1f}",
     )
-    return f"| {' | '.join(columns)} |"
 
 
 def _short(instruction: str) -> str:
@@ -100,21 +138,34 @@ def main() -> None:
     jobs = parser.parse_args().jobs
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda target: compile_target(*target), TARGETS))
+    OUTPUT.write_text(page(results), encoding="utf-8")
+    print(f"{sum(map(len, results))} cells in {OUTPUT}")
+
+
+def page(results: list[list[Cell]]) -> str:
+    """Return the page: the cells of each of `TARGETS`."""
     triton = next(cell.triton for cells in results for cell in cells if cell.triton)
-    products, others = [], []
+    grouped, dense, others = [], [], []
     for (platform, arch), cells in zip(TARGETS, results, strict=True):
         by_name = {cell.name: cell for cell in cells}
         for kind in OWN_FORMAT:
-            few = by_name.pop(f"grouped_gemm/{kind}/few", None)
-            many = by_name.pop(f"grouped_gemm/{kind}/many", None)
-            if few and many:
-                products.append(product_row(kind, few, many))
+            if f"gemm/{kind}/few" not in by_name:
+                continue
+            pair = [by_name.pop(f"grouped_gemm/{kind}/{size}") for size in ("few", "many")]
+            grouped.append(product_row(kind, *pair))
+            pair = [by_name.pop(f"gemm/{kind}/{size}") for size in ("few", "many")]
+            single = [by_name.pop(f"{op}/{kind}", None) for op in ("gemv", "expand")]
+            dense.append(dense_row(kind, *pair, *single))
         limit = device_spec(platform, arch).shared_memory_bytes
         others.append(other_row(limit, list(by_name.values())))
-    text = HEAD.format(triton=triton) + "\n".join(products) + "\n" + OTHERS + "\n".join(others)
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(text + "\n")
-    print(f"{sum(map(len, results))} cells in {OUTPUT}")
+    head = HEAD.format(triton=triton)
+    spills = [
+        f"| {cell.target} | {cell.name} | {cell.spilled_bytes} |"
+        for cell in itertools.chain(*results)
+        if cell.spilled_bytes
+    ]
+    rows = (head, *grouped, DENSE, *dense, SPILLS, *spills, OTHERS, *others)
+    return "\n".join(row.removesuffix("\n") for row in rows) + "\n"
 
 
 if __name__ == "__main__":

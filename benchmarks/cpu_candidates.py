@@ -33,6 +33,7 @@ F8_MAX, I8_MAX = 448.0, 127.0
 SCALE_FLOOR = 1e-12
 SLOW_US = 30_000.0  # a candidate whose second call takes longer is timed three times only
 SHAPES = ((256, 256), (2048, 2048), (4096, 4096))
+BASELINE = "bf16 torch.mm"
 MOES = ((16, 4, 256, 128), (64, 8, 1024, 512))
 
 
@@ -787,23 +788,33 @@ def kernels_section(args: argparse.Namespace) -> None:
     import json
 
     import hal.ops
-    from hal.quant import SCHEMES, quantize
+    from hal.quant import SCHEMES, input_scale
+    from hal.quant import quantize as quantize_weight
 
     rows: list[list[object]] = []
+    shapes = ((args.size, args.size),) if args.size else SHAPES[: args.shapes]
     for scheme in args.schemes or SCHEMES:
-        for n, k in SHAPES[: args.shapes]:
-            weight = quantize(torch.randn(n, k).mul_(k**-0.5).to(BF16), scheme)
+        # Scales of static schemes reach far enough for normal numbers.
+        fixed = {"input_scale": input_scale(4.5, scheme)} if SCHEMES[scheme].static else {}
+
+        def quantize(w: torch.Tensor, s: str = scheme, f: dict = fixed) -> object:
+            return quantize_weight(w, s, **f)
+
+        for n, k in shapes:
+            dense = torch.randn(n, k).mul_(k**-0.5).to(BF16)
+            weight = quantize(dense)
             bound = bind_all("linear", scheme, lambda name, w=weight: hal.ops.Linear(w, force=name))
             for m in args.tokens_linear:
                 x = torch.randn(m, k).to(BF16)
-                calls: Candidates = {name: lambda b=b, x=x: b(x) for name, b in bound.items()}
+                calls: Candidates = {BASELINE: lambda x=x, w=dense: torch.mm(x, w.t())}
+                calls |= {name: lambda b=b, x=x: b(x) for name, b in bound.items()}
                 times = race(f"linear {scheme}, M={m} N={n} K={k}", calls, None, args)
                 sizes = {"tokens": m, "in_features": k, "out_features": n}
                 rows.append(["linear", scheme, sizes, ratios(times)])
         for experts, top_k, hidden, inter in MOES[: args.shapes if args.tokens_moe else 0]:
             w13 = torch.randn(experts, 2 * inter, hidden).mul_(hidden**-0.5).to(BF16)
             w2 = torch.randn(experts, hidden, inter).mul_(inter**-0.5).to(BF16)
-            pair = quantize(w13, scheme), quantize(w2, scheme)
+            pair = quantize(w13), quantize(w2)
             bound = bind_all(
                 "fused_moe", scheme, lambda name, p=pair: hal.ops.FusedMoE(*p, force=name)
             )
@@ -836,9 +847,10 @@ def bind_all(op: str, scheme: str, bind: Callable[[str], object]) -> dict[str, o
 
 
 def ratios(times: dict[str, float]) -> dict[str, float]:
-    """Return times relative to the fastest, rounded."""
-    fastest = min(times.values(), default=1.0)
-    return {name: round(time / fastest, 2) for name, time in times.items()}
+    """Return times of kernels relative to the fastest, rounded."""
+    own = {name: time for name, time in times.items() if name != BASELINE}
+    fastest = min(own.values(), default=1.0)
+    return {name: round(time / fastest, 2) for name, time in own.items()}
 
 
 SECTIONS = {
@@ -861,6 +873,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", help="for `kernels`: these alone")
     parser.add_argument("--hidden", type=int, default=2048, help="row length of `quantize`")
     parser.add_argument("--shapes", type=int, default=3, help="run the first so many shapes")
+    parser.add_argument("--size", type=int, help="for `kernels`: this square matrix alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.1, help="seconds per candidate")
     parser.add_argument("--stat", choices=("median", "min"), default="median")

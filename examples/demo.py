@@ -57,7 +57,9 @@ def main() -> int:
     parser.add_argument("--bytes", type=int, default=65536, help="held-out bytes to score")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the chart")
     parser.add_argument(
-        "--schemes", default=",".join(SHOWN), help="comma-separated, or all; by default some"
+        "--schemes",
+        default=",".join(SHOWN),
+        help="comma-separated, or all that need no calibration",
     )
     options = parser.parse_args()
 
@@ -71,12 +73,15 @@ def main() -> int:
 
     import hal
     import hal.cli
+    from hal.integrations.conventions import require_own_scales
     from hal.quant import SCHEMES, find_scheme
 
     names = [name.strip() for name in options.schemes.split(",") if name.strip()]
     try:
-        names = list(SCHEMES) if names == ["all"] else names or list(SHOWN)
-        schemes = [find_scheme(name).name for name in dict.fromkeys(names)]
+        if names == ["all"]:  # static scales need calibration: benchmarks/model_schemes.py
+            names = [name for name, scheme in SCHEMES.items() if not scheme.static]
+        names = names or list(SHOWN)
+        schemes = [require_own_scales(find_scheme(name)).name for name in dict.fromkeys(names)]
         platform = hal.current_platform()
     except hal.HalError as error:
         parser.error(str(error))

@@ -127,6 +127,7 @@ def test_one_scheme_twice_and_another_folder(tmp_path):
         (["--bytes", "many"], "invalid int value"),
         (["--schemes", "fp8_chanel"], "unknown scheme 'fp8_chanel'; did you mean 'fp8_channel'"),
         (["--schemes", "bf16,nonsense"], "unknown scheme 'nonsense'"),
+        (["--schemes", "bf16,fp8_static"], "needed a scheme that scales activations at each call"),
         (["--out", "file"], "--out: "),
     ],
 )

@@ -1,0 +1,149 @@
+"""Score the demo's model with its linears and experts under every scheme, in bits per byte.
+
+Usage: python benchmarks/model_schemes.py [--bytes 65536] [--kernel reference] [--schemes ...]
+
+As `examples/demo.py`, with two differences. Each scheme is run by the reference, which quantizes
+weights and activations exactly as the scheme says; on a CPU many other kernels leave activations
+as they are. And static schemes are run too: the largest inputs of each linear, and of both
+products of the experts, are collected on the last windows of the held-out text, none of which is
+scored, while the model is unquantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hal import nn
+from hal.integrations.conventions import (
+    SUBMODULE,
+    attention_linears_of,
+    convention_of,
+    experts_of,
+    weights_of,
+)
+from hal.integrations.transformers import quantize
+from hal.ops.fused_moe import activate
+from hal.quant import SCHEMES, input_scale
+from hal.quant import quantize as quantize_weight
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo import DATA, WINDOW, batched, score
+
+CALIBRATION = 16
+
+
+def main() -> None:
+    """Print a line for each scheme."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bytes", type=int, default=65536, help="held-out bytes to score")
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--kernel", default="reference", help="forced; 'chosen' lets hal choose")
+    options = parser.parse_args()
+    text = (DATA / "heldout.bin").read_bytes()
+    if options.bytes + CALIBRATION * WINDOW > len(text):
+        parser.error(f"--bytes: at most {len(text) - CALIBRATION * WINDOW}")
+    whole = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    windows = batched(list(whole[: options.bytes].split(WINDOW)), 8)
+    held = batched(list(whole[-CALIBRATION * WINDOW :].split(WINDOW)), 8)
+    force = {} if options.kernel == "chosen" else {"force": options.kernel}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.bytes} bytes, "
+          f"kernel {options.kernel}")  # fmt: skip
+    print(f"{'scheme':<25}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}{'seconds':>9}")
+    base = 0.0
+    with torch.inference_mode():
+        for scheme in options.schemes.split(","):
+            model = unquantized()
+            if SCHEMES[scheme].static:
+                weight_bytes = quantize_static(model, scheme, held, force)
+            else:
+                weight_bytes = quantize(model, scheme, attention=True, **force).bytes_after
+            start = time.perf_counter()
+            bits, count = score(model, windows, "cpu")
+            seconds = time.perf_counter() - start
+            base = base or bits
+            print(f"{scheme:<25}{bits / count:>10.4f}{bits / base - 1:>+9.2%}{weight_bytes:>14,}"
+                  f"{seconds:>9.1f}", flush=True)  # fmt: skip
+
+
+def unquantized() -> Any:
+    """Return a fresh model in bf16."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(DATA, dtype=torch.bfloat16).eval()
+
+
+def quantize_static(
+    model: Any, scheme: str, batches: list[torch.Tensor], options: dict[str, Any]
+) -> int:
+    """Calibrate a model, put hal's modules into it, and return the bytes of their weights."""
+    seen = calibrate(model, batches)
+    total = 0
+    for name, module in list(experts_of(model)):
+        convention = convention_of(module, name)
+        pair = zip(weights_of(module, convention), ("w13", "w2"), strict=True)
+        weights = [
+            quantize_weight(w, scheme, input_scale=input_scale(seen[f"{name}.{part}"], scheme))
+            for w, part in pair
+        ]
+        layer = nn.FusedMoE(
+            *weights, activation=convention.activation, dtype=torch.bfloat16, **options
+        )
+        module.config._experts_implementation = "hal"
+        del module.gate_up_proj, module.down_proj
+        module.add_module(SUBMODULE, layer)
+        total += layer.weight_bytes
+    for name, parent, attribute, linear in list(attention_linears_of(model)):
+        scale = input_scale(seen[name], scheme)
+        layer = nn.Linear.from_module(linear, scheme, input_scale=scale, **options)
+        setattr(parent, attribute, layer)
+        total += layer.weight_bytes
+    return total
+
+
+def calibrate(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the largest magnitude of each product's input: `[]`, of w2 `[experts]`."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str, found: torch.Tensor) -> None:
+        seen[name] = torch.maximum(seen.get(name, found), found)
+
+    hooks = []
+    for name, _, _, linear in attention_linears_of(model):
+
+        def of_linear(_: Any, inputs: Any, name: str = name) -> None:
+            note(name, inputs[0].abs().amax().float())
+
+        hooks.append(linear.register_forward_pre_hook(of_linear))
+    for name, module in experts_of(model):
+        convention = convention_of(module, name)
+
+        def of_experts(
+            module: Any, inputs: Any, name: str = name, convention: Any = convention
+        ) -> None:
+            rows, ids, _ = inputs
+            w13, _ = weights_of(module, convention)
+            note(f"{name}.w13", rows.abs().amax().float())
+            largest = torch.zeros(len(w13))
+            for expert in ids.unique().tolist():
+                hidden = rows[(ids == expert).any(-1)] @ w13[expert].T
+                largest[expert] = activate(hidden, convention.activation).abs().amax()
+            note(f"{name}.w2", largest)
+
+        hooks.append(module.register_forward_pre_hook(of_experts))
+    for batch in batches:
+        model(batch.long())
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+if __name__ == "__main__":
+    main()
