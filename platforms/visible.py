@@ -214,5 +214,7 @@ def _c_integer(text: str) -> int:
 
 
 def _by_prefix(prefix: str, uuids: Sequence[str | None]) -> int:
+    if prefix in ("GPU-", "MIG-"):
+        return -1  # one device has it, and the driver shows none all the same (H200)
     matches = [index for index, uuid in enumerate(uuids) if uuid and uuid.startswith(prefix)]
     return matches[0] if len(matches) == 1 else -1

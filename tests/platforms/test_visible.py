@@ -341,3 +341,8 @@ def test_masks_name_themselves(entries: list[str], tiles: list[int], composite: 
 )
 def test_device_selector(value: str | None, kept: list[int] | None) -> None:
     assert by_selector(value, 3) == kept
+
+
+def test_a_prefix_without_digits_names_no_device() -> None:
+    assert cuda_visible("GPU-", UUIDS[:1]) == []
+    assert cuda_visible("GPU-a", UUIDS[:1]) == [0]
