@@ -122,7 +122,9 @@ def cell_names(triton_math: Iterable[str]) -> list[str]:
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
     if "bf16" in kinds:
         names.append("grouped_gemm/bf16/wide")
-    return names + [name for name in _CASES if not name.startswith(("grouped_gemm", "gemm"))]
+    return names + [
+        name for name in _CASES if not name.startswith(("grouped_gemm", "gemm", "scaled"))
+    ]
 
 
 def compile_cells(
@@ -290,6 +292,25 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
     gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=tile)
 
 
+def _scaled(target: Target, *, kind: str, tokens: int, n: int, k: int) -> None:
+    from hal.ops.kernels.scaled import SCALED_KINDS, scaled_gemm
+    from hal.ops.scaled import scaled_tile
+
+    spec = SCALED_KINDS[kind]
+    given: dict[str, Any] = {"out": _empty(tokens, n), "bias": _empty(n)}
+    for name, rows, fmt in (("a", tokens, spec.a), ("b", n, spec.b)):
+        packed = fmt == "e2m1"
+        stored = "uint8" if packed else "float8_e4m3fn"
+        given[name] = _empty(rows, -(-k // 2) if packed else k, dtype=stored)
+        stored = "uint8" if spec.group == 32 else "float8_e4m3fn"
+        given[f"{name}_scales"] = _empty(rows, -(-k // spec.group), dtype=stored)
+    if spec.group == 16:
+        given["a_second"] = _empty(tokens, dtype="float32")
+        given["b_second"] = _empty(dtype="float32")
+    tile = scaled_tile(tokens, n, spec.b == "e2m1", target.arch, target.compute_units)
+    scaled_gemm(**given, k=k, kind=kind, tile=tile)
+
+
 def _align(tokens: int, experts: int = EXPERTS) -> None:
     from hal.ops.kernels.align import align, capacity
 
@@ -366,6 +387,17 @@ _CASES: dict[str, Callable[[Target], None]] = {
         for op in ("gemv", "expand")
         for kind in OWN_FORMAT
         if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
+    },
+    **{
+        f"scaled/{kind}/{size}": partial(_scaled, kind=kind, tokens=tokens, n=n, k=k)
+        for kind in ("mxfp8", "mxfp4", "mxfp4_w4a8", "nvfp4")
+        for size, tokens, n, k in (
+            ("few", FEW, 2 * INTERMEDIATE, HIDDEN),
+            ("some", 128, 2 * INTERMEDIATE, HIDDEN),
+            ("many", MANY, 2 * INTERMEDIATE, HIDDEN),
+            ("ragged", 100, 1000, 1056),
+            ("wide", MANY, 2**21, HIDDEN),
+        )
     },
     "align/few": lambda _: _align(FEW),
     "align/many": lambda _: _align(MANY),

@@ -1,0 +1,149 @@
+"""Compile products under scales per group for every architecture that they are registered for.
+
+Numbers need a device (tests/ops/test_contract.py and test_scaled_binders.py): Triton's interpreter
+has no `tl.dot_scaled`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hal.device import version_at_least
+from hal.ops.kernels.crosscompile import Target, compile_cells
+from hal.ops.kernels.scaled import SCALED_KINDS, scaled_gemm
+from hal.ops.scaled import scaled_tile
+from hal.ops.tiles import Tile
+from hal.platforms.tables import device_spec
+from hal.registry import Level, find_op
+from hal.selection import choose
+
+DEVICES = ("cuda:sm_100", "cuda:sm_103", "cuda:sm_110", "cuda:sm_120", "rocm:gfx950")
+OTHERS = ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90", "cuda:sm_121", "rocm:gfx942", "rocm:gfx1201")
+SIZES = ("few", "some", "many", "ragged", "wide")
+KERNELS = ("triton_scaled", "triton_scaled_mixed", "triton_scaled_nvfp4")
+SCALED_INSTRUCTIONS = ("block_scale", "v_mfma_scale_")
+
+
+def target_of(name):
+    spec = device_spec(*name.split(":"))
+    return Target(
+        spec.platform, spec.arch.name, spec.shared_memory_bytes, spec.compute_units, spec.lanes
+    )
+
+
+def native_kinds(name):
+    """Return the schemes for which a native product is registered on a device."""
+    spec = device_spec(*name.split(":"))
+    found = set()
+    for kernel in KERNELS:
+        for scheme in find_op("linear").find(kernel).schemes:
+            candidate = choose("linear", scheme, spec, {"in_features": 2048}).candidate(kernel)
+            if not any("sm_" in failure.needed for failure in candidate.failures):
+                found.add(scheme)
+    return found
+
+
+def test_where_products_are_native():
+    everything = set(SCALED_KINDS)
+    found = {name: native_kinds(name) for name in (*DEVICES, *OTHERS)}
+    wanted = {name: everything if name in DEVICES else set() for name in found}
+    wanted["cuda:sm_120"] = everything - {"mxfp4_w4a8"}
+    wanted["rocm:gfx950"] = everything - {"nvfp4"}
+    assert found == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+def test_native_products_have_their_own_instruction(name):
+    import triton
+
+    if not version_at_least(triton.__version__, "3.7"):
+        pytest.skip(f"Triton {triton.__version__}: the kernels need 3.7")
+    target, kinds = target_of(name), sorted(native_kinds(name))
+    assert kinds
+    names = [f"scaled/{kind}/{size}" for kind in kinds for size in SIZES]
+    for cell in compile_cells(target, names, timeout_s=280):
+        assert not cell.error, cell
+        assert cell.instructions, cell
+        for instruction in cell.instructions:
+            assert any(own in instruction for own in SCALED_INSTRUCTIONS), cell
+            assert "bf16" not in instruction
+        if "nvfp4" in cell.name:
+            assert "kind::mxf4nvf4.block_scale.scale_vec::4X" in cell.instructions[0]
+        assert cell.spilled_bytes == 0, cell
+        assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
+
+
+def test_conversion_to_bf16_is_seen_where_there_is_no_instruction():
+    """Why sm_121, and e4m3 by e2m1 on sm_120, are not registered as native."""
+    for name, cell_name in (
+        ("cuda:sm_121", "scaled/mxfp8/few"),
+        ("cuda:sm_120", "scaled/mxfp4_w4a8/few"),
+    ):
+        (cell,) = compile_cells(target_of(name), [cell_name])
+        assert cell.error == ""
+        assert cell.instructions == ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",)
+
+
+@pytest.mark.slow
+def test_the_emulated_product_compiles_for_sm_90():
+    kernel, target = find_op("linear").find("triton_scaled_emulated"), target_of("cuda:sm_90")
+    assert kernel.level is Level.EMULATED
+    names = [f"scaled/{kind}/{size}" for kind in kernel.schemes for size in SIZES]
+    for cell in compile_cells(target, names, timeout_s=280):
+        assert not cell.error, cell
+        assert all("wgmma" in found and "bf16" in found for found in cell.instructions), cell
+        assert cell.spilled_bytes <= 128
+        assert cell.shared_memory_bytes <= target.shared_memory_bytes
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 64, 65, 128, 4096])
+def test_tiles_follow_the_instruction(rows):
+    for packed in (False, True):
+        tile = scaled_tile(rows, 1536, packed, "sm_100", 148)
+        # tcgen05 with scales takes 128 rows of its first operand, which is the weight if swapped.
+        assert (tile.block_n if tile.swap else tile.block_m) == 128
+        assert tile.block_m >= 32
+        for arch in ("sm_90", "sm_120", "gfx950"):
+            assert scaled_tile(rows, 1536, packed, arch, 148).block_m >= min(max(rows, 16), 128)
+
+
+TILE = Tile(128, 128, 128, 4, 2)
+
+
+def operands(kind, m=8, n=16, k=64):
+    spec = SCALED_KINDS[kind]
+    made = {}
+    for name, fmt, rows in (("a", spec.a, m), ("b", spec.b, n)):
+        dtype, items = (torch.uint8, k // 2) if fmt == "e2m1" else (torch.float8_e4m3fn, k)
+        made[name] = torch.empty(rows, items, dtype=dtype, device="meta")
+        dtype = torch.uint8 if spec.group == 32 else torch.float8_e4m3fn
+        made[f"{name}_scales"] = torch.empty(rows, k // spec.group, dtype=dtype, device="meta")
+    if spec.group == 16:
+        made["a_second"] = torch.empty(m, device="meta")
+        made["b_second"] = torch.empty((), device="meta")
+    made["out"] = torch.empty(m, n, dtype=torch.bfloat16, device="meta")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("mxfp8", {"a": (8, 32, torch.uint8)}, r"a is torch.uint8 \[8, 32\], must be .*\[rows, 64"),
+        ("mxfp4", {"b": (16, 64, torch.uint8)}, r"b is .*\[16, 64\], must be .*\[rows, 32\]"),
+        ("mxfp8", {"a_scales": (8, 3, torch.uint8)}, r"a_scales is .* must be .*\[8, 2\]"),
+        ("nvfp4", {"b_scales": (16, 4, torch.uint8)}, r"b_scales is .* must be torch.float8_e4m3"),
+        ("mxfp8", {"out": (8, 15, torch.bfloat16)}, r"out is \[8, 15\], must be \[8, 16\]"),
+        ("mxfp8", {"bias": (1, 16, torch.bfloat16)}, r"bias must be \[16\]"),
+        ("nvfp4", {"a_second": None}, "needs a_second: True"),
+        ("mxfp4", {"a_second": (8, 1, torch.float32)}, "needs a_second: False"),
+        ("nvfp4", {"a_second": (8, 1, torch.float32)}, r"a_second must be float32 \[8\]"),
+    ],
+)
+def test_wrong_operands_are_refused(kind, change, message):
+    made = operands(kind)
+    for name, shape in change.items():
+        made[name] = shape and torch.empty(shape[:2], dtype=shape[2], device="meta")
+    with pytest.raises(ValueError, match=message):
+        scaled_gemm(**made, k=64, kind=kind, tile=TILE)
