@@ -185,16 +185,19 @@ def _probes(report: Mapping[str, Any]) -> Section:
 
 def _selections(report: Mapping[str, Any], device: Mapping[str, Any]) -> Section:
     chosen = [row for row in report["selections"] if row["devices"] == device["alike"]]
-    rows, notes = [], []
-    for row in chosen:
-        rows.append((row["op"], row["scheme"], row["kernel"] or "none", row["level"] or "none"))
-        better = row["why_not_better"]
-        notes.append(f"not {better}" if better else "")
-    head = ("op", "scheme", "kernel", "level")
+    tables = []
+    for op in dict.fromkeys(row["op"] for row in chosen):
+        mine = [row for row in chosen if row["op"] == op]
+        rows = tuple(
+            (row["scheme"], row["kernel"] or "none", row["level"] or "none") for row in mine
+        )
+        better = (row["why_not_better"] for row in mine)
+        notes = tuple(f"not {reason}" if reason else "" for reason in better)
+        tables.append(Table((f"{op}: scheme", "kernel", "level"), rows, "why not better", notes))
     about = "For sizes that meet every requirement; hal explain OP --scheme S accounts for all."
     return Section(
         f"What runs on {device['name']}, and what keeps a better kernel away",
-        (Table(head, tuple(rows), "why not better", tuple(notes)), Paragraph(about)),
+        (*tables, Paragraph(about)),
     )
 
 

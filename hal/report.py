@@ -119,15 +119,14 @@ def why_not_better(selection: Selection) -> str | None:
     missed = [
         candidate
         for candidate in selection.candidates
-        if candidate.serves
-        and (candidate.failures or candidate.claimed)
-        and (chosen is None or _is_better(candidate, chosen))
+        if candidate.serves and (chosen is None or _is_better(candidate, chosen))
     ]
     if not missed:
         return None
     nearest = min(missed, key=lambda c: (_distance(c.failures), -c.kernel.level, c.kernel.name))
     if not nearest.failures:
-        return f"{nearest.kernel.name} [{nearest.kernel.level}]: claimed, hal has not run it"
+        reason = "claimed, hal has not run it" if nearest.claimed else "measured slower here"
+        return f"{nearest.kernel.name} [{nearest.kernel.level}]: {reason}"
     failure = max(nearest.failures, key=lambda f: _DISTANCE.index(f.code))
     return f"{nearest.kernel.name} [{nearest.kernel.level}]: {failure}"
 
@@ -138,6 +137,8 @@ def _is_better(candidate: Candidate, chosen: Kernel) -> bool:
     kernel = candidate.kernel
     if kernel.level is not chosen.level:
         return kernel.level > chosen.level
+    if candidate.can_run and not candidate.claimed:
+        return False
     installable = all(failure.code in _INSTALLABLE for failure in candidate.failures)
     return installable and BANDS.index(kernel.band) > BANDS.index(chosen.band)
 

@@ -394,7 +394,7 @@ def _on_average(
             time=round(geometric_mean([run[name].time for run in runs]) / best, 2),
             unit=ON_AVERAGE,
         )
-        for name in names
+        for name in sorted(names)
     }
 
 

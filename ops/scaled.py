@@ -27,11 +27,12 @@ Bound = tuple[Launch, Tensors]
 TENSOR_MEMORY = ("sm_100", "sm_103", "sm_110")
 """Architectures whose instruction takes 128 rows of one side and keeps the sum in tensor memory."""
 TRITON = (
+    Needs.package("torch"),
     Needs.feature("triton"),
-    Needs.package("triton", "3.7"),
     QUANTIZED_ROWS,
     Needs.multiple_of("in_features", 32, "rows of codes begin at 16 bytes, else loads spill"),
 )
+EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 3.6 was not tried")
 
 
 @LINEAR.kernel(
@@ -39,28 +40,35 @@ TRITON = (
     level=Level.NATIVE,
     band="tuned",
     signatures={name: ALL[name] for name in ("mxfp8", "mxfp4")},
-    requires=(*TRITON, Needs.exactly(*TENSOR_MEMORY, "sm_120", "gfx950")),
+    requires=(
+        Needs.package("triton", "3.7"),
+        *TRITON,
+        Needs.exactly(*TENSOR_MEMORY, "sm_120", "gfx950"),
+    ),
+    claimed=True,
 )
 @LINEAR.kernel(
     "triton_scaled_mixed",
     level=Level.NATIVE,
     band="tuned",
     signatures={"mxfp4_w4a8": ALL["mxfp4_w4a8"]},
-    requires=(*TRITON, Needs.exactly(*TENSOR_MEMORY, "gfx950")),
+    requires=(EMITS, *TRITON, Needs.exactly(*TENSOR_MEMORY, "gfx950")),
+    claimed=True,
 )
 @LINEAR.kernel(
     "triton_scaled_nvfp4",
     level=Level.NATIVE,
     band="tuned",
     signatures={"nvfp4": ALL["nvfp4"]},
-    requires=(*TRITON, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
+    requires=(EMITS, *TRITON, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
+    claimed=True,
 )
 @LINEAR.kernel(
     "triton_scaled_emulated",
     level=Level.EMULATED,
     band="tuned",
     signatures={name: ALL[name] for name in ("mxfp8", "mxfp4", "mxfp4_w4a8")},
-    requires=(*TRITON, Needs.exactly("sm_90")),
+    requires=(Needs.package("triton", "3.6"), *TRITON, Needs.exactly("sm_90")),
 )
 def bind_scaled(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Quantize the input in groups and multiply codes and scales in Triton."""

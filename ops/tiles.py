@@ -115,8 +115,9 @@ def choose_tile(
     else:
         tile = _cuda_tile(kind, rows, arch, several=matrices > 1)
     splits = kind in PACKED_KINDS and matrices == 1 and rows <= 16
-    # Sums of groups are better split along k than along n, as far as there are tiles at all.
-    least = compute_units // 5 if splits and kind in GROUP_SUMS else compute_units
+    # Sums of groups are better split along k than along n, as far as there are tiles at all (H200).
+    tall = splits and kind in GROUP_SUMS and arch.startswith("sm_9")
+    least = compute_units // 5 if tall else compute_units
     tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, least)
     tile = _shrink_to_problem(tile, n, k)
     if splits:
