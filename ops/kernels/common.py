@@ -1,9 +1,9 @@
 """Share what every Triton kernel needs: the dot, the fp8 byte decoder, the launch.
 
-`dot` is the only place that calls `tl.dot`, `launch` the only one that starts a kernel. Inside
-`compile_for(target)` a launch compiles for that target instead of running, on meta tensors and
-without a driver, with exactly the specialization (alignment, arguments equal to one) that the
-launcher produces.
+`dot` and `dot_scaled` are the only places that call those of `tl`, `launch` the only one that
+starts a kernel. Inside `compile_for(target)` a launch compiles for that target instead of running,
+on meta tensors and without a driver, with exactly the specialization (alignment, arguments equal to
+one) that the launcher produces.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ def dot(a, b, acc):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_scaled(a, a_scale, A: tl.constexpr, b, b_scale, B: tl.constexpr, acc):
+    """Return `acc + a @ b` in float32, formats A and B ("e4m3", "e2m1") under scales per group.
+
+    The interpreter cannot run it.
+    """
+    return tl.dot_scaled(a, a_scale, A, b, b_scale, B, acc)
 
 
 @triton.jit

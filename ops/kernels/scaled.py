@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import launch, offsets_need_64_bits, program_tile
+from hal.ops.kernels.common import dot_scaled, launch, offsets_need_64_bits, program_tile
 from hal.ops.tiles import Tile
 
 
@@ -93,9 +93,9 @@ def _scaled_kernel(
         a_scale = _load(a_scale_ptrs, row_inside, left, EVEN_K, NO_SCALE)
         b_scale = _load(b_scale_ptrs, column_inside, left, EVEN_K, NO_SCALE)
         if SWAP:
-            acc = tl.dot_scaled(b, b_scale, B, tl.trans(a), a_scale, A, acc)
+            acc = dot_scaled(b, b_scale, B, tl.trans(a), a_scale, A, acc)
         else:
-            acc = tl.dot_scaled(a, a_scale, A, tl.trans(b), b_scale, B, acc)
+            acc = dot_scaled(a, a_scale, A, tl.trans(b), b_scale, B, acc)
         a_ptrs += BLOCK_K // PER_A * stride_ak
         b_ptrs += BLOCK_K // PER_B * stride_bk
         a_scale_ptrs += BLOCK_K // GROUP * stride_ask
