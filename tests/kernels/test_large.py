@@ -11,7 +11,10 @@ import torch
 from hal.ops.kernels import common
 from hal.ops.kernels.align import align, capacity
 from hal.ops.kernels.combine import combine
+from hal.ops.kernels.expand import expand
+from hal.ops.kernels.gemv import gemv
 from hal.ops.kernels.grouped_gemm import grouped_gemm
+from hal.ops.kernels.kinds import as_weight
 from hal.ops.kernels.linear import gemm
 from hal.ops.kernels.quantize import quantize_groups
 from hal.ops.kernels.swiglu import silu_and_mul
@@ -82,6 +85,29 @@ def test_quantize_and_gate(big, device, generator):
         gate, up = x[row].double().chunk(2)
         product = torch.nn.functional.silu(gate) * up
         torch.testing.assert_close(gated[row].double(), product, rtol=2**-6, atol=1e-6)
+
+
+def test_one_row_and_expansion_with_a_large_weight(big, device, generator):
+    n, k = big(2**21 + 70, 70), big(1040, 80)
+    dense, a = random((n, k), generator, device), random((1, k), generator, device)
+    is_wide(dense)
+    out = torch.empty(1, n, dtype=torch.bfloat16, device=device)
+    gemv(a, as_weight("bf16", k, dense, None), out, kind="bf16", tile=Tile(1, 4, 256, 1, 1))
+    places = some(n)
+    expected = a.double() @ dense[places].double().T
+    torch.testing.assert_close(out[:, places].double(), expected, rtol=2**-6, atol=0.3)
+
+    codes = torch.randint(-128, 128, (n, k), generator=generator, device=device, dtype=torch.int8)
+    scales = torch.rand(n, generator=generator, device=device) + 0.5
+    held = as_weight("int8_channel_decode", k, codes, scales)
+    expand(held, dense, kind="int8_channel_decode")
+    wanted = codes[places].double() * scales[places].double()[:, None]
+    torch.testing.assert_close(dense[places].double(), wanted, rtol=2**-7, atol=0)
+    gemv(a, held, out, kind="int8_channel_decode", tile=Tile(1, 4, 256, 1, 1))
+    size = wanted.abs().max().item() * k**0.5
+    torch.testing.assert_close(
+        out[:, places].double(), a.double() @ wanted.T, rtol=2**-6, atol=size * 2**-7
+    )
 
 
 def test_gemm_with_a_large_weight(big, device, generator):

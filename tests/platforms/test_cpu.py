@@ -56,9 +56,9 @@ def cpuinfo(*flags: str, label: str = "flags", more: str = "") -> str:
 
 def test_only_online_and_allowed_cpus_count(tmp_path: Path) -> None:
     fakes.add_cpu(tmp_path, online="0-5,7", allowed="4-7")
-    fakes.write(tmp_path, "proc/self/cgroup", "0::/work/pod\n")
-    fakes.write(tmp_path, f"{CGROUP}/work/pod/memory.max", "max\n")
-    fakes.write(tmp_path, f"{CGROUP}/work/memory.max", f"{8 * GIB}\n")
+    fakes.write(tmp_path, "proc/self/cgroup", "0::/jobs/pod\n")
+    fakes.write(tmp_path, f"{CGROUP}/jobs/pod/memory.max", "max\n")
+    fakes.write(tmp_path, f"{CGROUP}/jobs/memory.max", f"{8 * GIB}\n")
     platform = cpu(tmp_path)
     spec = platform.device(0)
     assert (spec.compute_units, spec.memory_bytes) == (3, 8 * GIB)
@@ -136,10 +136,10 @@ HYBRID = """\
 @pytest.mark.parametrize(
     ("files", "count", "share"),
     [
-        ({"": "0::/work/pod", "work/pod/cpu.max": "max 100000"}, 8, ""),
-        ({"": "0::/work/pod", "work/pod/cpu.max": "200000 100000"}, 2, "2"),
-        ({"": "0::/work/pod", "work/pod/cpu.max": "150000 100000"}, 2, "1.5"),
-        ({"": "0::/work/pod", "work/pod/cpu.max": "750000 100000"}, 8, ""),
+        ({"": "0::/jobs/pod", "jobs/pod/cpu.max": "max 100000"}, 8, ""),
+        ({"": "0::/jobs/pod", "jobs/pod/cpu.max": "200000 100000"}, 2, "2"),
+        ({"": "0::/jobs/pod", "jobs/pod/cpu.max": "150000 100000"}, 2, "1.5"),
+        ({"": "0::/jobs/pod", "jobs/pod/cpu.max": "750000 100000"}, 8, ""),
         ({"": "0::/a/b", "a/cpu.max": "300000 100000", "a/b/cpu.max": "700000 100000"}, 3, "3"),
         ({"": "0::/", "cpu.max": "5000 10000"}, 1, "0.5"),
         ({"": "0::/seen/from/outside", "cpu.max": "400000"}, 4, "4"),
