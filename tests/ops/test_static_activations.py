@@ -85,7 +85,20 @@ def test_kernels_of_quantize_agree(scheme: str, kernel: str, monkeypatch) -> Non
     assert found.isnan().all(-1).tolist() == [row in (1, 2) for row in range(9)]
 
 
-def test_quantize_wants_the_scale_of_static_schemes_alone() -> None:
+def test_quantize_does_not_wait_for_the_value_of_a_scale(monkeypatch) -> None:
+    def waits(tensor: torch.Tensor) -> bool:
+        raise AssertionError("the host reads a value of the device")
+
+    x, scale = numbers(2, 128), torch.tensor(0.02)
+    wanted = quantize_activations(x, "int8_static", input_scale=scale, force="reference")
+    for name in ("__bool__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    found = quantize_activations(x, "int8_static", input_scale=scale, force="torch")
+    monkeypatch.undo()
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_quantize_wants_the_scale_of_static_schemes_alone(monkeypatch) -> None:
     x = numbers(2, 128)
     with pytest.raises(ArgumentError, match="found no input_scale"):
         quantize_activations(x, "int8_static")
@@ -95,6 +108,7 @@ def test_quantize_wants_the_scale_of_static_schemes_alone() -> None:
         quantize_activations(x, "int8_static", input_scale=torch.tensor(1))
     with pytest.raises(ShapeError, match=r"\[1\], needed \[\]"):
         quantize_activations(x, "int8_static", input_scale=torch.ones(1))
+    monkeypatch.setenv("HAL_CHECK", "1")
     with pytest.raises(ValueRangeError, match="at least 1e-12"):
         quantize_activations(x, "int8_static", input_scale=torch.tensor(0.0))
 
