@@ -59,7 +59,7 @@ def decoded_product(
     from hal.ops.kernels.linear import gemm
 
     n, k = shape
-    few_tile = gemv_tile(kind, n, k, compute_units=binding.spec.compute_units or 64)
+    few_tile = gemv_tile(kind, n, k)
     wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:

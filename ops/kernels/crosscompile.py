@@ -288,8 +288,7 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
     if op == "expand":
         expand(weight, _empty(n, k), kind=kind)
         return
-    tile = gemv_tile(kind, n, k, compute_units=target.compute_units)
-    gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=tile)
+    gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=gemv_tile(kind, n, k))
 
 
 def _scaled(target: Target, *, kind: str, tokens: int, n: int, k: int) -> None:

@@ -38,8 +38,8 @@ from hal.ops.tiles import Tile
 
 
 @triton.jit
-def _integer(words, nothing, P: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr):
-    """Return the codes at bit P of int32 words, integers from LOWEST on, as float32.
+def _integer(words, nothing, zero, P: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr):
+    """Return the codes at bit P of int32 words, integers from LOWEST on, less zero, as float32.
 
     They become the last bits of a number whose unit is 2^(23 - P): one logical instruction
     and one exact subtraction a code, without a conversion. Negative codes are in two's complement.
@@ -50,7 +50,8 @@ def _integer(words, nothing, P: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.con
     TOP: tl.constexpr = (-LOWEST) << P  # turns two's complement into an offset
     UNIT: tl.constexpr = (150 - P) << 23
     OFFSET: tl.constexpr = 2.0 ** (23 - P) - LOWEST
-    return ((words & MASK) ^ (nothing + (UNIT | TOP))).to(tl.float32, bitcast=True) - OFFSET
+    placed = ((words & MASK) ^ (nothing + (UNIT | TOP))).to(tl.float32, bitcast=True)
+    return placed - (OFFSET + zero)
 
 
 @triton.jit
@@ -60,67 +61,208 @@ def _float(placed, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _add_bytes(
-    sums, words, x, nothing, CODES: tl.constexpr, FNUZ: tl.constexpr, WORDS: tl.constexpr
-):
-    """Return sums [BLOCK_N, WORDS] plus code * x over the four codes of each word."""
-    # k = 4 * word + 2 * half + parity
-    even, odd = tl.split(x.reshape(WORDS, 2, 2))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
+def _add_bytes(sums, words, x0, x1, x2, x3, nothing, CODES: tl.constexpr, FNUZ: tl.constexpr):
+    """Return sums [lanes] plus code * x over the four codes of each word."""
     if CODES == "int8":
         high = words >> 16
-        sums += _integer(words, nothing, 0, 8, -128) * x0[None, :]
-        sums += _integer(words, nothing, 8, 8, -128) * x1[None, :]
-        sums += _integer(high, nothing, 0, 8, -128) * x2[None, :]
-        sums += _integer(high, nothing, 8, 8, -128) * x3[None, :]
+        sums += _integer(words, nothing, 0.0, 0, 8, -128) * x0
+        sums += _integer(words, nothing, 0.0, 8, 8, -128) * x1
+        sums += _integer(high, nothing, 0.0, 0, 8, -128) * x2
+        sums += _integer(high, nothing, 0.0, 8, 8, -128) * x3
     else:
         marks = nan_marks(words, FNUZ)
-        even_codes = place_fp8(words, marks, 0, tl.float16, FNUZ)
-        odd_codes = place_fp8(words, marks, 8, tl.float16, FNUZ)
-        sums += _float(even_codes, 0) * x0[None, :]
-        sums += _float(odd_codes, 0) * x1[None, :]
-        sums += _float(even_codes, 1) * x2[None, :]
-        sums += _float(odd_codes, 1) * x3[None, :]
+        even = place_fp8(words, marks, 0, tl.float16, FNUZ)
+        odd = place_fp8(words, marks, 8, tl.float16, FNUZ)
+        sums += _float(even, 0) * x0
+        sums += _float(odd, 0) * x1
+        sums += _float(even, 1) * x2
+        sums += _float(odd, 1) * x3
     return sums
 
 
 @triton.jit
-def _add_nibbles(sums, words, x, zero, nothing, CODES: tl.constexpr, WORDS: tl.constexpr):
-    """Return sums [BLOCK_N, WORDS] plus (code - zero) * x over the eight codes of each word."""
-    # k = 8 * word + 4 * half + 2 * pair + parity
-    even, odd = tl.split(x.reshape(WORDS, 4, 2))
-    x04, x26 = tl.split(even.reshape(WORDS, 2, 2))
-    x15, x37 = tl.split(odd.reshape(WORDS, 2, 2))
+def _add_nibbles(
+    sums, words, x0, x1, x2, x3, x4, x5, x6, x7, zero, nothing, CODES: tl.constexpr
+):  # fmt: skip
+    """Return sums [lanes] plus (code - zero) * x over eight codes a word."""
+    if CODES == "e2m1":
+        placed = place(words, 0, CODES, tl.float16)
+        sums += _float(placed, 0) * x0
+        sums += _float(placed, 1) * x4
+        placed = place(words, 4, CODES, tl.float16)
+        sums += _float(placed, 0) * x1
+        sums += _float(placed, 1) * x5
+        placed = place(words, 8, CODES, tl.float16)
+        sums += _float(placed, 0) * x2
+        sums += _float(placed, 1) * x6
+        placed = place(words, 12, CODES, tl.float16)
+        sums += _float(placed, 0) * x3
+        sums += _float(placed, 1) * x7
+    else:
+        LOWEST: tl.constexpr = -8 if CODES == "int4" else 0
+        # Above bit 19 there is no room for the code: a shift serves three of them.
+        high = words >> 12
+        sums += _integer(words, nothing, zero, 0, 4, LOWEST) * x0
+        sums += _integer(words, nothing, zero, 4, 4, LOWEST) * x1
+        sums += _integer(words, nothing, zero, 8, 4, LOWEST) * x2
+        sums += _integer(words, nothing, zero, 12, 4, LOWEST) * x3
+        sums += _integer(words, nothing, zero, 16, 4, LOWEST) * x4
+        sums += _integer(high, nothing, zero, 8, 4, LOWEST) * x5
+        sums += _integer(high, nothing, zero, 12, 4, LOWEST) * x6
+        sums += _integer(high, nothing, zero, 16, 4, LOWEST) * x7
+    return sums
+
+
+@triton.jit
+def _eights_of_x(ptrs, inside, stride, PART: tl.constexpr, MASKED: tl.constexpr):
+    """Load part PART of the activations [lanes, 8] that meet a lane's codes."""
+    if MASKED:
+        return tl.load(ptrs + 8 * PART * stride, mask=inside, other=0.0)
+    else:
+        return tl.load(ptrs + 8 * PART * stride)
+
+
+@triton.jit
+def _columns_of(x):
+    """Return the columns of x [lanes, 8] as eight float32 [lanes]."""
+    LANES: tl.constexpr = x.shape[0]
+    even, odd = tl.split(x.to(tl.float32).reshape(LANES, 4, 2))
+    x04, x26 = tl.split(even.reshape(LANES, 2, 2))
+    x15, x37 = tl.split(odd.reshape(LANES, 2, 2))
     x0, x4 = tl.split(x04)
     x2, x6 = tl.split(x26)
     x1, x5 = tl.split(x15)
     x3, x7 = tl.split(x37)
-    if CODES == "e2m1":
-        placed = place(words, 0, CODES, tl.float16)
-        sums += _float(placed, 0) * x0[None, :]
-        sums += _float(placed, 1) * x4[None, :]
-        placed = place(words, 4, CODES, tl.float16)
-        sums += _float(placed, 0) * x1[None, :]
-        sums += _float(placed, 1) * x5[None, :]
-        placed = place(words, 8, CODES, tl.float16)
-        sums += _float(placed, 0) * x2[None, :]
-        sums += _float(placed, 1) * x6[None, :]
-        placed = place(words, 12, CODES, tl.float16)
-        sums += _float(placed, 0) * x3[None, :]
-        sums += _float(placed, 1) * x7[None, :]
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _add_eight(
+    sums, first, second, x, zero, nothing, CODES: tl.constexpr, FNUZ: tl.constexpr
+):  # fmt: skip
+    """Add eight codes a lane, of one word or of two, times x [lanes, 8] to sums."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = _columns_of(x)
+    if CODES == "e4m3" or CODES == "int8":
+        sums = _add_bytes(sums, first, x0, x1, x2, x3, nothing, CODES, FNUZ)
+        return _add_bytes(sums, second, x4, x5, x6, x7, nothing, CODES, FNUZ)
     else:
-        LOWEST: tl.constexpr = -8 if CODES == "int4" else 0
-        high = words >> 16
-        sums += (_integer(words, nothing, 0, 4, LOWEST) - zero) * x0[None, :]
-        sums += (_integer(words, nothing, 4, 4, LOWEST) - zero) * x1[None, :]
-        sums += (_integer(words, nothing, 8, 4, LOWEST) - zero) * x2[None, :]
-        sums += (_integer(words, nothing, 12, 4, LOWEST) - zero) * x3[None, :]
-        sums += (_integer(high, nothing, 0, 4, LOWEST) - zero) * x4[None, :]
-        sums += (_integer(high, nothing, 4, 4, LOWEST) - zero) * x5[None, :]
-        sums += (_integer(high, nothing, 8, 4, LOWEST) - zero) * x6[None, :]
-        sums += (_integer(high, nothing, 12, 4, LOWEST) - zero) * x7[None, :]
+        return _add_nibbles(sums, first, x0, x1, x2, x3, x4, x5, x6, x7, zero, nothing, CODES)
+
+
+@triton.jit
+def _scales_of_lanes(
+    ptr, stride, first_k, n_groups, exists, HALF: tl.constexpr, LANES: tl.constexpr,
+    HELD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Load the scale (or zero point) of each lane's codes, or of a half of them, [lanes].
+
+    One row at a time, so that lane i of the tensor is lane i of the device.
+    """
+    PER_LANE: tl.constexpr = HELD // GROUP if GROUP < HELD else 1
+    lane = tl.arange(0, LANES)
+    if PER_LANE > 1:
+        groups = first_k // GROUP + lane * PER_LANE + HALF
+    else:
+        groups = (first_k + lane * HELD) // GROUP
+    return tl.load(ptr + groups * stride, mask=exists & (groups < n_groups), other=0)
+
+
+@triton.jit
+def _product_of_row(
+    codes, scales_ptr, zeros_ptr, stride_sk, first_k, n_groups, exists, x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HELD: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Do what `_product` does for one row, whose scales and zero points begin at the pointers."""
+    # What `place` leaves out of floats in fp16. Before a scale, whose product might be subnormal.
+    E4M3: tl.constexpr = 2.0**7 if FNUZ else 2.0**8
+    FACTOR: tl.constexpr = 2.0**14 if CODES == "e2m1" else E4M3 if CODES == "e4m3" else 1.0
+    TWO_GROUPS: tl.constexpr = SCALE_FORMAT != "" and GROUP < HELD
+    tl.static_assert(not TWO_GROUPS or 2 * GROUP == HELD, "a lane has one group or two")
+    sums = tl.zeros((LANES,), tl.float32)
+    first_sums = sums
+    zero = 0.0
+    if CODES == "uint4":
+        zero = _scales_of_lanes(
+            zeros_ptr, stride_sk, first_k, n_groups, exists, 0, LANES, HELD, GROUP
+        ).to(tl.float32)
+    if CODES == "":
+        if HELD == 8:
+            parts = codes.reshape(LANES, 8).to(tl.float32) * x0.to(tl.float32)
+        else:
+            first, second = tl.split(codes.reshape(LANES, 2, 8).permute(0, 2, 1))
+            parts = first.to(tl.float32) * x0.to(tl.float32)
+            parts += second.to(tl.float32) * x1.to(tl.float32)
+        sums = tl.sum(parts, axis=1)
+    else:
+        even, odd = tl.split(codes.reshape(LANES, 2, 2))
+        word0, word2 = tl.split(even)
+        word1, word3 = tl.split(odd)
+        if CODES == "e4m3" or CODES == "int8":
+            sums = _add_eight(sums, word0, word1, x0, zero, nothing, CODES, FNUZ)
+            sums = _add_eight(sums, word2, word3, x1, zero, nothing, CODES, FNUZ)
+        else:
+            sums = _add_eight(sums, word0, word0, x0, zero, nothing, CODES, FNUZ)
+            sums = _add_eight(sums, word1, word1, x1, zero, nothing, CODES, FNUZ)
+            if TWO_GROUPS:
+                first_sums = sums
+                sums = tl.zeros((LANES,), tl.float32)
+            sums = _add_eight(sums, word2, word2, x2, zero, nothing, CODES, FNUZ)
+            sums = _add_eight(sums, word3, word3, x3, zero, nothing, CODES, FNUZ)
+    sums *= FACTOR
+    if SCALE_FORMAT != "":
+        scale = _scales_of_lanes(
+            scales_ptr, stride_sk, first_k, n_groups, exists, 0, LANES, HELD, GROUP
+        )
+        scale = scale_number(scale, SCALE_FORMAT, tl.float32)
+        if TWO_GROUPS:
+            second = _scales_of_lanes(
+                scales_ptr, stride_sk, first_k, n_groups, exists, 1, LANES, HELD, GROUP
+            )
+            sums = first_sums * FACTOR * scale + sums * scale_number(
+                second, SCALE_FORMAT, tl.float32
+            )
+        else:
+            sums *= scale
     return sums
+
+
+@triton.jit
+def _product(
+    codes, first_row, n_rows, scales_ptr, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Return the products of codes [rows, words or elements] with x for each lane, [rows, lanes].
+
+    x0 to x3: [lanes, 8], those that there are. Rows are done one by one: the first ones are, while
+    the codes of the last ones are on their way.
+    """
+    R: tl.constexpr = codes.shape[0]
+    LANES: tl.constexpr = x0.shape[0]
+    if R > 1:
+        halves = codes.reshape(2, R // 2, codes.shape[1]).permute(1, 2, 0)
+        upper, lower = tl.split(halves)
+        upper = _product(
+            upper, first_row, n_rows, scales_ptr, zeros_ptr, stride_sn, stride_sk, first_k,
+            n_groups, x0, x1, x2, x3, nothing,
+            CODES, FNUZ, SCALE_FORMAT, GROUP, SCALE_ROWS, HELD,
+        )  # fmt: skip
+        lower = _product(
+            lower, first_row + R // 2, n_rows, scales_ptr, zeros_ptr, stride_sn, stride_sk, first_k,
+            n_groups, x0, x1, x2, x3, nothing,
+            CODES, FNUZ, SCALE_FORMAT, GROUP, SCALE_ROWS, HELD,
+        )  # fmt: skip
+        return tl.join(upper, lower).permute(2, 0, 1).reshape(R, LANES)
+    else:
+        offset = first_row // SCALE_ROWS * stride_sn
+        sums = _product_of_row(
+            codes, scales_ptr + offset, zeros_ptr + offset, stride_sk, first_k, n_groups,
+            first_row < n_rows, x0, x1, x2, x3, nothing,
+            CODES, FNUZ, SCALE_FORMAT, GROUP, HELD, LANES,
+        )  # fmt: skip
+        return sums[None, :]
 
 
 @triton.jit
@@ -130,90 +272,75 @@ def _gemv_kernel(
     stride_sn, stride_sk, stride_2n,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CODES: tl.constexpr, FNUZ: tl.constexpr,
     WORDS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    WHOLE_LANES: tl.constexpr, HELD: tl.constexpr,
     SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" or CODES == "int8" else 2
     PER_WORD: tl.constexpr = 1 if CODES == "" else 4 * PER_BYTE
     STEP: tl.constexpr = BLOCK_K // PER_WORD
-    # Sums that a step keeps for each row: of words, of a few elements, or of groups.
-    OF_WORDS: tl.constexpr = BLOCK_K // 8 if CODES == "" else STEP
-    PARTS: tl.constexpr = OF_WORDS if SCALE_FORMAT == "" else BLOCK_K // GROUP
-    # What `place` leaves out of floats in fp16. Before a scale, whose product might be subnormal.
-    E4M3: tl.constexpr = 2.0**7 if FNUZ else 2.0**8
-    FACTOR: tl.constexpr = 2.0**14 if CODES == "e2m1" else E4M3 if CODES == "e4m3" else 1.0
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    LANES: tl.constexpr = BLOCK_K // HELD
+    first_row = tl.program_id(0) * BLOCK_N
+    columns = first_row + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64)
     column_inside = columns < n_columns
-    inner = tl.arange(0, BLOCK_K)
+    # Loaded like this, activations lie in the registers of the lanes whose codes they meet.
+    lane = tl.arange(0, LANES)
+    inner = (lane * HELD)[:, None] + tl.arange(0, 8)[None, :]
     word = tl.arange(0, STEP)
-    group = tl.arange(0, PARTS)
     rows_of_b = columns
     if WIDE:
         rows_of_b = columns.to(tl.int64)
+        first_row = first_row.to(tl.int64)
         inner = inner.to(tl.int64)
     nothing = n_columns >> 31
     n_groups = tl.cdiv(k_size, GROUP)
     a_ptrs = a_ptr + row * stride_am + inner * stride_ak
     bytes_apart: tl.constexpr = 1 if WORDS or CODES == "" else 4
     b_ptrs = b_ptr + (rows_of_b[:, None] * stride_bn + word[None, :] * (bytes_apart * stride_bk))
-    total = tl.zeros((BLOCK_N, PARTS), tl.float32)
+    # If lanes are wholly inside or outside, all of their loads share a predicate.
+    first_k = word // (STEP // LANES) * HELD if WHOLE_LANES else word * PER_WORD
+    total = tl.zeros((BLOCK_N, LANES), tl.float32)
     for step in range(0, tl.cdiv(k_size, BLOCK_K)):
         left = k_size - step * BLOCK_K
         if CODES == "":
             if EVEN_N and EVEN_K:
                 codes = tl.load(b_ptrs)
             else:
-                mask = column_inside[:, None] & (word < left)[None, :]
+                mask = column_inside[:, None] & (first_k < left)[None, :]
                 codes = tl.load(b_ptrs, mask=mask, other=0.0)
         else:
             codes = load_words(
-                b_ptrs, stride_bk, word * PER_WORD, left, column_inside,
-                PER_BYTE, WORDS, EVEN_N and EVEN_K,
-            )  # fmt: skip
-        if EVEN_K:
-            x = tl.load(a_ptrs).to(tl.float32)
-        else:
-            x = tl.load(a_ptrs, mask=inner < left, other=0.0).to(tl.float32)
-        if SCALE_FORMAT != "":
-            groups = step * (BLOCK_K // GROUP) + group
-            offsets = (rows_of_b // SCALE_ROWS)[:, None] * stride_sn + groups[None, :] * stride_sk
-            inside = column_inside[:, None] & (groups < n_groups)[None, :]
-            scale = tl.load(scales_ptr + offsets, mask=inside, other=0)
-            scale = scale_number(scale, SCALE_FORMAT, tl.float32)
-        sums = tl.zeros((BLOCK_N, STEP), tl.float32) if SCALE_FORMAT != "" else total
-        if CODES == "":
-            sums = (codes.to(tl.float32) * x[None, :]).reshape(BLOCK_N, PARTS, BLOCK_K // PARTS)
-            sums = tl.sum(sums, axis=2)
-        elif PER_BYTE == 1:
-            sums = _add_bytes(sums, codes, x, nothing, CODES, FNUZ, STEP)
-        else:
-            zero = tl.zeros((1, 1), tl.float32)
-            if CODES == "uint4":
-                groups_of_words = (step * BLOCK_K + word * PER_WORD) // GROUP
-                offsets = rows_of_b[:, None] * stride_sn + groups_of_words[None, :] * stride_sk
-                inside = column_inside[:, None] & (groups_of_words < n_groups)[None, :]
-                zero = tl.load(zeros_ptr + offsets, mask=inside, other=0).to(tl.float32)
-            sums = _add_nibbles(sums, codes, x, zero, nothing, CODES, STEP)
-        if SCALE_FORMAT != "":
-            if CODES != "":
-                sums = tl.sum(sums.reshape(BLOCK_N, PARTS, GROUP // PER_WORD), axis=2)
-            total += sums * FACTOR * scale
-        elif CODES == "":
-            total += sums
-        else:
-            total = sums
+                b_ptrs, stride_bk, first_k, left, column_inside, PER_BYTE, WORDS, EVEN_N and EVEN_K
+            )
+        inside = (lane * HELD)[:, None] < left if WHOLE_LANES else inner < left
+        x0 = _eights_of_x(a_ptrs, inside, stride_ak, 0, not EVEN_K)
+        x1, x2, x3 = x0, x0, x0
+        if HELD > 8:
+            inside = inside if WHOLE_LANES else inner + 8 < left
+            x1 = _eights_of_x(a_ptrs, inside, stride_ak, 1, not EVEN_K)
+        if HELD > 16:
+            inside = inside if WHOLE_LANES else inner + 16 < left
+            x2 = _eights_of_x(a_ptrs, inside, stride_ak, 2, not EVEN_K)
+            inside = inside if WHOLE_LANES else inner + 24 < left
+            x3 = _eights_of_x(a_ptrs, inside, stride_ak, 3, not EVEN_K)
+        total += _product(
+            codes, first_row, n_columns, scales_ptr, zeros_ptr, stride_sn, stride_sk,
+            step * BLOCK_K, n_groups, x0, x1, x2, x3, nothing,
+            CODES, FNUZ, SCALE_FORMAT, GROUP, SCALE_ROWS, HELD,
+        )  # fmt: skip
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += STEP * bytes_apart * stride_bk
     result = tl.sum(total, axis=1)
-    if SCALE_FORMAT == "":
-        result *= FACTOR
     if SECOND:
         result *= tl.load(second_ptr + columns * stride_2n, mask=column_inside, other=0.0)
     if HAS_BIAS:
         result += tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + row * stride_om + columns * stride_on
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=column_inside)
+
+
+_HELD = {"int8": 16, "e4m3": 16, "int4": 32, "uint4": 32, "e2m1": 32}
 
 
 def gemv(
@@ -247,12 +374,15 @@ def gemv(
     if options["CODES"] == "e4m3" and converts_fp8(fp8):
         weight = weight._replace(codes=weight.codes.view(fp8))
         options["CODES"] = ""
+    # A lane holds 16 bytes of codes.
+    held = _HELD[options["CODES"]] if options["CODES"] else 16 // weight.codes.element_size()
     launch(
         _gemv_kernel, (-(-n // tile.block_n), m),
         a, weight.codes, out, *scale_arguments(weight, out), out if bias is None else bias,
         n, k, *a.stride(), *weight.codes.stride(), *out.stride(), *row_strides(weight),
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         EVEN_N=n % tile.block_n == 0, EVEN_K=k % tile.block_k == 0,
+        WHOLE_LANES=k % held == 0, HELD=held,
         HAS_BIAS=bias is not None, WIDE=offsets_need_64_bits(a, weight.codes, out),
         num_warps=tile.warps, num_stages=1, **options,
     )  # fmt: skip

@@ -176,7 +176,7 @@ def test_what_cannot_be_done_is_refused(device, generator):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 48), (2112, 7168), (14336, 4096), (200000, 64)])
 def test_tiles_of_gemv_hold_whole_groups(kind, n, k):
-    tile = gemv_tile(kind, n, k, compute_units=132)
+    tile = gemv_tile(kind, n, k)
     for group in ALL_KINDS[kind].groups or (32,):
         assert tile.block_k % group == 0
     elements = tile.block_n * tile.block_k // (32 * tile.warps)
