@@ -52,8 +52,11 @@ def select(device: str, scheme: str, kernel: str | None = None, **problem):
     return choose(LINEAR, scheme, spec, problem, options_from("linear", force=kernel))
 
 
-def bind(device: str, kernel: str, weight, bias=None, dtype=torch.bfloat16):
-    """Return the bound product of a kernel that was forced for a device that is not here."""
+def bind(device: str, kernel: str, weight, bias=None, dtype=torch.bfloat16, **around):
+    """Return the bound product of a kernel that was forced for a device that is not here.
+
+    `around` is what `select` takes beside the problem: `packages`, `broken`.
+    """
     rows, columns = weight.shape
     problem = {
         "in_features": columns,
@@ -61,7 +64,7 @@ def bind(device: str, kernel: str, weight, bias=None, dtype=torch.bfloat16):
         "dtype": str(dtype).removeprefix("torch."),
         "bias": bias is not None,
     }
-    selection = select(device, weight.scheme.name, kernel, **problem)
+    selection = select(device, weight.scheme.name, kernel, **problem, **around)
     assert selection.kernel is not None, selection
     assert selection.kernel.name == kernel
     binding = Binding(selection, hal.platform(device), weight.scheme, torch.device("cpu"))
