@@ -8,7 +8,8 @@
 
 That is the canonical memory; IPEX pads N and brings it into an order of its own when it is bound.
 Without zero points an int4 code stands for itself less 8. Mode 0 multiplies in the dtype of the
-activations; mode 3, which quantizes them to int8 by the group, is of no scheme here.
+activations. Mode 3 quantizes them to int8, with AMX alone: how it rounds cannot be seen elsewhere,
+so it is not offered.
 
 IPEX has its packed order and its products for processors with AMX and AVX512-FP16 only. On others
 these operators decode the whole weight at each call, which took 1.3 to 53 times as long as a bf16

@@ -81,6 +81,18 @@ def expected(kernel: str, weight, x, bias=None):
     return out if bias is None else out + bias.double()
 
 
+def check_rows_apart(linear, columns: int, generator) -> None:
+    """Check that a NaN and an infinity stay in their rows."""
+    x = torch.randn(6, columns, generator=generator).bfloat16()
+    clean = linear(x)
+    x[1, 5], x[4, 7] = torch.nan, torch.inf
+    out = linear(x)
+    assert bool(out[1].isnan().all())
+    assert not bool(out[4].isfinite().any())
+    keep = [0, 2, 3, 5]
+    assert torch.equal(out[keep], clean[keep])
+
+
 def as_bound(weight, device: str):
     """Return a weight in the encoding in which a device holds it."""
     return bind_encoding(weight, spec_of(device).formats.fp8_encoding, where="test")
