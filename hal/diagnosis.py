@@ -175,7 +175,7 @@ def _packages(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "ipex-unused",
             f"intel-extension-for-pytorch {ipex} is installed and no Intel GPU can be used; "
-            "it changes nothing about the platform",
+            "it changes nothing about the platform, and its kernels for CPUs run only when forced",
         )
 
 

@@ -14,8 +14,7 @@ so it is not offered.
 IPEX has its packed order and its products for processors with AMX and AVX512-FP16 only. On others
 these operators decode the whole weight at each call, which took 1.3 to 53 times as long as a bf16
 product (docs/cpu.md). Importing IPEX replaces operators of torch's CPU, and ends the process where
-torch is of another release: `hal.software` says so beforehand. Its releases for XPU are in no
-registry of Python's; torch and vllm-xpu-kernels have taken over their products.
+torch is of another release: `hal.software` says so beforehand.
 
 Source: the wheel of 2.8.0, nn/modules/weight_only_quantization.py, quantization/_qconfig.py and its
 registered schemas; intel/intel-extension-for-pytorch, csrc/cpu/aten/Linear.cpp (which names a dtype

@@ -81,16 +81,8 @@ def bind_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
 )
 def bind_int4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Call oneDNN's product with an int4 weight."""
-    import torch
-
-    from hal.torch_compat import dtype
-
     multiply = operator(PACKAGE, MODULE, "_xpu_C", "int4_gemm_w4a16")
     group, has_bias = group_of(weight.scheme.weight.granularity), bias is not None
-    assert weight.scales is not None
-    words = codes_of_words(offset_codes(weight))
-    scales = weight.scales.t().to(dtype(binding.problem("dtype", "bfloat16"))).contiguous()
-    middle = torch.tensor([8], dtype=torch.int8, device=weight.device)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         own_bias = tensors[3] if has_bias else None
@@ -99,4 +91,16 @@ def bind_int4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> B
         )
         return out
 
-    return launch, (words, scales, middle, *(() if bias is None else (bias,)))
+    return launch, (*int4_operands(binding, weight), *(() if bias is None else (bias,)))
+
+
+def int4_operands(binding: Binding, weight: QTensor) -> tuple[torch.Tensor, ...]:
+    """Return words, scales and the one zero point as oneDNN's products on XPU read them."""
+    import torch
+
+    from hal.torch_compat import dtype
+
+    assert weight.scales is not None
+    words = codes_of_words(offset_codes(weight))
+    scales = weight.scales.t().to(dtype(binding.problem("dtype", "bfloat16"))).contiguous()
+    return words, scales, torch.tensor([8], dtype=torch.int8, device=weight.device)
