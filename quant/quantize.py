@@ -207,7 +207,7 @@ def _joined(parts: list[Coded], how: Quantization) -> Coded:
     def join(name: str, granularity: str) -> torch.Tensor | None:
         column = [getattr(part, name) for part in parts]
         whole = len(parts) == 1 or column[0] is None or granularity == "tensor"
-        return column[0] if whole else torch.cat(column)
+        return column[0] if whole else _combined(torch.cat, column)
 
     return Coded(
         parts[0].values,
@@ -224,7 +224,19 @@ def _stacked(column: list[torch.Tensor | None], lead: tuple[int, ...]) -> torch.
     found = [tensor for tensor in column if tensor is not None]
     if not found:
         return None
-    return torch.stack(found).view((*lead, *found[0].shape))
+    return _combined(torch.stack, found).view((*lead, *found[0].shape))
+
+
+def _combined(
+    combine: Callable[[list[torch.Tensor]], torch.Tensor], found: list[torch.Tensor]
+) -> torch.Tensor:
+    """Return `combine(found)`, of 8-bit floats by their bytes: IPEX's own operators refuse them."""
+    import torch
+
+    kind = found[0].dtype
+    if kind.itemsize > 1:
+        return combine(found)
+    return combine([tensor.view(torch.uint8) for tensor in found]).view(kind)
 
 
 def _require_finite(top: torch.Tensor) -> None:

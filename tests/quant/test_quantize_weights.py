@@ -35,6 +35,23 @@ def weight_of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_operators_that_refuse_8_bit_floats_are_not_asked(scheme, monkeypatch) -> None:
+    # IPEX replaces `cat` and `stack` for CPUs by such.
+    weight = weight_of(2, 300, 128)
+    monkeypatch.setattr(module, "SLICE_ELEMENTS", 1)
+    wanted = quantize(weight, scheme, platform="cpu")
+    for name in ("cat", "stack"):
+        own = getattr(torch, name)
+
+        def refusing(tensors, *rest, own=own):
+            assert not any(t.is_floating_point() and t.element_size() == 1 for t in tensors)
+            return own(tensors, *rest)
+
+        monkeypatch.setattr(torch, name, refusing)
+    assert equal(quantize(weight, scheme, platform="cpu"), wanted)
+
+
 @settings(max_examples=30)
 @given(
     st.sampled_from(QUANTIZED),
