@@ -1,15 +1,17 @@
 """Time every kernel of `hal.ops.Linear` that can run on the GPU here, beside what torch has.
 
 Usage: python benchmarks/linear.py [--shapes 4096x4096,...] [--rows 1,16,...] [--schemes ...]
-                                   [--kernels triton_packed,...] [--out results.json]
+                                   [--kernels triton_packed,...] [--dirty] [--out results.json]
 
-Each time is the median of CUDA-graph replays with a cold L2 cache (128 MB are written before each
-replay), in microseconds, from activations in bf16 to the output: the quantization of activations
-is part of it. `torch.mm bf16`, `torch._scaled_mm rows` and `scaled_mm blocks` are torch's own
-products, the latter two with activations quantized beforehand. `bound`: bytes of weight, scales,
-activations and output at 4.05 TB/s, plus an empty replay of this run. `chosen`: what selection
-takes when it is told the number of rows, and its time over that of the best candidate.
-`error`: relative to float64 on the quantized weight, in the Frobenius norm of 16 rows.
+Each time is the median of CUDA-graph replays with a cold L2 cache that has nothing to write back
+(128 MB are written and 256 MB read before each replay; `--dirty`: the former alone, which adds 1 to
+5 us to reading 9 to 59 MB on an H200), in microseconds, from activations in bf16 to the output: the
+quantization of activations is part of it. `torch.mm bf16`, `torch._scaled_mm rows` and `scaled_mm
+blocks` are torch's own products, the latter two with activations quantized beforehand. `bound`:
+bytes of weight, scales, activations and output at 4.05 TB/s, plus an empty replay of this run.
+`chosen`: what selection takes when it is told the number of rows, and its time over that of the
+best candidate. `error`: relative to float64 on the quantized weight, in the Frobenius norm of 16
+rows.
 """
 
 from __future__ import annotations
@@ -52,11 +54,12 @@ def main() -> None:
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--kernels", default="")
     parser.add_argument("--replays", type=int, default=15)
+    parser.add_argument("--dirty", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     spec = hal.current_platform().device(0)
     tiny = torch.zeros(1, device="cuda")
-    replay_us = time_graph(lambda: tiny.add_(1), options.replays)
+    replay_us = time_graph(lambda: tiny.add_(1), options.replays, clean=not options.dirty)
     print(f"{spec.name}, torch {torch.__version__}, triton {spec.software.triton}, "
           f"empty replay {replay_us:.1f} us")  # fmt: skip
     rows = []
@@ -82,7 +85,7 @@ def time_shape(
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, generator=generator)
         bf16_us = 0.0
         for name, call in torch_products(x, dense):
-            us = time_graph(call, options.replays)
+            us = time_graph(call, options.replays, clean=not options.dirty)
             bf16_us = bf16_us or us
             line(m, "", name, us, math.nan, us / bf16_us, math.nan)
             found.append({"n": n, "k": k, "rows": m, "scheme": "", "kernel": name, "us": us})
@@ -96,7 +99,7 @@ def time_shape(
                     continue
                 try:
                     layer = Linear(weight, force=kernel.name, tokens=m)
-                    us = time_graph(lambda: layer(x), options.replays)  # noqa: B023
+                    us = time_graph(lambda: layer(x), options.replays, clean=not options.dirty)  # noqa: B023
                 except HalError:
                     continue
                 times[kernel.name] = us

@@ -111,8 +111,12 @@ def time_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def time_graph(call: Callable[[], Any], replays: int = 15) -> float:
-    """Return the median time of a graph replay in microseconds, with a cold L2."""
+def time_graph(call: Callable[[], Any], replays: int = 15, *, clean: bool = False) -> float:
+    """Return the median time of a graph replay in microseconds, with a cold L2.
+
+    Writing 128 MB evicts all else and leaves lines that must be written back while the call reads.
+    `clean`: read 256 MB after that, so that the call finds what other weights left: nothing to do.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -123,9 +127,12 @@ def time_graph(call: Callable[[], Any], replays: int = 15) -> float:
     with torch.cuda.graph(graph):
         call()
     dirt = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+    other = torch.zeros(32 << 20, dtype=torch.int64, device="cuda") if clean else None
     times = []
     for _ in range(replays):
         dirt.zero_()
+        if other is not None:
+            other.sum()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

@@ -150,42 +150,45 @@ def _add_eight(
 
 
 @triton.jit
-def _scales_of_lanes(
-    ptr, stride, first_k, n_groups, exists, HALF: tl.constexpr, LANES: tl.constexpr,
-    HELD: tl.constexpr, GROUP: tl.constexpr,
+def _load_scales(
+    ptr, rows, row_inside, first_k, n_groups, stride_n, stride_k,
+    LANES: tl.constexpr, HELD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Load the scale (or zero point) of each lane's codes, or of a half of them, [lanes].
-
-    One row at a time, so that lane i of the tensor is lane i of the device.
-    """
-    PER_LANE: tl.constexpr = HELD // GROUP if GROUP < HELD else 1
-    lane = tl.arange(0, LANES)
-    if PER_LANE > 1:
-        groups = first_k // GROUP + lane * PER_LANE + HALF
+    """Load the scales of each lane's codes, [rows, lanes], or [rows, 2 * lanes] of short groups."""
+    if GROUP < HELD:
+        tl.static_assert(2 * GROUP == HELD, "a lane has one group or two")
+        groups = first_k // GROUP + tl.arange(0, 2 * LANES)
     else:
-        groups = (first_k + lane * HELD) // GROUP
-    return tl.load(ptr + groups * stride, mask=exists & (groups < n_groups), other=0)
+        groups = (first_k + tl.arange(0, LANES) * HELD) // GROUP
+    offsets = rows[:, None] * stride_n + groups[None, :] * stride_k
+    return tl.load(ptr + offsets, mask=row_inside[:, None] & (groups < n_groups)[None, :], other=0)
+
+
+@triton.jit
+def _halves(x):
+    """Return the upper and the lower half of the rows of x [rows, any]."""
+    return tl.split(x.reshape(2, x.shape[0] // 2, x.shape[1]).permute(1, 2, 0))
 
 
 @triton.jit
 def _product_of_row(
-    codes, scales_ptr, zeros_ptr, stride_sk, first_k, n_groups, exists, x0, x1, x2, x3, nothing,
+    codes, scale, zeros_ptr, stride_sk, first_k, n_groups, exists, x0, x1, x2, x3, nothing,
     CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
     HELD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Do what `_product` does for one row, whose scales and zero points begin at the pointers."""
+    """Do what `_product` does for one row, whose zero points begin at the pointer."""
     # What `place` leaves out of floats in fp16. Before a scale, whose product might be subnormal.
     E4M3: tl.constexpr = 2.0**7 if FNUZ else 2.0**8
     FACTOR: tl.constexpr = 2.0**14 if CODES == "e2m1" else E4M3 if CODES == "e4m3" else 1.0
     TWO_GROUPS: tl.constexpr = SCALE_FORMAT != "" and GROUP < HELD
-    tl.static_assert(not TWO_GROUPS or 2 * GROUP == HELD, "a lane has one group or two")
     sums = tl.zeros((LANES,), tl.float32)
     first_sums = sums
     zero = 0.0
     if CODES == "uint4":
-        zero = _scales_of_lanes(
-            zeros_ptr, stride_sk, first_k, n_groups, exists, 0, LANES, HELD, GROUP
-        ).to(tl.float32)
+        # Of one row, so that lane i of the tensor is lane i of the device: twice as fast.
+        groups = (first_k + tl.arange(0, LANES) * HELD) // GROUP
+        zero = tl.load(zeros_ptr + groups * stride_sk, mask=exists & (groups < n_groups), other=0)
+        zero = zero.to(tl.float32)
     if CODES == "":
         if HELD == 8:
             parts = codes.reshape(LANES, 8).to(tl.float32) * x0.to(tl.float32)
@@ -211,54 +214,46 @@ def _product_of_row(
             sums = _add_eight(sums, word3, word3, x3, zero, nothing, CODES, FNUZ)
     sums *= FACTOR
     if SCALE_FORMAT != "":
-        scale = _scales_of_lanes(
-            scales_ptr, stride_sk, first_k, n_groups, exists, 0, LANES, HELD, GROUP
-        )
         scale = scale_number(scale, SCALE_FORMAT, tl.float32)
         if TWO_GROUPS:
-            second = _scales_of_lanes(
-                scales_ptr, stride_sk, first_k, n_groups, exists, 1, LANES, HELD, GROUP
-            )
-            sums = first_sums * FACTOR * scale + sums * scale_number(
-                second, SCALE_FORMAT, tl.float32
-            )
+            first_scale, second_scale = tl.split(scale.reshape(LANES, 2))
+            sums = first_sums * FACTOR * first_scale + sums * second_scale
         else:
-            sums *= scale
+            sums *= scale.reshape(LANES)
     return sums
 
 
 @triton.jit
 def _product(
-    codes, first_row, n_rows, scales_ptr, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
     x0, x1, x2, x3, nothing,
     CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, HELD: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """Return the products of codes [rows, words or elements] with x for each lane, [rows, lanes].
 
-    x0 to x3: [lanes, 8], those that there are. Rows are done one by one: the first ones are, while
-    the codes of the last ones are on their way.
+    scale: what `_load_scales` returned, if there are scales. x0 to x3: [lanes, 8], those that
+    there are. Rows are done one by one: of a tensor of rows each lane would wait for all its codes.
     """
     R: tl.constexpr = codes.shape[0]
     LANES: tl.constexpr = x0.shape[0]
     if R > 1:
-        halves = codes.reshape(2, R // 2, codes.shape[1]).permute(1, 2, 0)
-        upper, lower = tl.split(halves)
+        upper, lower = _halves(codes)
+        upper_scale, lower_scale = scale, scale
+        if SCALE_FORMAT != "":
+            upper_scale, lower_scale = _halves(scale)
         upper = _product(
-            upper, first_row, n_rows, scales_ptr, zeros_ptr, stride_sn, stride_sk, first_k,
-            n_groups, x0, x1, x2, x3, nothing,
-            CODES, FNUZ, SCALE_FORMAT, GROUP, SCALE_ROWS, HELD,
+            upper, upper_scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+            n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
         )  # fmt: skip
         lower = _product(
-            lower, first_row + R // 2, n_rows, scales_ptr, zeros_ptr, stride_sn, stride_sk, first_k,
-            n_groups, x0, x1, x2, x3, nothing,
-            CODES, FNUZ, SCALE_FORMAT, GROUP, SCALE_ROWS, HELD,
+            lower, lower_scale, first_row + R // 2, n_rows, zeros_ptr, stride_sn, stride_sk,
+            first_k, n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
         )  # fmt: skip
         return tl.join(upper, lower).permute(2, 0, 1).reshape(R, LANES)
     else:
-        offset = first_row // SCALE_ROWS * stride_sn
         sums = _product_of_row(
-            codes, scales_ptr + offset, zeros_ptr + offset, stride_sk, first_k, n_groups,
+            codes, scale, zeros_ptr + first_row * stride_sn, stride_sk, first_k, n_groups,
             first_row < n_rows, x0, x1, x2, x3, nothing,
             CODES, FNUZ, SCALE_FORMAT, GROUP, HELD, LANES,
         )  # fmt: skip
@@ -324,10 +319,16 @@ def _gemv_kernel(
             x2 = _eights_of_x(a_ptrs, inside, stride_ak, 2, not EVEN_K)
             inside = inside if WHOLE_LANES else inner + 24 < left
             x3 = _eights_of_x(a_ptrs, inside, stride_ak, 3, not EVEN_K)
+        scale = 0.0
+        if SCALE_FORMAT != "":
+            scale = _load_scales(
+                scales_ptr, rows_of_b // SCALE_ROWS, column_inside, step * BLOCK_K, n_groups,
+                stride_sn, stride_sk, LANES, HELD, GROUP,
+            )  # fmt: skip
         total += _product(
-            codes, first_row, n_columns, scales_ptr, zeros_ptr, stride_sn, stride_sk,
+            codes, scale, first_row, n_columns, zeros_ptr, stride_sn, stride_sk,
             step * BLOCK_K, n_groups, x0, x1, x2, x3, nothing,
-            CODES, FNUZ, SCALE_FORMAT, GROUP, SCALE_ROWS, HELD,
+            CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
         )  # fmt: skip
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += STEP * bytes_apart * stride_bk
