@@ -1,9 +1,10 @@
 """Multiply a few rows by a weight matrix: out = a @ (decoded b).T, without matrix instructions.
 
 A program takes some rows of b and goes along k in long steps: all of its weight is on its way to
-the registers at once, and nothing is exchanged between threads before the last sum. With one to
-four rows of a, that is as fast as memory allows, where a tile of 16 rows is not: it waits for
-shared memory at every step. Rows of a are programs of their own, which share b through L2.
+the registers at once, and next to nothing is exchanged between threads before the last sum. With
+one row of a or two, that is faster than a tile of 16 rows, which waits for shared memory at every
+step; 4-bit codes still take more instructions than the memory takes time. Rows of a are programs
+of their own, which share b through L2.
 
 Weights are those of `kinds`; codes of a byte come as words too. Products and sums are float32, and
 so are scales, which apply to the sum of a group or of the row.
@@ -185,7 +186,8 @@ def _product_of_row(
     first_sums = sums
     zero = 0.0
     if CODES == "uint4":
-        # Of one row, so that lane i of the tensor is lane i of the device: twice as fast.
+        # Of one row, so that lane i of the tensor is lane i of the device. Those of all rows went
+        # through shared memory, and the product took 1.5 times as long on an H200.
         groups = (first_k + tl.arange(0, LANES) * HELD) // GROUP
         zero = tl.load(zeros_ptr + groups * stride_sk, mask=exists & (groups < n_groups), other=0)
         zero = zero.to(tl.float32)
@@ -233,7 +235,7 @@ def _product(
     """Return the products of codes [rows, words or elements] with x for each lane, [rows, lanes].
 
     scale: what `_load_scales` returned, if there are scales. x0 to x3: [lanes, 8], those that
-    there are. Rows are done one by one: of a tensor of rows each lane would wait for all its codes.
+    there are. Rows are done one by one for the sake of zero points: see `_product_of_row`.
     """
     R: tl.constexpr = codes.shape[0]
     LANES: tl.constexpr = x0.shape[0]
@@ -376,7 +378,8 @@ def gemv(
         weight = weight._replace(codes=weight.codes.view(fp8))
         options["CODES"] = ""
     # A lane holds 16 bytes of codes.
-    held = _HELD[options["CODES"]] if options["CODES"] else 16 // weight.codes.element_size()
+    plain = options["CODES"] == ""
+    held = 16 // weight.codes.element_size() if plain else _HELD[spec.decode]
     launch(
         _gemv_kernel, (-(-n // tile.block_n), m),
         a, weight.codes, out, *scale_arguments(weight, out), out if bias is None else bias,
