@@ -14,6 +14,7 @@ Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202); Mixtral 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
@@ -23,7 +24,9 @@ from hal.ops.linear import (
     E5M2,
     FP8,
     INT8,
+    W4A8,
     TileChoice,
+    encoding_of_rows,
     fixed_scale,
     multiply,
     packed_kind,
@@ -31,6 +34,7 @@ from hal.ops.linear import (
     product_kind,
     row_scales,
     scale_names,
+    w4a8_tensors,
 )
 from hal.ops.quantize import fake_quantize
 from hal.quant.codec import SCALE_FLOOR
@@ -61,11 +65,14 @@ BYTEWISE = tuple(name for name in QUANTIZED if SCHEMES[name].weight.bytewise)
 PACKED = tuple(name for name in QUANTIZED if name not in (*BYTEWISE, *E5M2))
 
 
-def moe_signatures(*names: str, weight_only: bool = False) -> dict[str, Any]:
+def moe_signatures(
+    *names: str, weight_only: bool = False, layout: str = "canonical"
+) -> dict[str, Any]:
     signatures = {}
     for name in names:
-        x, w13 = SCHEMES[name].operands(weight_only=weight_only, weight="w13")
-        _, w2 = SCHEMES[name].operands(weight_only=weight_only, weight="w2")
+        operands = SCHEMES[name].operands
+        x, w13 = operands(weight_only=weight_only, layout=layout, weight="w13")
+        _, w2 = operands(weight_only=weight_only, layout=layout, weight="w2")
         signatures[name] = (x, w13, w2)
     return signatures
 
@@ -204,7 +211,7 @@ def bind_triton_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     "triton_decode",
     level=Level.WEIGHT_ONLY,
     band="tuned",
-    signatures=moe_signatures(*BYTEWISE, weight_only=True),
+    signatures=moe_signatures(*BYTEWISE, *E5M2, weight_only=True),
     requires=(*TRITON, Needs.triton_math("bfloat16")),
 )
 def bind_triton_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
@@ -223,6 +230,24 @@ def bind_triton_packed(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     """Decode codes of four bits, or scales of exponents, in the loop by integer shifts."""
     kinds = packed_kind(w13), packed_kind(w2)  # int4 may have zero points in one of them
     return _bind_triton(binding, w13, w2, *kinds, read=packed_tensors)
+
+
+@FUSED_MOE.kernel(
+    "triton_w4a8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures(W4A8, layout="int4_planes"),
+    requires=(
+        *TRITON,
+        Needs.triton_math("e4m3fn", "e4m3fnuz"),
+        Needs.between("hidden", 1, 32768),
+        Needs.between("intermediate", 1, 32768),
+    ),
+)
+def bind_triton_w4a8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+    """Turn int4 codes into 8-bit floats in the loop and multiply those."""
+    read = partial(w4a8_tensors, binding)
+    return _bind_triton(binding, w13, w2, "int4_group_fp8", read=read)
 
 
 def _bind_triton(
@@ -244,7 +269,7 @@ def _bind_triton(
 
     experts, columns, hidden = w13.shape
     intermediate = columns // 2
-    scheme, encoding = w13.scheme, w13.encoding
+    scheme, encoding = w13.scheme, encoding_of_rows(binding, w13)
     activation = binding.problem("activation", "silu")
     quantizes = not kind.endswith("_decode") and scheme.activation.format is not None
     how, static = scheme.activation, quantizes and scheme.static
@@ -255,7 +280,7 @@ def _bind_triton(
     width, names13, names2 = len(read13), scale_names(kind), scale_names(kind2)
     tiles13 = TileChoice(binding, kind, columns, hidden)
     tiles2 = TileChoice(binding, kind2, hidden, intermediate)
-    fnuz = encoding == "e4m3fnuz"
+    fnuz = w13.encoding == "e4m3fnuz"
     dynamic = quantizes and not static
     gate = _gate_and_quantize(encoding, how.granularity, activation) if dynamic else None
 

@@ -44,6 +44,7 @@ WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTI
 BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.bytewise}
 E5M2 = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.format == "e5m2"}
 PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in {**BYTEWISE, **E5M2}}
+W4A8 = "int4_w4a8_fp8"
 FP8 = ("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_static", "fp8_static_channel")
 INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""
@@ -192,7 +193,7 @@ def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
     "triton_decode",
     level=Level.WEIGHT_ONLY,
     band="tuned",
-    signatures=BYTEWISE,
+    signatures={**BYTEWISE, **E5M2},
     requires=(*TRITON, Needs.triton_math("bfloat16")),
 )
 def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
@@ -206,7 +207,16 @@ def product_kind(scheme: Scheme) -> str:
     how = scheme.weight
     if how.format == "int8":
         return "int8_channel"
+    if how.format == "e5m2":
+        return "fp8_e5m2"
     return "fp8_block128" if how.granularity == "block128" else "fp8_channel"
+
+
+def encoding_of_rows(binding: Binding, weight: QTensor) -> str:
+    """Return the encoding that activations take beside a weight: its own, or the device's fp8."""
+    if weight.encoding == "int4":
+        return binding.spec.formats.fp8_encoding or "e4m3fn"
+    return weight.encoding
 
 
 def row_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
@@ -235,11 +245,38 @@ def column_sums(weight: QTensor) -> torch.Tensor:
     return weight.values.sum(-1, dtype=torch.int32)
 
 
-def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, kind: str) -> Bound:
+@LINEAR.kernel(
+    "triton_w4a8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures={W4A8: SCHEMES[W4A8].operands(layout="int4_planes")},
+    requires=(*TRITON, Needs.triton_math("e4m3fn", "e4m3fnuz"), QUANTIZED_ROWS),
+)
+def bind_triton_w4a8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Quantize the input, turn int4 codes into 8-bit floats in the loop and multiply those."""
+    read = w4a8_tensors(binding, weight)
+    return _bind_triton(binding, weight, bias, "int4_group_fp8", read)
+
+
+def w4a8_tensors(binding: Binding, weight: QTensor) -> tuple[torch.Tensor, ...]:
+    """Return codes, and one scale a group for codes that count steps of 8-bit floats."""
+    from hal.ops.kernels.kinds import FP8_UNITS
+
+    codes, scales = packed_tensors(weight)
+    return codes, scales * FP8_UNITS[encoding_of_rows(binding, weight)]
+
+
+def _bind_triton(
+    binding: Binding,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    read: Tensors | None = None,
+) -> Bound:
     from hal.ops.kernels.linear import gemm
     from hal.ops.quantize import quantize_triton
 
-    encoding, scheme = weight.encoding, weight.scheme
+    encoding, scheme = encoding_of_rows(binding, weight), weight.scheme
     rows_out, columns = weight.shape
     fixed, shifted = fixed_scale(weight), not scheme.activation.symmetric
     if shifted:
@@ -270,7 +307,7 @@ def _bind_triton(binding: Binding, weight: QTensor, bias: torch.Tensor | None, k
         )
         return out
 
-    return launch, _with_bias((*row_scales(weight), *fixed), bias)
+    return launch, _with_bias((*(read or row_scales(weight)), *fixed), bias)
 
 
 @LINEAR.kernel(

@@ -15,8 +15,10 @@ OPERAND_BYTES: dict[str, tuple[float, float]] = {
     "fp8_block128": (1, 1),
     "int8_channel": (1, 1),
     "fp8_channel_decode": (2, 1),
+    "fp8_e5m2_decode": (2, 1),
     "fp8_block128_decode": (2, 1),
     "int8_channel_decode": (2, 1),
+    "int4_group_fp8": (1, 0.5),
     "int4_group_decode": (2, 0.5),
     "uint4_group_decode": (2, 0.5),
     "mxfp8_decode": (2, 1),
@@ -25,13 +27,13 @@ OPERAND_BYTES: dict[str, tuple[float, float]] = {
 }
 # Kinds whose weights come as words of several codes (see ops/kernels/packed.py); of those, the ones
 # with float32 scales, which apply to the sum of a group: a second accumulator.
-GROUP_SUMS = frozenset(("fp8_block128_decode", "int4_group_decode", "uint4_group_decode"))
-PACKED_KINDS = GROUP_SUMS | {
-    "fp8_channel_decode",
-    "mxfp8_decode",
-    "mxfp4_decode",
-    "nvfp4_decode",
-}
+GROUP_SUMS = frozenset(
+    ("fp8_block128_decode", "int4_group_decode", "uint4_group_decode", "int4_group_fp8")
+)
+FP8_PER_MATRIX = frozenset(("fp8_channel_decode", "fp8_e5m2_decode"))
+PACKED_KINDS = frozenset(
+    (*GROUP_SUMS, *FP8_PER_MATRIX, "mxfp8_decode", "mxfp4_decode", "nvfp4_decode")
+)
 # Triton adds barriers, reduction and layout-conversion scratch that the estimate cannot see.
 SHARED_MEMORY_RESERVE = 1024
 
@@ -79,7 +81,7 @@ class Tile:
         # On AMD the newest stage waits in registers.
         buffers = max(self.stages - 1, 1) if platform == "rocm" else self.stages
         total = buffers * (a_tile + b_tile)
-        if kind.endswith("_decode"):
+        if kind.endswith("_decode") or kind in PACKED_KINDS:
             total += self.block_n * self.block_k * a_bytes
         if kind in PACKED_KINDS:
             # Scales and zero points: at most a byte for 16 elements, or five for a group.
@@ -114,14 +116,15 @@ def choose_tile(
         tile = _cuda_packed_tile(kind, rows, arch, several=matrices > 1)
     else:
         tile = _cuda_tile(kind, rows, arch, several=matrices > 1)
-    splits = kind in PACKED_KINDS and matrices == 1 and rows <= 16
+    most_rows = 512 if kind == "int4_group_fp8" else 16
+    splits = kind in PACKED_KINDS and matrices == 1 and rows <= most_rows
     # Sums of groups are better split along k than along n, as far as there are tiles at all (H200).
     tall = splits and kind in GROUP_SUMS and arch.startswith("sm_9")
     least = compute_units // 5 if tall else compute_units
     tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, least)
     tile = _shrink_to_problem(tile, n, k)
     if splits:
-        tile = _split(tile, kind, n, k, compute_units)
+        tile = _split(tile, kind, rows, n, k, compute_units)
     return fit(tile, kind, shared_memory_bytes, platform=platform)
 
 
@@ -171,9 +174,14 @@ def _cuda_packed_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile
     """Choose for packed weights: up to 16 rows measured on an H200, more by counting."""
     sums = kind in GROUP_SUMS
     hopper = arch.startswith("sm_9")
+    if hopper and kind == "int4_group_fp8":
+        # Rows of 8 bits leave the decoding at half the instructions, and tiles may be narrow.
+        rows_of_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+        stages, group_m = (4, 1) if rows <= 64 else (3, 8)
+        return Tile(rows_of_tile, 64, 128, 4, stages, group_m, swap=True, lanes=rows <= 16)
     if rows <= 16:
-        short = several or sums or kind == "fp8_channel_decode"
-        stages = 3 if hopper and not several and kind != "fp8_channel_decode" else 4
+        short = several or sums or kind in FP8_PER_MATRIX
+        stages = 3 if hopper and not several and kind not in FP8_PER_MATRIX else 4
         block_k = 128 if short or not hopper else 256
         return Tile(16, 128 if hopper else 64, block_k, 4, stages, 1, swap=hopper, lanes=hopper)
     if rows <= 64:
@@ -218,16 +226,17 @@ def gemv_tile(kind: str, n: int, k: int) -> Tile:
     return Tile(1, 4, 1024, 2, 1) if b_bytes == 1 else Tile(1, 4, 2048, 2, 1)
 
 
-def _split(tile: Tile, kind: str, n: int, k: int, compute_units: int) -> Tile:
+def _split(tile: Tile, kind: str, rows: int, n: int, k: int, compute_units: int) -> Tile:
     """Divide k among programs while they are too few to hide the latency of memory.
 
     Where sums are scaled per group, steps are short and more programs pay; elsewhere a second
     launch costs more than it brings once most compute units have work.
     """
-    programs, splits = -(-n // tile.block_n), 1
+    programs, splits = -(-n // tile.block_n) * -(-max(rows, 1) // tile.block_m), 1
     if kind not in GROUP_SUMS and programs >= 0.8 * compute_units:
         return tile
-    while programs * splits < 1.6 * compute_units and k // (2 * splits) >= 512:
+    enough = (3 if kind == "int4_group_fp8" and rows <= 16 else 1.6) * compute_units
+    while programs * splits < enough and k // (2 * splits) >= 512:
         splits *= 2
     return replace(tile, split_k=splits)
 

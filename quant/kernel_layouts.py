@@ -12,6 +12,7 @@ int32 words |
 | | nvfp4 | marlin_4bit | s0e5m3 in marlin_group_fp4 | int32 words |
 | cutlass_w4a8 | int4_w4a8_fp8 | cutlass_int4, unified int4 | `[G, N]`, products with -8 to -1 | \
 int32 `[K/8, N]`, N strided; `[G, N, 8]` |
+| int4_planes | int4 per group | int4_planes | canonical | as stored |
 | blocked_128x4 | nvfp4, mxfp8, mxfp4 | canonical | blocked_128x4 | as stored |
 | blackwell_mx | mxfp8, mxfp4 | K in multiples of 128 bytes | blackwell_mx | codes `[K, N]` |
 | hopper_mx_w4, _w8 | mxfp4 | hopper_mxfp4 | hopper_mx_w4, _w8 | codes and scales K first |
@@ -137,6 +138,7 @@ def kernel_layouts(k_major: Part) -> tuple[Layout, ...]:
         Layout("k_major_scales", _k_major_scales(k_major)),
         Layout("marlin", _marlin()),
         Layout("cutlass_w4a8", _cutlass_w4a8()),
+        Layout("int4_planes", (Form(("int4",), {"values": _code("int4_planes")}, _GROUPS),)),
         Layout(
             "blocked_128x4",
             (

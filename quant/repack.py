@@ -15,11 +15,13 @@ weight, whatever the width. A padded code is 0 and not the value 0 where the for
 | marlin_4bit_a8 | 64, 32 | K/32, N/32, n%8, k/4%4, n/16%2, n/8%2, k%4, k/16%2 | `[K/16, 8 N]` |
 | marlin_8bit_a8 | 64, 32 | K/32, N/32, n%8, k/4%4, n/16%2, n/8%2, k/16%2, k%4 | `[K/16, 16 N]` |
 | cutlass_int4 | 16, 32 | K/32, N/16, n%8, k/4%4, k/16%2, n/8%2, k%4 | `[K/32, 16 N]` |
+| int4_planes | 1, 8 | n, K/8, k%4, k/4%2 | `[N, K]` |
 | bytes_128 | 1, 128 bytes | n, k | `[N, K]` |
 | hopper_mxfp4 | 16, 64 | N/16, n/2%4, K/64, n%2, k/2%4, k/16%4, k/8%2, n/8%2, bits | `[N/4, 2 K]` |
 
 Stored 4-bit codes are counted in bytes. Marlin's kernels take the bytes as int32 words, of shape
-`[K/16, 16 N / codes a word]`; `_a8` is the order for activations of 8 bits. In hopper_mxfp4 the
+`[K/16, 16 N / codes a word]`; `_a8` is the order for activations of 8 bits. In int4_planes the low
+halves of four bytes are consecutive codes, the high halves the next four. In hopper_mxfp4 the
 bits of four bytes are interleaved, so that few instructions decode eight codes to bf16; recent
 triton_kernels pad to (256, 128) first: pad the weight so, and the bytes are the same.
 
@@ -186,6 +188,11 @@ _ROWS = (
         "(compute_memory_reordering_atom of e4m3, reorder_tensor); vllm-project/vllm "
         "csrc/quantization/cutlass_w4a8/w4a8_mm_entry.cu",
         by="columns", fold=16, view=_reordered_words,
+    ),
+    Reorder(
+        "int4_planes", (), (2, 2), (0, 1, 3, 2), ("uint8",),
+        "hal/ops/kernels/packed.py (unpack_as_fp8)",
+        recode=lambda tiles: _exchange(tiles, -1), decode=lambda tiles: _exchange(tiles, -1),
     ),
     Reorder(
         "bytes_128", (), (128,), (0, 1, 2), _EIGHT,

@@ -143,6 +143,8 @@ def check_operands(
 
 
 def _dtypes_match(spec: Kind, a: torch.dtype, b: torch.dtype) -> bool:
+    if spec.packed and spec.a_scaled:
+        return is_fp8(a) and b in (torch.uint8, torch.int32)
     if spec.packed:
         return a in (torch.bfloat16, torch.float16) and b in (torch.uint8, torch.int32)
     if spec.decode:
@@ -165,7 +167,7 @@ def scale_strides(
     row = group = column = column_group = second = 0
     if a_scales is not None:
         row = a_scales.stride(0)
-        group = a_scales.stride(1) if blocks else 0
+        group = a_scales.stride(1) if a_scales.dim() == 2 else 0
     if weight.scales is not None:
         column = weight.scales.stride(-2) if blocks else weight.scales.stride(-1)
         column_group = weight.scales.stride(-1) if blocks else 0

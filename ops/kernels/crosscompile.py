@@ -39,8 +39,10 @@ OWN_FORMAT = {
     "fp8_block128": "fp8",
     "int8_channel": "int8",
     "fp8_channel_decode": "bfloat16",
+    "fp8_e5m2_decode": "bfloat16",
     "fp8_block128_decode": "bfloat16",
     "int8_channel_decode": "bfloat16",
+    "int4_group_fp8": "fp8",
     "int4_group_decode": "bfloat16",
     "uint4_group_decode": "bfloat16",
     "mxfp8_decode": "bfloat16",
@@ -235,7 +237,8 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
     if spec.a_scaled:
         scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype="float32")
     if spec.packed:
-        b, scales = _packed_weight(kind, experts, n, k)
+        b, given = _packed_weight(kind, experts, n, k)
+        scales |= given
     elif spec.scales:
         shape = (-(-n // 128), groups) if blocks else (n,)
         scales["b_scales"] = _empty(*experts, *shape, dtype="float32")
@@ -258,7 +261,9 @@ def _packed_weight(
     from hal.ops.kernels.accumulate import ALL_KINDS
 
     spec = ALL_KINDS[kind]
-    b = _empty(*experts, n, -(-k // spec.per_byte), dtype="uint8")
+    b = _empty(
+        *experts, n, -(-k // 8) * 4 if spec.planes else -(-k // spec.per_byte), dtype="uint8"
+    )
     if spec.scales == "tensor":
         return b, {"b_scales": _empty(*experts, dtype="float32")}
     shape = (*experts, -(-n // spec.scale_rows), -(-k // spec.groups[0]))

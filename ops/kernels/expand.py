@@ -41,7 +41,7 @@ def _expand_kernel(
     SECOND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" or CODES == "int8" else 2
+    PER_BYTE: tl.constexpr = 2 if CODES == "e2m1" or CODES == "int4" or CODES == "uint4" else 1
     PER_WORD: tl.constexpr = 4 * PER_BYTE
     steps = tl.cdiv(k_size, BLOCK_K)
     columns = tl.program_id(0) // steps * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -32,6 +32,7 @@ from hal.ops.kernels.packed import (
     load_words,
     nan_marks,
     place,
+    place_e5m2,
     place_fp8,
     scale_number,
 )
@@ -71,9 +72,12 @@ def _add_bytes(sums, words, x0, x1, x2, x3, nothing, CODES: tl.constexpr, FNUZ: 
         sums += _integer(high, nothing, 0.0, 0, 8, -128) * x2
         sums += _integer(high, nothing, 0.0, 8, 8, -128) * x3
     else:
-        marks = nan_marks(words, FNUZ)
-        even = place_fp8(words, marks, 0, tl.float16, FNUZ)
-        odd = place_fp8(words, marks, 8, tl.float16, FNUZ)
+        if CODES == "e5m2":
+            even, odd = place_e5m2(words, 0, tl.float16), place_e5m2(words, 8, tl.float16)
+        else:
+            marks = nan_marks(words, FNUZ)
+            even = place_fp8(words, marks, 0, tl.float16, FNUZ)
+            odd = place_fp8(words, marks, 8, tl.float16, FNUZ)
         sums += _float(even, 0) * x0
         sums += _float(odd, 0) * x1
         sums += _float(even, 1) * x2
@@ -143,7 +147,7 @@ def _add_eight(
 ):  # fmt: skip
     """Add eight codes a lane, of one word or of two, times x [lanes, 8] to sums."""
     x0, x1, x2, x3, x4, x5, x6, x7 = _columns_of(x)
-    if CODES == "e4m3" or CODES == "int8":
+    if CODES == "e4m3" or CODES == "e5m2" or CODES == "int8":
         sums = _add_bytes(sums, first, x0, x1, x2, x3, nothing, CODES, FNUZ)
         return _add_bytes(sums, second, x4, x5, x6, x7, nothing, CODES, FNUZ)
     else:
@@ -203,7 +207,7 @@ def _product_of_row(
         even, odd = tl.split(codes.reshape(LANES, 2, 2))
         word0, word2 = tl.split(even)
         word1, word3 = tl.split(odd)
-        if CODES == "e4m3" or CODES == "int8":
+        if CODES == "e4m3" or CODES == "e5m2" or CODES == "int8":
             sums = _add_eight(sums, word0, word1, x0, zero, nothing, CODES, FNUZ)
             sums = _add_eight(sums, word2, word3, x1, zero, nothing, CODES, FNUZ)
         else:
@@ -273,7 +277,7 @@ def _gemv_kernel(
     SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" or CODES == "int8" else 2
+    PER_BYTE: tl.constexpr = 2 if CODES == "e2m1" or CODES == "int4" or CODES == "uint4" else 1
     PER_WORD: tl.constexpr = 1 if CODES == "" else 4 * PER_BYTE
     STEP: tl.constexpr = BLOCK_K // PER_WORD
     LANES: tl.constexpr = BLOCK_K // HELD
@@ -343,7 +347,7 @@ def _gemv_kernel(
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=column_inside)
 
 
-_HELD = {"int8": 16, "e4m3": 16, "int4": 32, "uint4": 32, "e2m1": 32}
+_HELD = {"int8": 16, "e4m3": 16, "e5m2": 16, "int4": 32, "uint4": 32, "e2m1": 32}
 
 
 def gemv(
@@ -373,8 +377,8 @@ def gemv(
         return
     weight = by_row(kind, weight)
     options = decode_options(kind, weight)
-    fp8 = torch.float8_e4m3fnuz if weight.fnuz else torch.float8_e4m3fn
-    if options["CODES"] == "e4m3" and converts_fp8(fp8):
+    fp8 = _fp8_dtype(spec.decode, weight.fnuz)
+    if fp8 is not None and converts_fp8(fp8):
         weight = weight._replace(codes=weight.codes.view(fp8))
         options["CODES"] = ""
     # A lane holds 16 bytes of codes.
@@ -390,3 +394,9 @@ def gemv(
         HAS_BIAS=bias is not None, WIDE=offsets_need_64_bits(a, weight.codes, out),
         num_warps=tile.warps, num_stages=1, **options,
     )  # fmt: skip
+
+
+def _fp8_dtype(decode: str, fnuz: bool) -> torch.dtype | None:
+    if decode == "e4m3":
+        return torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+    return torch.float8_e5m2 if decode == "e5m2" else None

@@ -71,8 +71,9 @@ def _grouped_gemm_kernel(
             row_inside, columns, n_columns, k_size, stride_ak, stride_bn, stride_bk,
             b_scales_ptr + expert * stride_bse, b_zeros_ptr + expert * stride_bse,
             stride_bsn, stride_bsk, b_second_ptr + expert * stride_b2e, stride_b2n,
+            a_scales_ptr + rows * stride_asm,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
-            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND,
+            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND, A_SCALED,
             WIDE_ROWS or WIDE_MATRIX,
         )  # fmt: skip
     else:

@@ -24,11 +24,13 @@ from hal.ops.kernels.common import is_fp8
 class Kind:
     """Say how one kind of product is scaled ("", "channel", "block128", "group") and decoded.
 
-    decode: "", or the format of weights that become a's dtype: "int8", or packed "e4m3", "e2m1",
-    "int4", "uint4" (with zero points).
+    decode: "", or the format of weights that become a's dtype: "int8", or packed "e4m3", "e5m2",
+    "e2m1", "int4", "uint4" (with zero points).
     groups: the possible numbers of elements along k that share a scale of sort "group".
     scale_rows: how many neighbours along n share it too.
     second: whether a float32 factor of the matrix (or of its channels) follows.
+    planes: whether four bytes hold four consecutive codes in their low halves and the next four in
+    their high halves (layout int4_planes); rows are whole words then.
     """
 
     scales: str = ""
@@ -39,6 +41,7 @@ class Kind:
     groups: tuple[int, ...] = ()
     scale_rows: int = 1
     second: bool = False
+    planes: bool = False
 
     @cached_property
     def packed(self) -> bool:
@@ -48,10 +51,11 @@ class Kind:
     @property
     def per_byte(self) -> int:
         """Return how many elements one byte of b holds, of packed kinds."""
-        return 1 if self.decode == "e4m3" else 2
+        return 1 if self.decode in FP8_CODES else 2
 
 
-PACKED = ("e4m3", "e2m1", "int4", "uint4")
+FP8_CODES = ("e4m3", "e5m2")
+PACKED = (*FP8_CODES, "e2m1", "int4", "uint4")
 KINDS = {
     "bf16": Kind(),
     "fp8_channel": Kind("channel", a_scaled=True),
@@ -63,6 +67,7 @@ _PLAIN = KINDS["bf16"]
 _FLOAT_GROUPS = (128, 64, 32)
 WEIGHT_ONLY_KINDS = {
     "fp8_channel_decode": Kind("tensor", decode="e4m3"),
+    "fp8_e5m2_decode": Kind("tensor", decode="e5m2"),
     "fp8_block128_decode": Kind("group", decode="e4m3", groups=(128,), scale_rows=128),
     "int4_group_decode": Kind("group", decode="int4", groups=_FLOAT_GROUPS),
     "uint4_group_decode": Kind("group", decode="uint4", groups=_FLOAT_GROUPS),
@@ -70,7 +75,15 @@ WEIGHT_ONLY_KINDS = {
     "mxfp4_decode": Kind("group", decode="e2m1", scale_format="e8m0", groups=(32,)),
     "nvfp4_decode": Kind("group", decode="e2m1", scale_format="e4m3fn", groups=(16,), second=True),
 }
-ALL_KINDS = {**KINDS, **WEIGHT_ONLY_KINDS}
+# int4 weights that become 8-bit floats in the loop, as the rows beside them are.
+MIXED_KINDS = {
+    "int4_group_fp8": Kind(
+        "group", decode="int4", a_scaled=True, groups=_FLOAT_GROUPS, planes=True
+    ),
+}
+FP8_UNITS = {"e4m3fn": 2.0**9, "e4m3fnuz": 2.0**10}
+"""What scales of such int4 weights are multiplied by: codes count the encoding's least steps."""
+ALL_KINDS = {**KINDS, **WEIGHT_ONLY_KINDS, **MIXED_KINDS}
 
 
 class Weight(NamedTuple):
@@ -109,7 +122,9 @@ def as_weight(
 ) -> Weight:
     """View a weight as the kernels read it; raise ValueError naming what does not fit `kind`."""
     spec = ALL_KINDS.get(kind, _PLAIN)
-    if spec.decode == "e4m3" and is_fp8(b.dtype):
+    if spec.decode in FP8_CODES and is_fp8(b.dtype):
+        if spec.decode not in str(b.dtype):
+            raise ValueError(f"{kind}: decodes {spec.decode} weights, not {b.dtype}")
         b, fnuz = b.view(torch.uint8), b.dtype is torch.float8_e4m3fnuz
     if not spec.packed:
         if b_zeros is not None or b_second is not None:
@@ -122,12 +137,12 @@ def as_weight(
     if b_scales is None:
         raise ValueError(f"{kind}: needs a_scales: False, b_scales: True")
     if b.dtype == torch.uint8:
-        needed = -(-k // spec.per_byte)
+        needed = -(-_held(spec, k) // spec.per_byte)
         if b.shape[-1] != needed:
             raise ValueError(f"{kind}: {k} inner elements lie in {needed} bytes, not {b.shape[-1]}")
         if whole_words(b):
             b = b.view(torch.int32)
-    elif b.dtype == torch.int32 and b.shape[-1] * 4 * spec.per_byte != k:
+    elif b.dtype == torch.int32 and b.shape[-1] * 4 * spec.per_byte != _held(spec, k):
         raise ValueError(f"{kind}: {b.shape[-1]} words do not hold {k} inner elements")
     second = b_scales if spec.scales == "tensor" else b_second
     _check_second(kind, b.shape, second)
@@ -231,6 +246,11 @@ def whole_words(b: torch.Tensor) -> bool:
         and all(stride % 4 == 0 for stride in outer)
         and (b.is_meta or b.data_ptr() % 4 == 0)
     )
+
+
+def _held(spec: Kind, k: int) -> int:
+    """Return how many codes lie in a row of k elements, those of padding included."""
+    return -(-k // 8) * 8 if spec.planes else k
 
 
 def _group(kind: str, k: int, groups: int) -> int:

@@ -63,8 +63,9 @@ def _gemm_kernel(
             a_ptr + rows * stride_am, b_ptr,
             row_inside, columns, n_columns, k_size, stride_ak, stride_bn, stride_bk,
             b_scales_ptr, b_zeros_ptr, stride_bsn, stride_bsk, b_second_ptr, stride_b2n,
+            a_scales_ptr + rows * stride_asm,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
-            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND, WIDE,
+            DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND, A_SCALED, WIDE,
         )  # fmt: skip
     else:
         result = accumulate(
@@ -136,7 +137,8 @@ def gemm(
     with `fnuz` telling the encoding. Groups: b [n, ceil(k / 2)] uint8 of 4-bit codes, the low
     nibble first, or [n, k] of e4m3; b_scales [n, ceil(k / group)] in the format of the kind;
     b_zeros uint8 shaped like them (uint4); b_second [] or [n] f32 (nvfp4). Scales are read fastest
-    where n is contiguous.
+    where n is contiguous. int4_group_fp8: a of e4m3 or
+    e4m3fnuz, a_scales [m], b in layout int4_planes, b_scales times `FP8_UNITS`.
     b may be a `Weight` made by `as_weight` before, which then holds all of this.
     """
     weight = (

@@ -15,7 +15,12 @@ are those that one thread feeds to a Hopper matrix instruction: the words go fro
 the thread that decodes them in 16-byte loads, and from there to the instruction, without a second
 trip through shared memory. Activations are then copied in 4-byte pieces.
 
-Source: OCP Microscaling Formats 1.0, sections 5.3 and 5.4 (e4m3, e2m1, e8m0).
+Beside activations of 8-bit floats, int4 codes become e4m3 (or e4m3fnuz) bytes, exactly, and 8-bit
+matrix instructions multiply them: the sum of a group is then exact up to that instruction's own
+accumulation, and a token's scale follows at the end.
+
+Source: OCP Microscaling Formats 1.0, sections 5.3 and 5.4 (e4m3, e2m1, e8m0); OCP 8-bit Floating
+Point 1.0 (e5m2).
 """
 
 from __future__ import annotations
@@ -90,6 +95,21 @@ def place_fp8(words, marks, P: tl.constexpr, DTYPE: tl.constexpr, FNUZ: tl.const
 
 
 @triton.jit
+def place_e5m2(words, P: tl.constexpr, DTYPE: tl.constexpr):
+    """Move the e5m2 codes at bits P and P + 16 like `place`; infinity and NaN stay what they are.
+
+    e5m2 is the upper half of fp16, where no factor is missing.
+    """
+    if DTYPE == tl.float16:
+        return (words << 8 if P == 0 else words) & -0x00FF0100
+    else:
+        magnitude = (words << 5 if P == 0 else words >> 3) & 0x0FE00FE0
+        # An exponent of ones beside the fraction, where the code's is of ones.
+        marks = ((words & 0x7C7C7C7C) + 0x04040404) >> P & 0x00800080
+        return ((words << (8 - P)) & -0x7FFF8000) | magnitude | (marks * 0xFF)
+
+
+@triton.jit
 def place_int8(words, P: tl.constexpr):
     """Move the int8 codes at bits P and P + 16 into fp16: 1024 + 128 + code."""
     return ((words >> P) & 0x00FF00FF) ^ 0x64806480
@@ -106,6 +126,44 @@ def unpack_int8(words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def place_as_fp8(words):
+    """Turn the int4 code in the low half of each byte of int32 words into e4m3: code * 2^-9.
+
+    e4m3's magnitudes up to 16 steps are integers, but for a factor: see `kinds.FP8_UNITS`.
+    """
+    codes = words & 0x0F0F0F0F
+    negative = (codes >> 3) & 0x01010101
+    # 16 - code, byte by byte, where the code is negative; at most 8, so that nothing is carried.
+    return ((codes ^ (negative * 15)) + negative) | (negative << 7)
+
+
+@triton.jit
+def _byte(words, B: tl.constexpr, DTYPE: tl.constexpr):
+    """Return byte B of int32 words as DTYPE, of 8 bits."""
+    return (words >> (8 * B)).to(tl.int8).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def unpack_as_fp8(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return int32 words [BLOCK_N, BLOCK_K / 8] of int4_planes as e4m3 [BLOCK_N, BLOCK_K].
+
+    A factor is missing: see `place_as_fp8`. Of this order the compiler takes words as they are for
+    four elements of an instruction's operand.
+    """
+    first, second = place_as_fp8(words), place_as_fp8(words >> 4)
+    low = tl.join(
+        tl.join(_byte(first, 0, DTYPE), _byte(first, 2, DTYPE)),
+        tl.join(_byte(first, 1, DTYPE), _byte(first, 3, DTYPE)),
+    )
+    high = tl.join(
+        tl.join(_byte(second, 0, DTYPE), _byte(second, 2, DTYPE)),
+        tl.join(_byte(second, 1, DTYPE), _byte(second, 3, DTYPE)),
+    )
+    # k = 4 * half + byte
+    return tl.join(low, high).permute(0, 1, 4, 2, 3).reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit
 def unpack(
     words, CODES: tl.constexpr, DTYPE: tl.constexpr, FNUZ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -114,15 +172,20 @@ def unpack(
 
     `uint4` keeps the 128 (bf16) or 1024 (fp16) that `place` gives it.
     """
-    if CODES == "e4m3":
-        marks = nan_marks(words, FNUZ)
-        even = place_fp8(words, marks, 0, DTYPE, FNUZ)
-        odd = place_fp8(words, marks, 8, DTYPE, FNUZ)
+    if CODES == "e4m3" or CODES == "e5m2":
+        if CODES == "e5m2":
+            even, odd = place_e5m2(words, 0, DTYPE), place_e5m2(words, 8, DTYPE)
+        else:
+            marks = nan_marks(words, FNUZ)
+            even = place_fp8(words, marks, 0, DTYPE, FNUZ)
+            odd = place_fp8(words, marks, 8, DTYPE, FNUZ)
         low = tl.join(half_of(even, 0, DTYPE), half_of(odd, 0, DTYPE))
         high = tl.join(half_of(even, 1, DTYPE), half_of(odd, 1, DTYPE))
         # k = 2 * half + parity
         x = tl.join(low, high).permute(0, 1, 3, 2).reshape(BLOCK_N, BLOCK_K)
-        if DTYPE == tl.bfloat16:
+        if CODES == "e5m2":
+            FACTOR: tl.constexpr = 2.0**112 if DTYPE == tl.bfloat16 else 1.0
+        elif DTYPE == tl.bfloat16:
             FACTOR: tl.constexpr = 2.0**119 if FNUZ else 2.0**120
         else:
             FACTOR: tl.constexpr = 2.0**7 if FNUZ else 2.0**8
@@ -152,16 +215,18 @@ def unpack(
 
 
 @triton.jit
-def lane_order(BLOCK_K: tl.constexpr, LANES: tl.constexpr):
+def lane_order(BLOCK_K: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr):
     """Return which k of a step comes in which place, [BLOCK_K] int32.
 
-    With LANES, places 8u + 2t + h hold k = t * BLOCK_K / 4 + 2u + h: thread t of four, which
-    feeds places 2t and 2t + 1 of every eight to the instruction, has consecutive k.
+    With LANES, and PIECE elements in 32 bits, places 4 * PIECE * u + PIECE * t + h hold
+    k = t * BLOCK_K / 4 + PIECE * u + h: thread t of four, which feeds PIECE places of every
+    4 * PIECE to the instruction, has consecutive k.
     """
     place_ = tl.arange(0, BLOCK_K)
     if LANES:
-        k = ((place_ >> 1) & 3) * (BLOCK_K // 4) + (place_ >> 3) * 2 + (place_ & 1)
-        return tl.max_contiguous(tl.multiple_of(k, 2), 2)
+        k = (place_ // PIECE % 4) * (BLOCK_K // 4) + place_ // (4 * PIECE) * PIECE
+        k += place_ % PIECE
+        return tl.max_contiguous(tl.multiple_of(k, PIECE), PIECE)
     else:
         return place_
 
@@ -190,7 +255,10 @@ def load_words(
     ptrs, stride, first_k, left, column_inside,
     PER_BYTE: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Load int32 words, or assemble them from bytes whose rows are no multiple of four long."""
+    """Load int32 words, or assemble them from bytes whose rows are no multiple of four long.
+
+    PER_BYTE 0: all four bytes of a word exist where its first code does.
+    """
     if WORDS:
         if EVEN:
             return tl.load(ptrs)
@@ -209,24 +277,26 @@ def load_words(
 @triton.jit
 def accumulate_packed(
     a_ptrs, b_ptr, row_inside, columns, n_columns, k_size, stride_ak, stride_bn, stride_bk,
-    scales_ptr, zeros_ptr, stride_sn, stride_sk, second_ptr, stride_2n,
+    scales_ptr, zeros_ptr, stride_sn, stride_sk, second_ptr, stride_2n, a_scale_ptrs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, LANES: tl.constexpr,
     CODES: tl.constexpr, FNUZ: tl.constexpr, WORDS: tl.constexpr,
     SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SUMS: tl.constexpr, SECOND: tl.constexpr, WIDE: tl.constexpr,
+    SUMS: tl.constexpr, SECOND: tl.constexpr, A_SCALED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the scaled product [BLOCK_M, BLOCK_N] f32.
 
-    a_ptrs [BLOCK_M] point at each row's first element; b_ptr, scales_ptr, zeros_ptr (of codes
-    uint4) and second_ptr at the matrix's first ones. SCALE_FORMAT "" means no scales of groups.
-    SCALE_ROWS neighbouring columns share those. SWAP and WIDE are those of `accumulate`.
+    a_ptrs [BLOCK_M] point at each row's first element, a_scale_ptrs [BLOCK_M] at its scale; b_ptr,
+    scales_ptr, zeros_ptr (of codes uint4) and second_ptr at the matrix's first ones. SCALE_FORMAT
+    "" means no scales of groups. SCALE_ROWS neighbouring columns share those. SWAP and WIDE are
+    those of `accumulate`.
     """
     DTYPE: tl.constexpr = a_ptrs.dtype.element_ty
-    PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" else 2
+    PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" or CODES == "e5m2" else 2
     STEP: tl.constexpr = tl.int64 if WIDE else tl.int32
     GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
-    inner = lane_order(BLOCK_K, LANES)
+    PIECE: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    inner = lane_order(BLOCK_K, LANES, PIECE)
     word = tl.arange(0, BLOCK_K // (4 * PER_BYTE))
     first_k = word * (4 * PER_BYTE)
     group = tl.arange(0, GROUPS)
@@ -250,9 +320,14 @@ def accumulate_packed(
         else:
             a = tl.load(a_tile_ptrs, mask=row_inside[:, None] & (inner < left)[None, :], other=0.0)
         words = load_words(
-            b_ptrs, stride_bk, first_k, left, column_inside, PER_BYTE, WORDS, EVEN_N and EVEN_K
-        )
-        b = unpack(words, CODES, DTYPE, FNUZ, BLOCK_N, BLOCK_K)
+            b_ptrs, stride_bk, first_k, left, column_inside, 0 if A_SCALED else PER_BYTE, WORDS,
+            EVEN_N and EVEN_K,
+        )  # fmt: skip
+        if A_SCALED:
+            tl.static_assert(CODES == "int4" and SUMS, "other codes times scales are no e4m3")
+            b = unpack_as_fp8(words, DTYPE, BLOCK_N, BLOCK_K)
+        else:
+            b = unpack(words, CODES, DTYPE, FNUZ, BLOCK_N, BLOCK_K)
         if SCALE_FORMAT != "":
             # [BLOCK_N, GROUPS]: one group where a step lies within it.
             groups = step * BLOCK_K // GROUP + group
@@ -268,7 +343,7 @@ def accumulate_packed(
                 b = b * scale_number(scale, SCALE_FORMAT, b.dtype)[:, :, None]
             b = b.reshape(BLOCK_N, BLOCK_K)
         if LANES:
-            b = b.reshape(BLOCK_N, 4, BLOCK_K // 8, 2).permute(0, 2, 1, 3)
+            b = b.reshape(BLOCK_N, 4, BLOCK_K // (4 * PIECE), PIECE).permute(0, 2, 1, 3)
             b = b.reshape(BLOCK_N, BLOCK_K)
         if SUMS:
             tl.static_assert(GROUPS == 1, "a step must lie within a group")
@@ -288,4 +363,7 @@ def accumulate_packed(
     if SECOND:
         second = tl.load(second_ptr + columns * stride_2n, mask=column_inside, other=0.0)
         acc = acc * second[None, :]
+    if A_SCALED:
+        a_scale = tl.load(a_scale_ptrs, mask=row_inside, other=0.0)
+        acc = acc * a_scale[:, None]
     return acc

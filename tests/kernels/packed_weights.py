@@ -5,15 +5,22 @@ from __future__ import annotations
 import torch
 
 from hal.ops.kernels.common import INTERPRETED
-from hal.ops.kernels.kinds import WEIGHT_ONLY_KINDS
+from hal.ops.kernels.kinds import ALL_KINDS
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
 BF16 = torch.bfloat16
 
 
-def e4m3(codes, fnuz=False):
-    """Return the float64 values of e4m3 bytes."""
-    dtype = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+FP8_KINDS = {
+    "e4m3fn": "fp8_channel_decode",
+    "e4m3fnuz": "fp8_channel_decode",
+    "e5m2": "fp8_e5m2_decode",
+}
+
+
+def fp8(codes, encoding="e4m3fn"):
+    """Return the float64 values of bytes of an 8-bit float."""
+    dtype = getattr(torch, f"float8_{encoding}")
     return codes.cpu().view(dtype).to(torch.float32).double().to(codes.device)
 
 
@@ -31,7 +38,7 @@ def pack(nibbles):
 
 def weight(kind, shape, generator, device, *, group=None):
     """Return (b, scale arguments, exact float64 value [..., n, k]) of a random weight."""
-    spec = WEIGHT_ONLY_KINDS[kind]
+    spec = ALL_KINDS[kind]
     *lead, n, k = shape
 
     def codes(top, size=shape):
@@ -40,7 +47,11 @@ def weight(kind, shape, generator, device, *, group=None):
     if spec.decode == "e4m3":
         b = codes(255)
         b[(b & 0x7F) == 0x7F] = 1
-        value = e4m3(b)
+        value = fp8(b)
+    elif spec.decode == "e5m2":
+        b = codes(256)
+        b[(b & 0x7C) >= 0x40] -= 0x40  # numbers below 2: sums in float32 then stay exact enough
+        value = fp8(b, "e5m2")
     else:
         nibbles = codes(16)
         b, wide = pack(nibbles), nibbles.double()
@@ -69,7 +80,7 @@ def weight(kind, shape, generator, device, *, group=None):
         exact = e8m0(scales)
     else:
         scales = codes(0x78, grouped)
-        exact = e4m3(scales)
+        exact = fp8(scales)
     if spec.second:
         second = torch.rand(lead, generator=generator, device=device) / 500 + 1e-4
         options["b_second"] = second

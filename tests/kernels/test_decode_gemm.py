@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from packed_weights import BF16, E2M1, activations, assert_product, e4m3, e8m0, pack, weight
+from packed_weights import (
+    BF16,
+    E2M1,
+    FP8_KINDS,
+    activations,
+    assert_product,
+    e8m0,
+    fp8,
+    pack,
+    weight,
+)
 
 from hal.device import version_at_least
 from hal.ops.kernels import common
@@ -16,6 +26,7 @@ from hal.ops.kernels.align import align, capacity
 from hal.ops.kernels.common import INTERPRETED
 from hal.ops.kernels.crosscompile import Target, compile_cells
 from hal.ops.kernels.grouped_gemm import grouped_gemm
+from hal.ops.kernels.kinds import ALL_KINDS
 from hal.ops.kernels.linear import gemm
 from hal.ops.tiles import PACKED_KINDS, Tile, choose_tile
 from hal.platforms.tables import device_spec
@@ -74,20 +85,20 @@ def identity(k, dtype, device):
 
 @pytest.mark.parametrize("tile", ["plain", "lanes"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-@pytest.mark.parametrize("fnuz", [False, True])
-def test_every_fp8_byte(device, dtype, fnuz, tile):
+@pytest.mark.parametrize("encoding", list(FP8_KINDS))
+def test_every_fp8_byte(device, dtype, encoding, tile):
     codes = torch.arange(256, dtype=torch.uint8, device=device)[None]
     out = torch.empty(256, 1, device=device)
     one = torch.ones((), device=device)
-    for b in (codes, codes.view(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)):
+    for b in (codes, codes.view(getattr(torch, f"float8_{encoding}"))):
         for column in range(0, 256, 32):  # so that NaN bytes spoil no others
             part = b.view(torch.uint8)[:, column : column + 32].contiguous().view(b.dtype)
             gemm(
                 identity(32, dtype, device), part, out[column : column + 32], b_scales=one,
-                kind="fp8_channel_decode", tile=TILES[tile], fnuz=fnuz,
+                kind=FP8_KINDS[encoding], tile=TILES[tile], fnuz=encoding == "e4m3fnuz",
             )  # fmt: skip
-        expected = e4m3(codes[0], fnuz)
-        spoiled = expected.reshape(8, 32).isnan().any(1).repeat_interleave(32)
+        expected = fp8(codes[0], encoding)
+        spoiled = (~expected.isfinite()).reshape(8, 32).any(1).repeat_interleave(32)
         assert torch.equal(out[~spoiled, 0].double(), expected[~spoiled])
         assert out[spoiled, 0].isnan().all()
         assert 32 <= spoiled.sum() <= 64
@@ -148,7 +159,7 @@ def test_every_fp4_scale(device, dtype, tile):
             identity(16, dtype, device), pack(nibbles), out, b_scales=given,
             b_second=torch.ones((), device=device), kind="nvfp4_decode", tile=TILES[tile],
         )  # fmt: skip
-        expected = (E2M1.to(device)[nibbles.long()] * e4m3(scales)).T
+        expected = (E2M1.to(device)[nibbles.long()] * fp8(scales)).T
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -352,7 +363,7 @@ def test_tiles_split_k_only_where_programs_are_few():
             compute_units=132,
         )  # fmt: skip
 
-    assert set(WEIGHT_ONLY_KINDS) == PACKED_KINDS
+    assert {kind for kind, spec in ALL_KINDS.items() if spec.packed} == PACKED_KINDS
     assert tile("int4_group_decode", 1, 4096, 4096).split_k == 8
     assert tile("int4_group_decode", 1, 65536, 4096).split_k == 1
     assert tile("mxfp4_decode", 1, 4096, 4096).split_k == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_weights import BF16, activations, assert_product, e4m3, weight
+from packed_weights import BF16, FP8_KINDS, activations, assert_product, fp8, weight
 
 from hal.ops.kernels.common import INTERPRETED
 from hal.ops.kernels.expand import expand
@@ -92,21 +92,22 @@ def test_group_sizes(device, generator, kind, group):
     torch.testing.assert_close(wide.double(), value, rtol=2**-11, atol=2**-24)
 
 
-@pytest.mark.parametrize("fnuz", [False, True])
+@pytest.mark.parametrize("encoding", list(FP8_KINDS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_byte_of_fp8(device, fnuz, dtype):
-    """All 256 codes, NaN included, come out exactly, in a product with 1 and expanded."""
+def test_every_byte_of_fp8(device, encoding, dtype):
+    """Codes come out exactly, NaN and infinity too, in a product with 1 and expanded."""
     codes = torch.arange(256, dtype=torch.uint8, device=device)[:, None].repeat(1, 4)
     codes[:, 1:] = 0
-    held = as_weight("fp8_channel_decode", 4, codes, torch.ones(256, device=device), fnuz=fnuz)
-    expected = e4m3(codes, fnuz)[:, 0]
+    kind, fnuz = FP8_KINDS[encoding], encoding == "e4m3fnuz"
+    held = as_weight(kind, 4, codes, torch.ones(256, device=device), fnuz=fnuz)
+    expected = fp8(codes, encoding)[:, 0]
     a = torch.zeros(1, 4, dtype=dtype, device=device)
     a[0, 0] = 1
     out = torch.empty(1, 256, device=device)
-    gemv(a, held, out, kind="fp8_channel_decode", tile=TILES["short"])
+    gemv(a, held, out, kind=kind, tile=TILES["short"])
     torch.testing.assert_close(out[0].double(), expected, rtol=0, atol=0, equal_nan=True)
     wide = torch.empty(256, 4, dtype=dtype, device=device)
-    expand(held, wide, kind="fp8_channel_decode")
+    expand(held, wide, kind=kind)
     torch.testing.assert_close(wide[:, 0].double(), expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -74,7 +74,7 @@ def marlin_words(codes: list[list[int]], bits: int, a8: bool) -> list[int]:
 @pytest.mark.parametrize(("n", "k"), [(64, 32), (128, 96), (60, 20)])
 @pytest.mark.parametrize("name", MARLIN)
 def test_marlin_words_are_those_of_the_kernels_threads(name: str, n: int, k: int) -> None:
-    bits, a8 = (4 if "4bit" in name else 8), name.endswith("a8")
+    bits, a8 = (4 if "4bit" in name or "int4" in name else 8), name.endswith("a8")
     layout, values = CODE_LAYOUTS[name], pattern(CODE_LAYOUTS[name], n, k * bits // 8)
     padded = torch.zeros(layout.padded_shape(values.shape), dtype=torch.uint8)
     padded[:n, : values.shape[1]] = values
@@ -171,7 +171,7 @@ def pieces(name: str, tensor: torch.Tensor) -> list[int]:
     plain = raw(tensor).flatten()
     if name == "hopper_mxfp4":
         return torch.stack([plain >> bit & 1 for bit in range(8)]).flatten().tolist()
-    return codes_of(plain, 4 if "4bit" in name else 8).tolist()
+    return codes_of(plain, 4 if "4bit" in name or "int4" in name else 8).tolist()
 
 
 @settings(max_examples=60)
@@ -195,6 +195,13 @@ def test_stored_codes_are_those_of_the_padded_matrix(name, lead, rows, columns, 
     assert torch.equal(raw(layout.inverse(stored, shape)), raw(values))
     assert torch.equal(raw(layout.forward(whole)), raw(stored))
     assert sorted(pieces(name, stored)) == sorted(pieces(name, whole))
+
+
+def test_planes_hold_four_codes_in_low_halves_and_the_next_four_in_high_ones() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    stored = CODE_LAYOUTS["int4_planes"].forward((codes[::2] | codes[1::2] << 4)[None])
+    assert (stored & 0xF).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11]]
+    assert (stored >> 4).tolist() == [[4, 5, 6, 7, 12, 13, 14, 15]]
 
 
 @pytest.mark.parametrize("name", NAMES)
