@@ -190,14 +190,9 @@ def route(
             "route", found=f"logits of {dtype_name(logits)}", needed="float32, bfloat16 or float16"
         )
     check_vectors(logits, bias, expert_map)
-    problem = {
-        "tokens": tokens,
-        "experts": experts,
-        "top_k": top_k,
-        "scoring": scoring,
-        "expert_groups": expert_groups,
-        "top_k_groups": top_k_groups,
-    }
+    problem = {"tokens": tokens, "experts": experts, "top_k": top_k, "scoring": scoring}
+    if expert_groups > 1:
+        problem |= {"expert_groups": expert_groups, "top_k_groups": top_k_groups}
     selection, _ = select_for("route", "none", logits.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     if top_k_groups == expert_groups:
