@@ -1,4 +1,4 @@
-"""Define routing once more, in plain Python and float64, with the rows on which kernels differ."""
+"""Define routing and alignment once more, in plain Python, with rows on which kernels differ."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
 ROWS = {
     "plain": [0.5, -1.0, 2.25, 0.125, 3.5, -4.0],
     "ties": [1.0, 2.0, 2.0, 1.0, 2.0, 0.0],
+    "ties across groups": [0.0, 1.0, 2.0, 0.0, 2.0, 1.0],
     "all equal": [0.75] * 6,
     "signed zeros": [-0.0, 0.0, -0.0, 0.0, -1.0, -2.0],
     "saturated": [30.0, 40.0, 50.0, 20.0, 45.0, 35.0],
@@ -148,3 +149,15 @@ def map_of_rank(experts, ranks=3, rank=1):
     """Return the map of a rank that holds every third expert."""
     ids = torch.arange(experts)
     return torch.where(ids % ranks == rank, ids // ranks, -1).int()
+
+
+def aligned(ids, experts, block):
+    """Return (slots, experts of blocks) of `align`, without what follows the length in use."""
+    flat = ids.flatten().tolist()
+    slots, blocks = [], []
+    for expert in range(experts):
+        mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
+        mine += [len(flat)] * (-len(mine) % block)
+        slots += mine
+        blocks += [expert] * (len(mine) // block)
+    return slots, blocks

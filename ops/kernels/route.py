@@ -47,7 +47,7 @@ def _value_of(key):
 
 @triton.jit
 def _within_groups(
-    keys, n_groups, group_size,
+    keys, group_size,
     TOP_GROUPS: tl.constexpr, SUM_OF_TWO: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -58,11 +58,10 @@ def _within_groups(
     if SUM_OF_TWO:
         second = tl.max(tl.where(table == best[:, None], NEVER, table), axis=1)
         score = tl.where(group_size > 1, score + _value_of(second), score)
-    groups = tl.arange(0, BLOCK_G)
-    group_keys = tl.where(groups < n_groups, _order_key(score, groups), NEVER)
+    # NEVER has the value NaN: groups that do not exist come after all others.
+    group_keys = _order_key(score, tl.arange(0, BLOCK_G))
     for _ in range(TOP_GROUPS):
         group_keys = tl.where(group_keys == tl.max(group_keys, axis=0), NEVER, group_keys)
-    # A group that has come to NEVER was taken, or does not exist: then its experts have it too.
     table = tl.where((group_keys == NEVER)[:, None], table, NEVER)
     return tl.reshape(table, [BLOCK_G * BLOCK_S])
 
@@ -103,7 +102,7 @@ def _route_kernel(
 
     keys = tl.where(exists, _order_key(choice, experts), NEVER)
     if TOP_GROUPS > 0:
-        keys = _within_groups(keys, n_groups, group_size, TOP_GROUPS, HAS_BIAS, BLOCK_G, BLOCK_S)
+        keys = _within_groups(keys, group_size, TOP_GROUPS, HAS_BIAS, BLOCK_G, BLOCK_S)
     slots = tl.arange(0, BLOCK_K)
     ids = tl.zeros([BLOCK_K], tl.int32)
     weights = tl.zeros([BLOCK_K], tl.float32)

@@ -12,6 +12,7 @@ from routing_oracle import (
     INFINITE_BIAS,
     ROWS,
     SCORINGS,
+    aligned,
     bias_for,
     check,
     clear_logits,
@@ -165,7 +166,7 @@ def test_route_groups_of_any_size(device, experts, groups, chosen, top_k, biased
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_route_like_the_models_of_transformers(device, model):
-    logits, top_k, options, ids, weights = routed_by_model(model)
+    logits, top_k, options, ids, weights = routed_by_model(model, tokens=6)
     if "bias" in options:
         options["bias"] = options["bias"].to(device)
     found_weights, found_ids = run_route(logits.to(device), top_k, **options)
@@ -199,17 +200,6 @@ def test_route_refuses_more_choices_than_experts(device):
         run_route(logits, 1, bias=torch.zeros(12, device=device)[::2])
 
 
-def reference_align(ids, experts, block):
-    flat = ids.flatten().tolist()
-    slots, blocks = [], []
-    for expert in range(experts):
-        mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
-        mine += [len(flat)] * (-len(mine) % block)
-        slots += mine
-        blocks += [expert] * (len(mine) // block)
-    return slots, blocks
-
-
 def check_align(ids, experts, block):
     device, length = ids.device, capacity(ids.numel(), experts, block)
     sorted_slots = torch.full((length,), -7, dtype=torch.int32, device=device)
@@ -219,7 +209,7 @@ def check_align(ids, experts, block):
     guard = torch.full((space + 64,), -9, dtype=torch.int32, device=device)
     align(ids, experts, block, sorted_slots, block_experts, n_padded, guard[:space])
     assert (guard[space:] == -9).all(), "wrote past the workspace"
-    slots, blocks = reference_align(ids, experts, block)
+    slots, blocks = aligned(ids, experts, block)
     assert n_padded.item() == len(slots)
     assert sorted_slots.tolist() == slots + [ids.numel()] * (length - len(slots))
     assert block_experts.tolist() == blocks + [-1] * (length // block - len(blocks))

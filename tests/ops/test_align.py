@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from routing_oracle import EXPERTS, clear_logits, map_of_rank
+from routing_oracle import EXPERTS, aligned, clear_logits, map_of_rank
 
 import hal
 from hal.errors import DTypeError, ForcedKernelError, ShapeError
@@ -14,24 +14,12 @@ from hal.registry import find_op
 KERNELS = [kernel.name for kernel in find_op("align").kernels]
 
 
-def wanted(ids, experts, block):
-    """Return (slots, experts of blocks) in Python, without what comes after the length in use."""
-    flat = ids.flatten().tolist()
-    slots, blocks = [], []
-    for expert in range(experts):
-        mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
-        mine += [len(flat)] * (-len(mine) % block)
-        slots += mine
-        blocks += [expert] * (len(mine) // block)
-    return slots, blocks
-
-
 def check(kernel, ids, experts, block):
     try:
         sorted_slots, block_experts, n_padded = align(ids, experts, block, force=kernel)
     except ForcedKernelError as error:
         pytest.skip(str(error).splitlines()[0])
-    slots, blocks = wanted(ids, experts, block)
+    slots, blocks = aligned(ids, experts, block)
     length = capacity(ids.numel(), experts, block)
     assert n_padded.tolist() == [len(slots)]
     assert sorted_slots.tolist() == slots + [ids.numel()] * (length - len(slots))
