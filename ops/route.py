@@ -64,8 +64,6 @@ ROUTE = Op(
 )
 RENORMALIZE_FLOOR = 1e-20
 SIGNATURE = {"none": (Operand("logits", ("float32", "bfloat16", "float16")),)}
-
-
 Routed = tuple["torch.Tensor", "torch.Tensor"]
 
 
@@ -168,7 +166,7 @@ def route(
         top_k_groups: Groups that a token may choose experts from (`topk_group`); must be given
             where there are groups.
         expert_map: `[experts]` int32: the id here of each expert, or -1 for those of other ranks.
-            None means that all are here.
+            None means that all are here. Its values are not looked at.
         platform: Platform to select for; None means that of the logits' device.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
