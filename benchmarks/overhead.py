@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hal.ops import FusedMoE, Linear, Routing, route
-from hal.ops.route import _torch_topk
+from hal.ops.route import Router, _torch_topk
 from hal.quant import quantize
 
 CALLS, ROUNDS = 2000, 41
@@ -58,7 +58,7 @@ def main() -> None:
             report(
                 "route",
                 lambda: route(logits, 4),
-                lambda: _torch_topk(logits, 4, "softmax", True, 1.0, None),
+                lambda: _torch_topk(logits, Router(4)),
             )
 
 

@@ -330,13 +330,15 @@ def _combine(weights: str) -> None:
     combine(_empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given)
 
 
-def _route(experts: int, scoring: str, bias: bool) -> None:
+def _route(experts: int, scoring: str, bias: bool, groups: int = 1, chosen: int = 1) -> None:
     from hal.ops.kernels.route import route
 
     weights, ids = _empty(FEW, TOP_K, dtype="float32"), _empty(FEW, TOP_K, dtype="int32")
     route(
         _empty(FEW, experts), weights, ids, scoring=scoring,
         bias=_empty(experts, dtype="float32") if bias else None,
+        expert_map=_empty(experts, dtype="int32") if groups > 1 else None,
+        expert_groups=groups, top_k_groups=chosen,
     )  # fmt: skip
 
 
@@ -410,6 +412,9 @@ _CASES: dict[str, Callable[[Target], None]] = {
     "combine": lambda _: _combine("float32"),
     "route/softmax": lambda _: _route(EXPERTS, "softmax", False),
     "route/sigmoid_bias": lambda _: _route(1025, "sigmoid", True),
+    "route/softmax_after_top_k": lambda _: _route(EXPERTS, "softmax_after_top_k", False),
+    "route/groups": lambda _: _route(256, "sigmoid", True, 8, 4),
+    "route/most_groups": lambda _: _route(1025, "softmax", True, 41, 4),
     "quantize/fp8_rows": lambda target: _quantize(target, "fp8", False, False),
     "quantize/fp8_groups": lambda target: _quantize(target, "fp8", True, False),
     "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),

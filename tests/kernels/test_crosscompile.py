@@ -56,6 +56,18 @@ def test_every_cell_compiles_and_fits(name):
             assert OWN_FORMAT[rest[0]] in cell.formats, cell
 
 
+@pytest.mark.parametrize("name", ["cuda:sm_86", "cuda:sm_90", "rocm:gfx942", "rocm:gfx1201"])
+def test_routing_compiles_without_spilling(name):
+    """One or four warps hold a token: 2048 places at most, padding of groups included."""
+    target, formats = facts(name)
+    cells = [cell for cell in cell_names(formats) if cell.startswith("route/")]
+    assert {"route/groups", "route/most_groups", "route/softmax_after_top_k"} <= set(cells)
+    for cell in compile_cells(target, cells):
+        assert cell.error == "", cell
+        assert 0 < cell.registers <= 128, cell
+        assert cell.spilled_bytes == 0, cell
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_kinds_follow_the_formats_of_the_table(name):
     _, formats = facts(name)

@@ -17,6 +17,7 @@ from hal.ops.kernels.grouped_gemm import grouped_gemm
 from hal.ops.kernels.kinds import as_weight
 from hal.ops.kernels.linear import gemm
 from hal.ops.kernels.quantize import quantize_groups
+from hal.ops.kernels.route import route
 from hal.ops.kernels.swiglu import silu_and_mul
 from hal.ops.tiles import Tile
 
@@ -63,6 +64,23 @@ def test_combine(big, device, generator, slots_first):
     for token in some(tokens):
         expected = x[token].double().sum(0)
         torch.testing.assert_close(out[token].double(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_route_of_logits_with_experts_first(big, device, generator):
+    experts, tokens = big(1025, 60), big(2_200_000, 40)
+    logits = random((experts, tokens), generator, device).T
+    for first in (0, tokens - 3):
+        given = logits[first : first + 3]
+        assert common.offsets_need_64_bits(given, skip=1)
+        found, wanted = (
+            (torch.empty(3, 4, device=device), torch.empty(3, 4, dtype=torch.int32, device=device))
+            for _ in range(2)
+        )
+        options = {"expert_groups": 5, "top_k_groups": 2}
+        route(given, *found, **options)
+        route(given.contiguous(), *wanted, **options)
+        assert torch.equal(found[1], wanted[1])
+        torch.testing.assert_close(found[0], wanted[0])
 
 
 def test_quantize_and_gate(big, device, generator):

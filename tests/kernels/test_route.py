@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from routers_of_models import MODELS, ascending, routed_by_model
+from routing_oracle import (
+    BIASES,
+    EXPERTS,
+    GROUPED,
+    INFINITE_BIAS,
+    ROWS,
+    SCORINGS,
+    aligned,
+    bias_for,
+    check,
+    clear_logits,
+    map_of_rank,
+)
 
 from hal.ops.kernels.align import CHUNK, ONE_PROGRAM, align, capacity, workspace_size
 from hal.ops.kernels.combine import combine
@@ -12,10 +26,13 @@ from hal.ops.kernels.route import route
 
 def run_route(logits, top_k, **options):
     tokens = logits.shape[0]
-    weights = torch.empty(tokens, top_k, device=logits.device)
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
-    route(logits, weights, ids, **options)
-    return weights, ids
+    # Rows of more than k places: nothing may be stored behind the k.
+    weights = torch.full((tokens, top_k + 3), -5.0, device=logits.device)
+    ids = torch.full((tokens, top_k + 3), -5, dtype=torch.int32, device=logits.device)
+    route(logits, weights[:, :top_k], ids[:, :top_k], **options)
+    assert bool((weights[:, top_k:] == -5).all())
+    assert bool((ids[:, top_k:] == -5).all())
+    return weights[:, :top_k], ids[:, :top_k]
 
 
 def reference_route(logits, top_k, scoring, renormalize, scaling, bias):
@@ -86,22 +103,101 @@ def test_route_non_finite_rows(device, scoring):
         assert ids[4].tolist() == [4, 3, 2]
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("row", list(ROWS))
+def test_route_keeps_to_the_definition(device, row, scoring):
+    rows = [ROWS[row], ROWS[row][::-1]]
+    logits = torch.tensor(rows, device=device)
+    for name in BIASES:
+        extra = bias_for(row, name, scoring)
+        bias = None if extra is None else torch.tensor(extra, device=device)
+        for groups, chosen, top_k in ((1, 1, 3), (2, 1, 3), (3, 2, 3)):
+            weights, ids = run_route(
+                logits, top_k, scoring=scoring, scaling=2.5, bias=bias, expert_groups=groups,
+                top_k_groups=chosen,
+            )  # fmt: skip
+            check((ids, weights), rows, top_k, scoring, True, 2.5, extra, groups, chosen)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_route_infinite_biases(device, scoring):
+    rows = [ROWS["plain"], ROWS["ties"]]
+    bias = torch.tensor(INFINITE_BIAS, device=device)
+    for groups, chosen in ((1, 1), (2, 1), (3, 2), (6, 3)):
+        weights, ids = run_route(
+            torch.tensor(rows, device=device), 2, scoring=scoring, bias=bias,
+            expert_groups=groups, top_k_groups=chosen,
+        )  # fmt: skip
+        check((ids, weights), rows, 2, scoring, True, 1.0, INFINITE_BIAS, groups, chosen)
+
+
+# Every top k once or more, among them the largest of each number of experts.
+SIZES = [(experts, min(k, experts)) for experts, k in zip(EXPERTS, range(1, 14), strict=True)]
+SIZES += [(experts, 14 + turn % 3) for turn, experts in enumerate(EXPERTS[3:])]
+
+
+@pytest.mark.parametrize(("experts", "top_k"), SIZES)
+def test_route_any_size(device, experts, top_k):
+    logits, bias = clear_logits(2, experts)
+    for scoring, extra in (("sigmoid", bias), ("softmax_after_top_k", None)):
+        given = None if extra is None else extra.to(device)
+        weights, ids = run_route(logits.to(device), top_k, scoring=scoring, bias=given)
+        extra = None if extra is None else extra.tolist()
+        check((ids, weights), logits.tolist(), top_k, scoring, True, 1.0, extra)
+
+
+def test_route_sizes_hold_every_top_k():
+    assert {top_k for _, top_k in SIZES} == set(range(1, 17))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("experts", "groups", "chosen", "top_k"), GROUPED)
+def test_route_groups_of_any_size(device, experts, groups, chosen, top_k, biased):
+    logits, bias = clear_logits(2, experts)
+    expert_map = map_of_rank(experts)
+    weights, ids = run_route(
+        logits.to(device), top_k, scoring="sigmoid", expert_groups=groups, top_k_groups=chosen,
+        bias=bias.to(device) if biased else None, expert_map=expert_map.to(device),
+    )  # fmt: skip
+    extra, mapped = bias.tolist() if biased else None, expert_map.tolist()
+    arguments = ("sigmoid", True, 1.0, extra, groups, chosen, mapped)
+    check((ids, weights), logits.tolist(), top_k, *arguments)
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_route_like_the_models_of_transformers(device, model):
+    logits, top_k, options, ids, weights = routed_by_model(model, tokens=6)
+    if "bias" in options:
+        options["bias"] = options["bias"].to(device)
+    found_weights, found_ids = run_route(logits.to(device), top_k, **options)
+    mine, its = ascending(found_ids, found_weights)
+    assert torch.equal(mine, ids)
+    torch.testing.assert_close(its, weights, rtol=1e-5, atol=1e-7)
+
+
+def test_route_experts_first_in_memory(device, generator):
+    logits = torch.randn(24, 5, generator=generator, device=device)
+    options = {"expert_groups": 4, "top_k_groups": 2}
+    found = run_route(logits.T, 3, **options)
+    wanted = run_route(logits.T.contiguous(), 3, **options)
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0])
+
+
 def test_route_refuses_more_choices_than_experts(device):
+    logits = torch.zeros(1, 6, device=device)
     with pytest.raises(ValueError, match="'top' is not one of"):
-        run_route(torch.zeros(1, 2, device=device), 1, scoring="top")
-    with pytest.raises(ValueError, match="k is 3"):
-        run_route(torch.zeros(1, 2, device=device), 3)
-
-
-def reference_align(ids, experts, block):
-    flat = ids.flatten().tolist()
-    slots, blocks = [], []
-    for expert in range(experts):
-        mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
-        mine += [len(flat)] * (-len(mine) % block)
-        slots += mine
-        blocks += [expert] * (len(mine) // block)
-    return slots, blocks
+        run_route(logits, 1, scoring="top")
+    with pytest.raises(ValueError, match="k is 7"):
+        run_route(logits, 7)
+    with pytest.raises(ValueError, match="k is 3, must be from 1 to experts = 2"):
+        run_route(logits, 3, expert_groups=3, top_k_groups=1)
+    with pytest.raises(ValueError, match="1 of 4 groups do not fit 6 experts"):
+        run_route(logits, 1, expert_groups=4, top_k_groups=1)
+    with pytest.raises(ValueError, match="3 of 2 groups"):
+        run_route(logits, 1, expert_groups=2, top_k_groups=3)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        run_route(logits, 1, bias=torch.zeros(12, device=device)[::2])
 
 
 def check_align(ids, experts, block):
@@ -113,7 +209,7 @@ def check_align(ids, experts, block):
     guard = torch.full((space + 64,), -9, dtype=torch.int32, device=device)
     align(ids, experts, block, sorted_slots, block_experts, n_padded, guard[:space])
     assert (guard[space:] == -9).all(), "wrote past the workspace"
-    slots, blocks = reference_align(ids, experts, block)
+    slots, blocks = aligned(ids, experts, block)
     assert n_padded.item() == len(slots)
     assert sorted_slots.tolist() == slots + [ids.numel()] * (length - len(slots))
     assert block_experts.tolist() == blocks + [-1] * (length // block - len(blocks))
@@ -141,6 +237,17 @@ def test_align_one_expert_takes_all(device, tokens, chosen):
 def test_align_ids_that_differ_above_bit_31(device):
     ids = torch.tensor([[2**32 + 1, 1], [2**40, 0]], device=device)
     check_align(ids, 3, 16)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(257, 16), (160, 6), (3, 3)])
+def test_align_what_route_mapped(device, experts, top_k):
+    """Slots of other ranks' experts are in no block."""
+    logits, _ = clear_logits(9, experts)
+    mine = map_of_rank(experts)
+    _, ids = run_route(logits.to(device), top_k, expert_map=mine.to(device))
+    here = int(mine.max()) + 1
+    assert 0 < int((ids >= 0).sum()) < ids.numel()
+    check_align(ids.contiguous(), here, 16)
 
 
 def test_align_zero_tokens(device):

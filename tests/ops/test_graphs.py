@@ -43,6 +43,33 @@ def test_replay_on_new_data(scheme, tokens):
         assert torch.equal(captured, layer(fresh))
 
 
+@pytest.mark.parametrize("kernel", ["triton", "torch_topk"])
+def test_replay_of_routing(kernel):
+    """Groups, a bias and a map of experts need nothing of the host."""
+    bias = torch.rand(64, device="cuda")
+    here = (torch.arange(64, device="cuda") - 32).clamp_min(-1).int()
+
+    def routed(logits: torch.Tensor) -> Routing:
+        return route(
+            logits, 6, scoring="sigmoid", bias=bias, expert_groups=8, top_k_groups=3,
+            expert_map=here, force=kernel,
+        )  # fmt: skip
+
+    static = torch.randn(17, 64, device="cuda")
+    routed(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = routed(static)
+    for _ in range(3):
+        fresh = torch.randn(17, 64, device="cuda")
+        static.copy_(fresh)
+        graph.replay()
+        wanted = routed(fresh)
+        assert torch.equal(captured.ids, wanted.ids)
+        assert torch.equal(captured.weights, wanted.weights)
+
+
 def test_replay_with_other_routing():
     w13 = quantize((torch.randn(8, 128, 128, device="cuda") * 0.1).bfloat16(), "fp8_channel")
     w2 = quantize((torch.randn(8, 128, 64, device="cuda") * 0.1).bfloat16(), "fp8_channel")
