@@ -116,10 +116,12 @@ def choose_tile(
         tile = _cuda_packed_tile(kind, rows, arch, several=matrices > 1)
     else:
         tile = _cuda_tile(kind, rows, arch, several=matrices > 1)
-    most_rows = 512 if kind == "int4_group_fp8" else 16
+    hopper = arch.startswith("sm_9")
+    most_rows = 512 if kind == "int4_group_fp8" else 128 if hopper else 16
     splits = kind in PACKED_KINDS and matrices == 1 and rows <= most_rows
-    # Sums of groups are better split along k than along n, as far as there are tiles at all (H200).
-    tall = splits and kind in GROUP_SUMS and arch.startswith("sm_9")
+    # Sums of groups are better split along k than along n, as far as there are tiles at all, and
+    # with more than 16 rows all kinds are (H200).
+    tall = splits and hopper and (kind in GROUP_SUMS or rows > 16)
     least = compute_units // 5 if tall else compute_units
     tile = _fill_device(tile, matrices * -(-max(rows, 1) // tile.block_m), n, least)
     tile = _shrink_to_problem(tile, n, k)
@@ -170,28 +172,89 @@ def _cuda_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
     return Tile(128, 256 if warpgroup else 128, block_k, 8, 4 if warpgroup else 3)
 
 
+def _by_rows(*tiles: Tile) -> tuple[tuple[int, Tile], ...]:
+    """Pair tiles with the most rows of an expert that they are for."""
+    return tuple(zip((32, 64, 128, 1 << 62), tiles, strict=True))
+
+
+# Tiles of experts with more than 16 rows on sm_90: best, or within 5% of it, on an H200 for 64 of
+# them of 1536 x 2048 and 2048 x 768.
+_SUMS = _by_rows(
+    Tile(32, 128, 64, 4, 4, 1, swap=True, lanes=True),
+    Tile(64, 64, 64, 4, 4, 1, swap=True),
+    Tile(64, 64, 64, 4, 4, swap=True),
+    Tile(128, 64, 64, 8, 3, swap=True),
+)
+_FP8 = _by_rows(
+    Tile(32, 128, 64, 4, 4, 1, swap=True, lanes=True),
+    Tile(64, 128, 64, 4, 4, 1),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+)
+_EXPERTS_SM_90 = {
+    "fp8_channel_decode": _FP8,
+    "fp8_e5m2_decode": _FP8,
+    "fp8_block128_decode": _SUMS,
+    "int4_group_decode": _SUMS,
+    "uint4_group_decode": _SUMS,
+    "int4_group_fp8": _by_rows(
+        Tile(32, 128, 128, 4, 3, 1, swap=True, lanes=True),
+        Tile(64, 64, 128, 4, 4, 1, swap=True),
+        Tile(128, 64, 128, 4, 3, swap=True),
+        Tile(128, 64, 128, 4, 3, swap=True),
+    ),
+    "mxfp8_decode": _by_rows(
+        Tile(32, 128, 128, 4, 3, 1, swap=True),
+        Tile(64, 128, 128, 4, 3, 1),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    "mxfp4_decode": _by_rows(
+        Tile(32, 64, 128, 4, 3, 1, swap=True),
+        Tile(64, 128, 128, 4, 3, 1),
+        Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 64, 4, 3, swap=True),
+    ),
+    "nvfp4_decode": _by_rows(
+        Tile(32, 128, 64, 4, 3, 1, swap=True),
+        Tile(64, 128, 64, 4, 3, 1),
+        Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 64, 4, 3),
+    ),
+}
+
+
 def _cuda_packed_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
-    """Choose for packed weights: up to 16 rows measured on an H200, more by counting."""
+    """Choose for packed weights: on sm_90 measured on an H200, elsewhere by counting."""
+    if arch.startswith("sm_9"):
+        if several and rows > 16:
+            return next(tile for most, tile in _EXPERTS_SM_90[kind] if rows <= most)
+        return _matrix_tile_sm_90(kind, rows, several=several)
+    if rows <= 16:
+        return Tile(16, 64, 128, 4, 4, 1)
+    if rows <= 64:
+        return Tile(32 if rows <= 32 else 64, 64, 128, 4, 3, 1)
+    # Decoding a tile of weights costs as much as multiplying 128 rows by it.
+    return Tile(128, 128, 64, 8, 3)
+
+
+def _matrix_tile_sm_90(kind: str, rows: int, *, several: bool) -> Tile:
+    """Choose for one packed matrix, or for experts with up to 16 rows each."""
     sums = kind in GROUP_SUMS
-    hopper = arch.startswith("sm_9")
-    if hopper and kind == "int4_group_fp8":
+    if kind == "int4_group_fp8":
         # Rows of 8 bits leave the decoding at half the instructions, and tiles may be narrow.
-        rows_of_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
         stages, group_m = (4, 1) if rows <= 64 else (3, 8)
-        return Tile(rows_of_tile, 64, 128, 4, stages, group_m, swap=True, lanes=rows <= 16)
+        return Tile(block_m, 64, 128, 4, stages, group_m, swap=True, lanes=rows <= 16)
     if rows <= 16:
         short = several or sums or kind in FP8_PER_MATRIX
-        stages = 3 if hopper and not several and kind not in FP8_PER_MATRIX else 4
-        block_k = 128 if short or not hopper else 256
-        return Tile(16, 128 if hopper else 64, block_k, 4, stages, 1, swap=hopper, lanes=hopper)
-    if rows <= 64:
-        # With more rows the small copies that `lanes` makes of a cost more than they save.
-        swap = hopper and rows <= 32
-        return Tile(32 if rows <= 32 else 64, 128 if hopper else 64, 128, 4, 3, 1, swap=swap)
-    if hopper and sums:
-        return Tile(128, 128, 128, 8, 3, swap=True)
-    # Decoding a tile of weights costs as much as multiplying 128 rows by it.
-    return Tile(256 if hopper and rows > 1024 else 128, 128, 64, 8, 3)
+        stages = 4 if kind in FP8_PER_MATRIX and not several else 3
+        return Tile(16, 128, 128 if short else 256, 4, stages, 1, swap=True, lanes=True)
+    if rows <= 32:
+        return Tile(32, 128, 128, 4, 3, 1, swap=True, lanes=True)
+    block_k = 64 if rows > 64 and (sums or kind in FP8_PER_MATRIX) else 128
+    # With more rows the small copies that `lanes` makes of a cost more than they save.
+    return Tile(64 if rows <= 64 else 128, 64, block_k, 4, 3, 1 if rows <= 128 else 8, swap=True)
 
 
 FEW, SOME, MANY = "few", "some", "many"
@@ -201,12 +264,11 @@ def way_of(rows: int, n: int, k: int) -> str:
     """Return how many rows a product with coded weights has, as far as that decides how it runs.
 
     On an H200 a second row costs less without matrix instructions only where the launch is much of
-    the time; and expanding 64 to 128 rows pays while the expanded weight stays in the L2 cache.
+    the time; and from 129 rows on, weights decoded for two tiles of rows are better expanded.
     """
-    small = n * k <= 1 << 25
-    if rows <= (2 if small else 1):
+    if rows <= (2 if n * k <= 1 << 25 else 1):
         return FEW
-    return MANY if rows > (64 if n * k <= 1 << 24 else 128) else SOME
+    return MANY if rows > 128 else SOME
 
 
 def gemv_tile(kind: str, n: int, k: int) -> Tile:
@@ -233,7 +295,7 @@ def _split(tile: Tile, kind: str, rows: int, n: int, k: int, compute_units: int)
     launch costs more than it brings once most compute units have work.
     """
     programs, splits = -(-n // tile.block_n) * -(-max(rows, 1) // tile.block_m), 1
-    if kind not in GROUP_SUMS and programs >= 0.8 * compute_units:
+    if kind not in GROUP_SUMS and rows <= 16 and programs >= 0.8 * compute_units:
         return tile
     enough = (3 if kind == "int4_group_fp8" and rows <= 16 else 1.6) * compute_units
     while programs * splits < enough and k // (2 * splits) >= 512:

@@ -369,7 +369,11 @@ def test_tiles_split_k_only_where_programs_are_few():
     assert tile("mxfp4_decode", 1, 4096, 4096).split_k == 4
     assert tile("mxfp4_decode", 1, 14336, 4096).split_k == 1
     assert tile("int4_group_decode", 1, 4096, 512).split_k == 1
-    assert tile("int4_group_decode", 64, 4096, 4096).split_k == 1
+    assert tile("int4_group_decode", 64, 4096, 4096).split_k == 4
+    assert tile("int4_group_decode", 64, 14336, 4096).split_k == 1
+    assert tile("nvfp4_decode", 128, 2112, 7168).split_k == 8
+    assert tile("int4_group_decode", 256, 4096, 4096).split_k == 1
+    assert tile("int4_group_fp8", 512, 2112, 7168).split_k == 2
     assert tile("int8_channel_decode", 1, 4096, 4096).split_k == 1
     assert tile("mxfp4_decode", 1, 4096, 4096).lanes
     with pytest.raises(ValueError, match="split_k 0 must be > 0"):
