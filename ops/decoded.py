@@ -2,7 +2,7 @@
 
 | rows | weights are decoded | because |
 |---|---|---|
-| few | in registers, without matrix instructions (`kernels.gemv`) | all bytes come at once |
+| few | in registers, from memory (`kernels.gemv`, `kernels.mma_rows`) | all bytes come at once |
 | some | in the loop of a tiled product (`kernels.linear`) | rows share what was decoded |
 | many | into memory, then torch multiplies (`kernels.expand`) | matrix units need not wait |
 
@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hal.ops.tiles import FEW, MANY, gemv_tile, way_of
+from hal.ops.tiles import (
+    FEW,
+    MANY,
+    few_rows,
+    gemv_tile,
+    reads_rows_together,
+    runs_ptx,
+    warps_of_rows,
+    way_of,
+)
+from hal.quant.scheme import group_of
 
 if TYPE_CHECKING:
     from hal.ops.binding import Binding, Tensors
@@ -54,12 +64,18 @@ def decoded_product(
         has_bias: Whether the last tensor is a bias.
         fnuz: Whether fp8 codes are in the encoding e4m3fnuz.
     """
+    from hal.ops.kernels.common import INTERPRETED
     from hal.ops.kernels.gemv import gemv
-    from hal.ops.kernels.kinds import as_weight
+    from hal.ops.kernels.kinds import as_weight, by_row
     from hal.ops.kernels.linear import gemm
+    from hal.ops.kernels.mma_rows import fits, mma_rows
 
     n, k = shape
-    few_tile = gemv_tile(kind, n, k)
+    few_tile, spec = gemv_tile(kind, n, k), binding.spec
+    group = group_of(binding.scheme.weight.granularity) or k
+    ptx = runs_ptx(spec.platform, spec.arch.name) and not INTERPRETED.value
+    few = few_rows(kind, group, n, k, ptx=ptx)
+    warps = warps_of_rows(n, k, spec.compute_units or 64)
     wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
@@ -67,10 +83,15 @@ def decoded_product(
         bias = tensors[-1] if has_bias else None
         given = dict(zip(names, tensors[1:], strict=False))
         weight = as_weight(kind, k, tensors[0], **{"b_scales": None, **given}, fnuz=fnuz)
-        way = way_of(rows, n, k)
+        way = way_of(rows, few)
         if way == MANY and wide:
             return _expanded(x, weight, n, bias, kind)
         out = x.new_empty(rows, n)
+        if way == FEW and ptx and reads_rows_together(kind, group, k, rows):
+            held = by_row(kind, weight)
+            if fits(kind, x, held):
+                mma_rows(x, held, out, bias=bias, kind=kind, warps=warps)
+                return out
         if way == FEW:
             gemv(x, weight, out, bias=bias, kind=kind, tile=few_tile)
         else:

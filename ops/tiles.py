@@ -260,15 +260,50 @@ def _matrix_tile_sm_90(kind: str, rows: int, *, several: bool) -> Tile:
 FEW, SOME, MANY = "few", "some", "many"
 
 
-def way_of(rows: int, n: int, k: int) -> str:
+def way_of(rows: int, few: int) -> str:
     """Return how many rows a product with coded weights has, as far as that decides how it runs.
 
-    On an H200 a second row costs less without matrix instructions only where the launch is much of
-    the time; and from 129 rows on, weights decoded for two tiles of rows are better expanded.
+    few: What `few_rows` returned. From 129 rows on, weights decoded for two tiles of rows are
+    better expanded (H200).
     """
-    if rows <= (2 if n * k <= 1 << 25 else 1):
-        return FEW
-    return MANY if rows > 128 else SOME
+    return FEW if rows <= few else MANY if rows > 128 else SOME
+
+
+def few_rows(kind: str, group: int, n: int, k: int, *, ptx: bool) -> int:
+    """Return the most rows that are multiplied straight from memory.
+
+    Eight where `kernels.mma_rows` reads such weights. Without matrix instructions, on an H200 a
+    second row costs less than a tile only where the launch is much of the time.
+    """
+    if ptx and reads_rows_together(kind, group, k, 2):
+        return 8
+    return 2 if n * k <= 1 << 25 else 1
+
+
+def reads_rows_together(kind: str, group: int, k: int, rows: int) -> bool:
+    """Say whether `kernels.mma_rows` is the kernel for so many rows, as measured on an H200.
+
+    One row is as fast without it, but for codes under scales of 16.
+    """
+    if k % 32:
+        return False
+    if rows == 1:
+        return kind == "nvfp4_decode"
+    return kind in ("int4_group_decode", "uint4_group_decode") and group >= 128 and rows <= 8
+
+
+def runs_ptx(platform: str, arch: str) -> bool:
+    """Say whether kernels may be written in PTX with bf16 matrix instructions."""
+    return platform == "cuda" and int(arch.removeprefix("sm_")) >= 80
+
+
+def warps_of_rows(n: int, k: int, compute_units: int) -> int:
+    """Return how many warps share k in `kernels.mma_rows`: more where programs are few (H200)."""
+    programs = -(-n // 16)
+    warps = 4 if programs >= 3 * compute_units else 8 if programs >= 1.5 * compute_units else 16
+    while warps > 1 and 256 * (warps // 2) >= k:
+        warps //= 2
+    return warps
 
 
 def gemv_tile(kind: str, n: int, k: int) -> Tile:

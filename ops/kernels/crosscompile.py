@@ -296,6 +296,18 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
     gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=gemv_tile(kind, n, k))
 
 
+def _rows(target: Target, *, kind: str, tokens: int) -> None:
+    from hal.ops.kernels.kinds import as_weight, by_row
+    from hal.ops.kernels.mma_rows import mma_rows
+    from hal.ops.tiles import warps_of_rows
+
+    n, k = 2 * INTERMEDIATE, HIDDEN
+    b, scales = _packed_weight(kind, (), n, k)
+    warps = warps_of_rows(n, k, target.compute_units)
+    weight = by_row(kind, as_weight(kind, k, b, **scales))
+    mma_rows(_empty(tokens, k), weight, _empty(tokens, n), kind=kind, warps=warps)
+
+
 def _scaled(target: Target, *, kind: str, tokens: int, n: int, k: int) -> None:
     from hal.ops.kernels.scaled import SCALED_KINDS, scaled_gemm
     from hal.ops.scaled import scaled_tile
@@ -393,6 +405,14 @@ _CASES: dict[str, Callable[[Target], None]] = {
         for op in ("gemv", "expand")
         for kind in OWN_FORMAT
         if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
+    },
+    **{
+        f"mma_rows/{kind}": partial(_rows, kind=kind, tokens=tokens)
+        for kind, tokens in (
+            ("int4_group_decode", 8),
+            ("uint4_group_decode", 8),
+            ("nvfp4_decode", 1),
+        )
     },
     **{
         f"scaled/{kind}/{size}": partial(_scaled, kind=kind, tokens=tokens, n=n, k=k)

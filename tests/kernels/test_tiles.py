@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from hal.ops.tiles import FEW, MANY, OPERAND_BYTES, SOME, Tile, choose_tile, fit, way_of
+from hal.ops.tiles import (
+    FEW,
+    MANY,
+    OPERAND_BYTES,
+    SOME,
+    Tile,
+    choose_tile,
+    few_rows,
+    fit,
+    reads_rows_together,
+    runs_ptx,
+    warps_of_rows,
+    way_of,
+)
 from hal.platforms.tables import device_rows
 
 DEVICES = {
@@ -66,6 +79,24 @@ def test_impossible_tiles_are_refused():
 
 
 def test_the_way_of_a_decoded_product_depends_on_rows_and_size():
-    ways = [way_of(rows, 4096, 4096) for rows in (1, 2, 3, 128, 129, 10**6)]
+    def few(kind, group, n, k=4096, ptx=True):
+        return few_rows(kind, group, n, k, ptx=ptx)
+
+    ways = [way_of(rows, few("mxfp4_decode", 32, 4096)) for rows in (1, 2, 3, 128, 129, 10**6)]
     assert ways == [FEW, FEW, SOME, SOME, MANY, MANY]
-    assert [way_of(rows, 14336, 4096) for rows in (1, 2, 128, 129)] == [FEW, SOME, SOME, MANY]
+    assert few("mxfp4_decode", 32, 14336) == 1
+    assert [few("int4_group_decode", 128, 14336, ptx=ptx) for ptx in (True, False)] == [8, 1]
+    assert few("int4_group_decode", 64, 4096) == 2
+    assert few("uint4_group_decode", 128, 4096, 4000) == 8
+    assert few("uint4_group_decode", 128, 4096, 4008) == 2  # rows are no multiple of 16 bytes
+
+
+def test_where_rows_are_read_together():
+    assert reads_rows_together("nvfp4_decode", 16, 4096, 1)
+    assert not reads_rows_together("nvfp4_decode", 16, 4096, 2)
+    assert not reads_rows_together("int4_group_decode", 128, 4096, 1)
+    assert not reads_rows_together("int4_group_decode", 128, 4096, 9)
+    assert [runs_ptx("cuda", arch) for arch in ("sm_75", "sm_80", "sm_121")] == [False, True, True]
+    assert not runs_ptx("rocm", "gfx942")
+    assert [warps_of_rows(n, 4096, 132) for n in (2112, 4096, 14336)] == [16, 8, 4]
+    assert [warps_of_rows(64, k, 132) for k in (32, 256, 512, 2048)] == [1, 1, 2, 8]
