@@ -444,7 +444,7 @@ class TestBiasesOfExperts:
         assert not torch.equal(run(second), wanted)
         second.load_state_dict(through_safetensors(first.state_dict(), tmp_path))
         assert torch.equal(run(second), wanted)
-        with pytest.raises(RuntimeError, match="Unexpected key.*w13_bias"):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*w13_bias"):
             make_moe().load_state_dict(first.state_dict())
         biases = {name: part for name, part in first.state_dict().items() if "bias" in name}
         other = self.make(seed=5)
