@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import expert_cases
 import pytest
 import torch
@@ -18,6 +20,7 @@ from hal.errors import (
     ShapeError,
     ValueRangeError,
 )
+from hal.needs import Context
 from hal.ops import FusedMoE, Routing, fused_moe
 from hal.ops.slots import count_runs
 from hal.registry import Level, find_op
@@ -164,3 +167,16 @@ def test_the_function():
     found = fused_moe(x, layer.w13, layer.w2, counts, format="batched", **layer.biases)
     wanted = bind(layer)(x, counts)
     assert torch.equal(expert_cases.within(found, counts), expert_cases.within(wanted, counts))
+
+
+def test_the_page_lists_every_kernel_and_what_takes_batches():
+    page = (Path(__file__).parents[2] / "docs" / "moe.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    listed = {row[0]: row[2] for row in rows if len(row) == 4 and row[0] in find_op("fused_moe")}
+    for kernel in find_op("fused_moe").kernels:
+        spec = hal.platform("cpu").device(0)
+        context = Context(spec, kernel.schemes[0], {"format": "batched"})
+        found = [failure for need in kernel.requires if (failure := need.check(context))]
+        refused = any("format=batched" in failure.found for failure in found)
+        assert listed.pop(kernel.name) == ("no" if refused else "yes"), kernel
+    assert not listed
