@@ -21,6 +21,7 @@ from hal.ops import Routing
 from hal.ops.bound import FusedMoE as BoundFusedMoE
 from hal.ops.bound import Linear as BoundLinear
 from hal.ops.checks import ACTIVATION_DTYPES, stamp
+from hal.ops.expert_layer import Updates
 from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_bias, check_experts
 from hal.quant.quantize import quantize
 from hal.quant.scheme import Scheme, find_scheme
@@ -339,9 +340,10 @@ class FusedMoE(_Quantized):
         routing: Routing | torch.Tensor,
         *,
         shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         """Return `[tokens, hidden]`, the sum over each token's experts and a shared output."""
-        return self._bound()(x, routing, shared=shared)
+        return self._bound()(x, routing, shared=shared, updates=updates)
 
     def extra_repr(self) -> str:
         """Return shapes and scheme."""

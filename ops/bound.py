@@ -20,7 +20,7 @@ from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.ops.activations import activation_of
 from hal.ops.binding import Binding, Tensors, select_for
 from hal.ops.checks import check_activations, check_gradient, check_same_device, dtype_name
-from hal.ops.expert_layer import ExpertLayer, check_counts, without_experts
+from hal.ops.expert_layer import ExpertLayer, Updates, check_counts, without_experts
 from hal.ops.library import enroll
 from hal.ops.prepare import (
     Weight,
@@ -224,6 +224,7 @@ class FusedMoE(_Bound):
             one expert a token.
         unpadded_hidden: Columns of x and of the output, where the weights were padded to more.
         format: `standard`, or `batched`: called as `bound(x, counts)`.
+        lora: Whether calls may bring low-rank updates; leaves out kernels that cannot add them.
         dtype: Dtype of the activations; None means that of the weights, or bfloat16.
         platform: Platform to bind for; None means that of the weights' device.
         tokens: Typical number of tokens, to choose between measured kernels.
@@ -235,7 +236,15 @@ class FusedMoE(_Bound):
         NoKernelError: If no kernel can run; carries the table of all candidates.
     """
 
-    __slots__ = (*_READ_BY_CALLS, "_batched", "_device", "_experts", "_hidden", "_restricted")
+    __slots__ = (
+        *_READ_BY_CALLS,
+        "_batched",
+        "_device",
+        "_experts",
+        "_hidden",
+        "_lora",
+        "_restricted",
+    )
     op: ClassVar[str] = "fused_moe"
 
     def __init__(
@@ -253,6 +262,7 @@ class FusedMoE(_Bound):
         apply_router_weight_on_input: bool = False,
         unpadded_hidden: int | None = None,
         format: str = "standard",
+        lora: bool = False,
         dtype: torch.dtype | None = None,
         platform: Any = None,
         tokens: int | None = None,
@@ -269,6 +279,12 @@ class FusedMoE(_Bound):
                 "fused_moe",
                 found="apply_router_weight_on_input with format=batched",
                 needed="format=standard: whoever makes batches applies the weights",
+            )
+        if lora and batched:
+            raise ArgumentError(
+                "fused_moe",
+                found="lora=True with format=batched",
+                needed="format=standard: rows in batches belong to no token whose adapter is known",
             )
         if single and top_k not in (None, 1):
             raise ArgumentError(
@@ -300,6 +316,7 @@ class FusedMoE(_Bound):
             "interleaved": interleaved,
             "bias": bool(biases),
             "format": format,
+            "lora": lora,
             "apply_router_weight_on_input": single,
         }
         selection, where = select_for(
@@ -307,7 +324,7 @@ class FusedMoE(_Bound):
         )
         super().__init__(selection, where, dtype)
         self._hidden, self._experts, self._device = unpadded_hidden or hidden, experts, device
-        self._batched, self._restricted = batched, batched or single
+        self._batched, self._restricted, self._lora = batched, batched or single, lora
         layer = ExpertLayer(how, w13_bias is not None, w2_bias is not None, single, batched)
         binding = Binding(selection, where, w13.scheme, device)
         assert selection.kernel is not None
@@ -321,6 +338,7 @@ class FusedMoE(_Bound):
         routing: Routing | torch.Tensor,
         *,
         shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         """Return `[tokens, hidden]` for `x` `[tokens, hidden]`.
 
@@ -331,12 +349,14 @@ class FusedMoE(_Bound):
                 beyond are not read, and those of the output are not written: they hold anything.
             shared: `[tokens, hidden]` of the dtype of x or float32, added in float32 before the
                 sum is rounded: the output of shared experts. Not in batches.
+            updates: Low-rank updates, if bound with `lora=True`, as in `hal.ops.expert_layer`. Not
+                under `torch.compile`, which cannot look into them.
 
         Raises:
             ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
         """
         if not isinstance(routing, Routing):
-            return self._call_batched(x, routing, shared)
+            return self._call_batched(x, routing, updates if shared is None else shared)
         ids = routing.ids
         if (
             x.dtype is not self._dtype
@@ -349,8 +369,9 @@ class FusedMoE(_Bound):
             or routing.weights.requires_grad
             or (self._restricted and (self._batched or ids.shape[1] != 1))
             or shared is not None
+            or updates is not None
         ):
-            self._check(x, routing, shared)
+            self._check(x, routing, shared, updates)
         weights = routing.weights
         if is_compiling():
             result: torch.Tensor = torch.ops.hal.fused_moe(
@@ -358,8 +379,8 @@ class FusedMoE(_Bound):
             )
             return result
         if ids.numel() and not self._checks:
-            return self._launch(x, ids, weights, self.tensors, shared)
-        return self.run(x, ids, weights, shared)
+            return self._launch(x, ids, weights, self.tensors, shared, updates)
+        return self.run(x, ids, weights, shared, updates)
 
     def run(
         self,
@@ -367,15 +388,31 @@ class FusedMoE(_Bound):
         ids: torch.Tensor,
         weights: torch.Tensor,
         shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         if self._checks:
             require_finite("fused_moe", x)
             Routing(ids=ids, weights=weights).check_values(self._experts)
         if not ids.numel():
             return without_experts(x, shared)
-        return self._launch(x, ids, weights, self.tensors, shared)
+        return self._launch(x, ids, weights, self.tensors, shared, updates)
 
-    def _check(self, x: torch.Tensor, routing: Routing, shared: torch.Tensor | None) -> None:
+    def _check(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        shared: torch.Tensor | None,
+        updates: Updates | None,
+    ) -> None:
+        if updates is not None and is_compiling():
+            # Dynamo cannot build hal's errors, and would hide the message.
+            raise ValueError("fused_moe: updates cannot be compiled; call the layer uncompiled")
+        if updates is not None and not self._lora:
+            raise ArgumentError(
+                "fused_moe",
+                found="updates for a layer bound without lora",
+                needed="FusedMoE(..., lora=True), so that the kernel is one that adds them",
+            )
         if self._batched:
             raise ArgumentError(
                 "fused_moe",
@@ -413,7 +450,7 @@ class FusedMoE(_Bound):
             check_gradient("fused_moe", shared)
 
     def _call_batched(
-        self, x: torch.Tensor, counts: torch.Tensor, shared: torch.Tensor | None
+        self, x: torch.Tensor, counts: torch.Tensor, more: torch.Tensor | Updates | None
     ) -> torch.Tensor:
         if (
             not self._batched
@@ -427,9 +464,9 @@ class FusedMoE(_Bound):
             or counts.ndim != 1
             or counts.shape[0] != self._experts
             or counts.device != self._device
-            or shared is not None
+            or more is not None
         ):
-            self._check_batched(x, counts, shared)
+            self._check_batched(x, counts, more)
         if is_compiling():
             result: torch.Tensor = torch.ops.hal.fused_moe_batched(
                 x, counts, list(self.tensors), self.key
@@ -438,7 +475,7 @@ class FusedMoE(_Bound):
         return self.run_batched(x, counts)
 
     def _check_batched(
-        self, x: torch.Tensor, counts: torch.Tensor, shared: torch.Tensor | None
+        self, x: torch.Tensor, counts: torch.Tensor, more: torch.Tensor | Updates | None
     ) -> None:
         if not self._batched:
             raise ArgumentError(
@@ -459,11 +496,12 @@ class FusedMoE(_Bound):
                 "fused_moe: counts", found=list(counts.shape), needed=f"[{self._experts}]"
             )
         check_same_device("fused_moe", self._device, counts=counts)
-        if shared is not None:
+        if more is not None:
+            kind = "shared" if isinstance(more, torch.Tensor) else "updates"
             raise ArgumentError(
                 "fused_moe",
-                found="shared with format=batched",
-                needed="none: whoever sums the batches adds it",
+                found=f"{kind} with format=batched",
+                needed="neither: whoever sums the batches knows the tokens",
             )
 
     def run_batched(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hal.errors import ValueRangeError
 from hal.ops.activations import SILU, Activation
@@ -29,6 +29,7 @@ __all__ = [
     "FORMATS",
     "PLAIN",
     "ExpertLayer",
+    "Updates",
     "add_shared",
     "batched_ids",
     "weighted",
@@ -88,6 +89,27 @@ class ExpertLayer:
 
 
 PLAIN = ExpertLayer()
+
+
+class Updates(Protocol):
+    """Low-rank updates of the two products (LoRA), which an engine computes by its own kernels.
+
+    Both methods add to `out` in place, and are called once or more a call. `slots` `[n]` int64 says
+    which slot, `token * top_k + j`, each of the n rows of `out` is; None: row i is slot i. Rows of
+    absent slots may be among them: they hold anything, and whatever is added to them is dropped.
+    """
+
+    def first(self, x: torch.Tensor, out: torch.Tensor, slots: torch.Tensor | None) -> None:
+        """Add to the first product `[n, rows of w13]`, bias included, before the activation.
+
+        `x` is all of `[tokens, hidden]`, as the first product reads it but not quantized.
+        """
+
+    def second(self, h: torch.Tensor, out: torch.Tensor, slots: torch.Tensor | None) -> None:
+        """Add to the second product `[n, hidden]`, before routing weights.
+
+        `h` `[n, intermediate]` are the activated rows, not quantized.
+        """
 
 
 def weighted(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -26,7 +26,7 @@ from hal.ops.activations import activate
 from hal.ops.adapters.decode import Decoder, decoder
 from hal.ops.adapters.int_mm import exact_sums, quantize_rows
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.expert_layer import PLAIN, ExpertLayer, add_shared, without_experts
+from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates, add_shared, without_experts
 from hal.ops.fused_moe import (
     ACTIVATIONS,
     BYTEWISE,
@@ -64,16 +64,26 @@ def _bind(layer: ExpertLayer, w13: QTensor, first: Stage, second: Stage, tensors
     activation = layer.activation
 
     def products(
-        x: torch.Tensor, token: torch.Tensor, runs: Runs, expert: torch.Tensor, tensors: Tensors
+        x: torch.Tensor,
+        token: torch.Tensor,
+        runs: Runs,
+        expert: torch.Tensor,
+        tensors: Tensors,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         """Return the experts' rows, in float32 if biased."""
         bias13, bias2 = layer.biases(tensors)
         gate_up = first(x, token, runs, tensors[:width])
         if bias13 is not None:
             gate_up = gate_up.float().add_(bias13.index_select(0, expert))
+        if updates is not None:
+            updates.first(x, gate_up, runs.order)
         h = activate(gate_up, activation).to(x.dtype)
         y = second(h, None, runs, tensors[width:both])
-        return y if bias2 is None else y.float().add_(bias2.index_select(0, expert))
+        y = y if bias2 is None else y.float().add_(bias2.index_select(0, expert))
+        if updates is not None:
+            updates.second(h, y, runs.order)
+        return y
 
     def launch(
         x: torch.Tensor,
@@ -81,6 +91,7 @@ def _bind(layer: ExpertLayer, w13: QTensor, first: Stage, second: Stage, tensors
         weights: torch.Tensor | None,
         tensors: Tensors,
         shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         runs = sort_slots(ids, experts)
         if not runs.runs:
@@ -88,7 +99,7 @@ def _bind(layer: ExpertLayer, w13: QTensor, first: Stage, second: Stage, tensors
         rows, weights = layer.enter(x, weights, hidden)
         token = runs.order if ids.shape[1] == 1 else runs.order // ids.shape[1]
         expert = ids.flatten().index_select(0, runs.order) if biased else token
-        y = products(rows, token, runs, expert, tensors)
+        y = products(rows, token, runs, expert, tensors, updates)
         out = combine(y, runs, ids, weights, experts)
         return add_shared(out[:, : x.shape[1]], shared, x)
 

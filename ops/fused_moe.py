@@ -25,6 +25,7 @@ from hal.ops.expert_layer import (
     FORMATS,
     PLAIN,
     ExpertLayer,
+    Updates,
     add_shared,
     batched_ids,
     weighted,
@@ -60,12 +61,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ACTIVATIONS", "FUSED_MOE", "activate", "fused_moe"]
 
-SWITCHES = ("gated", "clamped", "interleaved", "bias", "apply_router_weight_on_input")
+SWITCHES = ("gated", "clamped", "interleaved", "bias", "lora", "apply_router_weight_on_input")
 FUSED_MOE = Op(
     "fused_moe",
     (
         *("tokens", "experts", "top_k", "hidden", "intermediate", "unpadded_hidden", "dtype"),
-        *("activation", "gated", "clamped", "interleaved", "bias", "format"),
+        *("activation", "gated", "clamped", "interleaved", "bias", "format", "lora"),
         "apply_router_weight_on_input",
     ),
     "run tokens through their experts",
@@ -158,7 +159,7 @@ def bind_reference(
     experts, hidden, _ = w2.shape
 
     def of_experts(
-        x: torch.Tensor, ids: torch.Tensor, tensors: Tensors
+        x: torch.Tensor, ids: torch.Tensor, tensors: Tensors, updates: Updates | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield, for each expert, its tokens, their slots, and its outputs in float32."""
         seen13, seen2 = w13.with_tensors(tensors[:width]), w2.with_tensors(tensors[width:both])
@@ -171,9 +172,15 @@ def bind_reference(
             gate_up = multiply(rows[token], wide13[expert], single)
             if bias13 is not None:
                 gate_up = gate_up + bias13[expert].float()
+            slots = token * ids.shape[1] + slot
+            if updates is not None:
+                updates.first(x, gate_up, slots)
             h = activate(gate_up, layer.activation).to(x.dtype)
             y = multiply(fake_quantize(h, scheme, encoding, fixed2), wide2[expert], single)
-            yield token, slot, y if bias2 is None else y + bias2[expert].float()
+            y = y if bias2 is None else y + bias2[expert].float()
+            if updates is not None:
+                updates.second(h, y, slots)
+            yield token, slot, y
 
     def launch(
         x: torch.Tensor,
@@ -181,10 +188,11 @@ def bind_reference(
         weights: torch.Tensor | None,
         tensors: Tensors,
         shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         rows, weights = layer.enter(x, weights, hidden)
         out = rows.new_zeros(rows.shape, dtype=torch.float32)
-        for token, slot, y in of_experts(rows, ids, tensors):
+        for token, slot, y in of_experts(rows, ids, tensors, updates):
             out.index_add_(0, token, weighted(y, None if weights is None else weights[token, slot]))
         return add_shared(out[:, : x.shape[1]], shared, x)
 
@@ -338,7 +346,11 @@ def _bind_triton(
     gate = _gate_and_quantize(encoding, how.granularity, activation) if dynamic else None
 
     def products(
-        x: torch.Tensor, ids: torch.Tensor, tensors: Tensors, counts: torch.Tensor | None = None
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        tensors: Tensors,
+        counts: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         """Return `[slots, hidden]`; rows of absent slots hold anything."""
         top_k, slots = ids.shape[1], ids.numel()
@@ -369,14 +381,16 @@ def _bind_triton(
             fnuz=fnuz,
             **dict(zip(names13, s13, strict=False)),
         )
-        h_scales = None
-        if gate is not None:
+        wide = h_scales = None
+        if updates is not None:
+            updates.first(x, gate_up, None)
+        if gate is not None and updates is None:
             h, h_scales = gate(gate_up, counts)
         else:
-            h = x.new_empty(slots, intermediate)
+            h = wide = x.new_empty(slots, intermediate)
             silu_and_mul(gate_up, h, activation, counts)
-            if static:
-                h, h_scales = quantize_triton(h, encoding, how, s2[-1])
+            if quantizes:
+                h, h_scales = quantize_triton(h, encoding, how, s2[-1] if static else None)
         y = x.new_empty(slots, hidden)
         grouped_gemm(
             h,
@@ -391,6 +405,9 @@ def _bind_triton(
             fnuz=fnuz,
             **dict(zip(names2, s2, strict=False)),
         )
+        if updates is not None:
+            assert wide is not None
+            updates.second(wide, y, None)
         return y
 
     def launch(
@@ -399,11 +416,12 @@ def _bind_triton(
         weights: torch.Tensor | None,
         tensors: Tensors,
         shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
     ) -> torch.Tensor:
         ids = ids.contiguous()
         weights = None if weights is None else weights.contiguous()
         rows, weights = layer.enter(x, weights, hidden)
-        y = products(rows, ids, tensors)
+        y = products(rows, ids, tensors, None, updates)
         out = torch.empty_like(x)
         if shared is not None:
             shared = shared.contiguous()

@@ -32,6 +32,7 @@ COMMON = (
     Needs.package("torch"),
     Needs.one_of("activation", *ACTIVATIONS),
     Needs.one_of("format", "standard", hint="torch's grouped product takes rows sorted by expert"),
+    Needs.one_of("lora", False, hint="nothing is added between torch's grouped products"),
     Needs.one_of("dtype", "bfloat16", hint="torch's grouped product is for bfloat16"),
 )
 
@@ -85,6 +86,7 @@ def _bind(
         weights: torch.Tensor | None,
         tensors: Tensors,
         shared: torch.Tensor | None = None,
+        updates: None = None,
     ) -> torch.Tensor:
         order, ends = group_slots(ids, experts)
         bias13, bias2 = layer.biases(tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import expert_cases
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hal.ops.activations import activation_of
 from hal.ops.binding import Binding
 from hal.ops.expert_layer import ExpertLayer
 from hal.ops.fused_moe import FUSED_MOE
+from hal.quant import to_layout
 from hal.selection import choose, options_from
 
 pytestmark = [
@@ -28,6 +31,7 @@ RUNS = [(kernel, scheme, case) for case in BY_NAME for kernel, scheme in (
 )] + [(kernel, scheme, name) for name in ("gpt-oss", "padded") for kernel, scheme in (
     ("triton", "bf16"), ("triton_fp8", "fp8_block128"), ("triton_int8", "int8_channel"),
     ("triton_fp8", "fp8_static"), ("triton_packed", "mxfp4_w4a16"),
+    ("triton_w4a8", "int4_w4a8_fp8"),
 )]  # fmt: skip
 
 
@@ -48,7 +52,11 @@ def bind(kernel, layer, *, format="standard"):
     biases = ("w13_bias" in layer.biases, "w2_bias" in layer.biases)
     activation = activation_of("test", name, **options)
     how = ExpertLayer(activation, *biases, on_input, format == "batched")
-    launch, tensors = selection.kernel.load()(binding, layer.w13, layer.w2, how)
+    w13, w2 = (
+        to_layout(weight, selection.kernel.operand(weight.scheme.name, name).layout, platform)
+        for name, weight in (("w13", layer.w13), ("w2", layer.w2))
+    )
+    launch, tensors = selection.kernel.load()(binding, w13, w2, how)
     return launch, (*tensors, *layer.biases.values())
 
 
@@ -85,3 +93,34 @@ def test_batches_against_float64(kernel, scheme, name):
     quantized = kernel == "triton_fp8"
     wanted = expert_cases.expected_batches(layer, x, counts, quantized, rounded=True)
     assert float((found - wanted).norm() / wanted.norm()) < (0.06 if quantized else 0.03)
+
+
+class Doubled:
+    """Updates that equal what they are added to, so that weights might be twice as large."""
+
+    def first(self, x, out, slots):
+        assert slots is None
+        assert x.dtype is out.dtype is torch.bfloat16
+        out += out.clone()
+
+    def second(self, h, out, slots):
+        assert (h.shape[0], h.dtype) == (out.shape[0], torch.bfloat16)
+        out += out.clone()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme"),
+    [("triton_fp8", "fp8_channel"), ("triton_fp8", "fp8_static"), ("triton_packed", "nvfp4_w4a16")],
+)
+def test_low_rank_updates(kernel, scheme):
+    case = expert_cases.Case("plain", expert_cases.silu)
+    layer = expert_cases.make(case, lambda weight: quantize(weight, scheme))
+    launch, tensors = bind(kernel, layer)
+    found = launch(layer.x, layer.ids, layer.weights, tensors, None, Doubled())
+
+    def twice(gate, up):
+        return expert_cases.silu(2 * gate, 2 * up)
+
+    wanted = replace(layer, case=expert_cases.Case("twice", twice))
+    quantized = kernel == "triton_fp8"
+    assert expert_cases.error(found / 2, wanted, quantized) < (0.06 if quantized else 0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import expert_cases
 import pytest
@@ -245,6 +246,92 @@ def test_the_operator_passes_torchs_own_checks(device):
         (layer.x, layer.ids, layer.weights, list(bound.tensors), bound.key, layer.shared),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+class LowRank:
+    """A LoRA adapter for the tokens that have one, as an engine would add it."""
+
+    def __init__(self, layer, adapted, rank=4):
+        generator = torch.Generator().manual_seed(3)
+        _, rows, hidden = layer.w13.shape
+        intermediate = layer.w2.shape[2]
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator).mul(0.1).to(layer.x.device)
+
+        self.a13, self.b13 = random(hidden, rank), random(rank, rows)
+        self.a2, self.b2 = random(intermediate, rank), random(rank, hidden)
+        self.ids, self.adapted, self.calls = layer.ids, adapted, 0
+
+    def chosen(self, out, slots):
+        if slots is None:
+            slots = torch.arange(out.shape[0], device=out.device)
+        token = slots // self.ids.shape[1]
+        return token, self.adapted[token].unsqueeze(-1)
+
+    def first(self, x, out, slots):
+        self.calls += 1
+        token, chosen = self.chosen(out, slots)
+        update = (x[token].float() @ self.a13 @ self.b13).to(out.dtype)
+        out += torch.where(chosen, update, 0)
+
+    def second(self, h, out, slots):
+        _, chosen = self.chosen(out, slots)
+        out += torch.where(chosen, (h.float() @ self.a2 @ self.b2).to(out.dtype), 0)
+
+
+class Merged:
+    """A weight with an update that all experts share."""
+
+    def __init__(self, weight, update):
+        self.weight, self.update, self.shape = weight, update, weight.shape
+        self.scheme, self.encoding, self.input_scale = weight.scheme, weight.encoding, None
+
+    def dequantize(self):
+        return self.weight.dequantize().double() + self.update.double()
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), KERNELS)
+def test_low_rank_updates_equal_merged_weights(device, kernel, scheme):
+    layer = make(CASES[0], scheme, device=device)
+    bound = bind(layer, force=kernel, lora=True)
+    routing = Routing(ids=layer.ids, weights=layer.weights)
+    adapted = torch.arange(7, device=device) % 2 == 0
+    updates = LowRank(layer, adapted)
+    plain, found = bound(layer.x, routing), bound(layer.x, routing, updates=updates)
+    assert updates.calls
+    assert torch.equal(found[~adapted], plain[~adapted])
+    assert not found[-1].any()
+
+    first, second = (updates.a13 @ updates.b13).T, (updates.a2 @ updates.b2).T
+    merged = replace(layer, w13=Merged(layer.w13, first), w2=Merged(layer.w2, second))
+    quantized = bound.selection.level in QUANTIZES
+    wanted = expert_cases.expected(merged, quantized, rounded=True)[adapted]
+    # An update meets activations that are not quantized, the weights those that are.
+    tolerance = 0.05 if quantized and scheme != "bf16" else 0.012
+    assert float((found[adapted].double() - wanted).norm() / wanted.norm()) < tolerance
+    without = expert_cases.expected(layer, quantized, rounded=True)[adapted]
+    assert float((found[adapted].double() - without).norm() / wanted.norm()) > 2 * tolerance
+
+
+def test_low_rank_updates_restrict_the_candidates():
+    selection = hal.select("fused_moe", scheme="bf16", platform="cuda:h100", lora=True)
+    assert selection.kernel.name == "triton"
+    assert "between torch's grouped" in str(selection.candidate("torch_grouped_mm").failures)
+    layer = make(SILU)
+    routing = Routing(ids=layer.ids, weights=layer.weights)
+    updates = LowRank(layer, torch.ones(7, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match=r"needed FusedMoE\(\.\.\., lora=True\)"):
+        bind(layer)(layer.x, routing, updates=updates)
+    with pytest.raises(ArgumentError, match="lora=True with format=batched"):
+        bind(layer, lora=True, format="batched")
+    batched = bind(layer, format="batched")
+    with pytest.raises(ArgumentError, match="updates with format=batched"):
+        batched(torch.zeros(4, 2, 128).bfloat16(), torch.zeros(4).int(), updates=updates)
+    bound = bind(layer, lora=True)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="updates cannot be compiled"):
+        torch.compile(bound, fullgraph=True, backend="eager")(layer.x, routing, updates=updates)
 
 
 def test_selection_knows_the_options():
