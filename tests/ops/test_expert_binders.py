@@ -81,6 +81,7 @@ def test_against_float64(kernel, scheme, name):
         ("triton_fp8", "fp8_channel"),
         ("triton_fp8", "fp8_block128"),
         ("triton_decode", "int8_channel"),
+        ("triton_w4a8", "int4_w4a8_fp8"),
     ],
 )
 def test_batches_against_float64(kernel, scheme, name):
@@ -90,7 +91,7 @@ def test_batches_against_float64(kernel, scheme, name):
     out = launch(x, counts, tensors)
     assert out.shape == x.shape
     found = expert_cases.within(out, counts).double()
-    quantized = kernel == "triton_fp8"
+    quantized = kernel in ("triton_fp8", "triton_w4a8")
     wanted = expert_cases.expected_batches(layer, x, counts, quantized, rounded=True)
     assert float((found - wanted).norm() / wanted.norm()) < (0.06 if quantized else 0.03)
 
