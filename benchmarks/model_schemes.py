@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from hal import nn
 from hal.integrations.conventions import (
     SUBMODULE,
     attention_linears_of,
+    biases_of,
     convention_of,
     experts_of,
     weights_of,
 )
 from hal.integrations.transformers import quantize
-from hal.ops.fused_moe import activate
+from hal.ops.activations import activate
 from hal.quant import SCHEMES, input_scale
 from hal.quant import quantize as quantize_weight
 
@@ -94,10 +96,15 @@ def quantize_static(
             for w, part in pair
         ]
         layer = nn.FusedMoE(
-            *weights, activation=convention.activation, dtype=torch.bfloat16, **options
+            *weights,
+            **biases_of(module, convention),
+            **convention.options,
+            dtype=torch.bfloat16,
+            **options,
         )
         module.config._experts_implementation = "hal"
-        del module.gate_up_proj, module.down_proj
+        for parameter in convention.parameters:
+            delattr(module, parameter)
         module.add_module(SUBMODULE, layer)
         total += layer.weight_bytes
     for name, parent, attribute, linear in list(attention_linears_of(model)):
@@ -130,11 +137,15 @@ def calibrate(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor
         ) -> None:
             rows, ids, _ = inputs
             w13, _ = weights_of(module, convention)
+            biases = biases_of(module, convention)
             note(f"{name}.w13", rows.abs().amax().float())
             largest = torch.zeros(len(w13))
             for expert in ids.unique().tolist():
                 hidden = rows[(ids == expert).any(-1)] @ w13[expert].T
-                largest[expert] = activate(hidden, convention.activation).abs().amax()
+                if biases:
+                    hidden = hidden + biases["w13_bias"][expert]
+                how = replace(convention.activation, interleaved=False)
+                largest[expert] = activate(hidden, how).abs().amax()
             note(f"{name}.w2", largest)
 
         hooks.append(module.register_forward_pre_hook(of_experts))

@@ -1,8 +1,8 @@
 """Find out how an experts module of transformers keeps its weights and gates, or refuse it by name.
 
 Nothing is assumed from a class's name. Flags of the experts interface are read, the gating is run
-on numbers and compared, and whatever hal would pass over in silence (a bias, a norm, a flag or a
-parameter that it does not know) is a refusal.
+on numbers and compared, and whatever hal would pass over in silence (a norm, a flag or a parameter
+that it does not know) is a refusal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from transformers.integrations import moe
 
 from hal.errors import ArgumentError, DTypeError, ShapeError, UnsupportedModelError
+from hal.integrations.gating import activation_alone, gating_of
+from hal.ops.activations import Activation
 from hal.ops.checks import ACTIVATION_DTYPES, dtype_name
-from hal.ops.fused_moe import ACTIVATIONS, activate
 from hal.quant.checkpoint.linears import kept_as
 from hal.quant.scheme import Scheme
 
@@ -25,6 +26,7 @@ __all__ = [
     "SUBMODULE",
     "Convention",
     "attention_linears_of",
+    "biases_of",
     "convention_of",
     "experts_of",
     "linears_of",
@@ -34,12 +36,8 @@ __all__ = [
 ]
 
 SUBMODULE = "hal_experts"
-WEIGHTS = ("gate_up_proj", "down_proj")
 KNOWN_FLAGS = {"is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm"}
-REFUSED_FLAGS = {
-    "has_bias": "biases of experts",
-    "has_post_expert_norm": "a norm after each expert",
-}
+REFUSED_FLAGS = {"has_post_expert_norm": "a norm after each expert"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,36 @@ class Convention:
     """How an experts module keeps its weights and gates.
 
     Attributes:
-        activation: One of `hal.ops.fused_moe.ACTIVATIONS`.
-        interleaved: Whether gate and up rows alternate, instead of all gate rows first.
+        activation: What comes between the products; whether gate and up rows alternate is part of
+            it.
         transposed: Whether the weights are `[experts, in, out]`.
+        biased: Whether both products have a bias.
     """
 
-    activation: str
-    interleaved: bool
+    activation: Activation
     transposed: bool
+    biased: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Return the names of the parameters: both weights, then both biases if any."""
+        weights = ("gate_up_proj" if self.activation.gated else "up_proj", "down_proj")
+        return (*weights, *(f"{weight}_bias" for weight in weights if self.biased))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return what `FusedMoE` is told besides weights and biases."""
+        how = self.activation
+        return {
+            "activation": how.name,
+            "gated": how.gated,
+            "alpha": how.alpha if how.name == "swiglu_oai" else None,
+            "limit": how.limit if how.gated else None,
+        }
+
+    def of(self, module: Any) -> tuple[torch.Tensor, ...]:
+        """Return the parameters themselves."""
+        return tuple(getattr(module, name) for name in self.parameters)
 
 
 def experts_of(model: Any) -> Iterator[tuple[str, Any]]:
@@ -100,26 +120,29 @@ def convention_of(module: Any, name: str) -> Convention:
         )
     _require_dispatch(module, where)
     _require_flags(module, where)
+    gated = bool(getattr(module, "has_gate", True))
+    biased = bool(getattr(module, "has_bias", False))
+    weights = Convention(Activation(gated=gated), False, biased).parameters
     present = {parameter for parameter, _ in module.named_parameters()}
-    for weight in WEIGHTS:
+    for weight in weights:
         if weight not in present:
-            raise UnsupportedModelError(where, found=f"no {weight}", needed=" and ".join(WEIGHTS))
-    if unknown := sorted(present - set(WEIGHTS)):
+            raise UnsupportedModelError(where, found=f"no {weight}", needed=" and ".join(weights))
+    if unknown := sorted(present - set(weights)):
         raise UnsupportedModelError(
             where,
             found=f"the unknown parameter {unknown[0]}",
-            needed="only " + " and ".join(WEIGHTS),
+            needed="only " + " and ".join(weights),
         )
-    activation, interleaved = _gating(module, where)
+    activation = gating_of(module, where) if gated else activation_alone(module, where)
     concatenated = getattr(module, "is_concatenated", None)
-    if interleaved is concatenated:
+    if gated and activation.interleaved is concatenated:
         raise UnsupportedModelError(
             where,
             found=f"is_concatenated={concatenated} and a gating of "
-            f"{'interleaved' if interleaved else 'concatenated'} columns",
+            f"{'interleaved' if activation.interleaved else 'concatenated'} columns",
             needed="a flag and a gating that agree",
         )
-    return Convention(activation, interleaved, bool(getattr(module, "is_transposed", False)))
+    return Convention(activation, bool(getattr(module, "is_transposed", False)), biased)
 
 
 def _require_dispatch(module: Any, where: str) -> None:
@@ -159,47 +182,11 @@ def _require_flags(module: Any, where: str) -> None:
             raise UnsupportedModelError(
                 where, found=f"{flag}={getattr(module, flag, None)!r}", needed="True or False"
             )
-    if not getattr(module, "has_gate", True):
-        raise UnsupportedModelError(
-            where, found="has_gate=False", needed="gated experts (gate_up_proj)"
-        )
     for flag, meaning in REFUSED_FLAGS.items():
         if getattr(module, flag, False):
             raise UnsupportedModelError(
                 where, found=f"{flag}=True ({meaning})", needed=f"{flag}=False"
             )
-
-
-def _gating(module: Any, where: str) -> tuple[str, bool]:
-    """Return (activation, whether gate and up columns alternate), found by running the gating.
-
-    The numbers reach far enough to show limits (gpt-oss clamps at 7), and float64 keeps unlike
-    spellings of one function alike where they cancel.
-    """
-    magnitudes = torch.logspace(-3, 5, 64, dtype=torch.float64)
-    ladder = torch.cat((-magnitudes, torch.zeros(1, dtype=torch.float64), magnitudes))
-    generator = torch.Generator().manual_seed(0)
-    shuffled = ladder[torch.randperm(ladder.numel(), generator=generator)]
-    halves = torch.cat((ladder, shuffled)).unsqueeze(0)
-    pairs = torch.stack((ladder, shuffled), -1).flatten().unsqueeze(0)
-    for interleaved, columns in ((False, halves), (True, pairs)):
-        try:
-            with torch.no_grad():
-                found = module._apply_gate(columns.clone()).double()
-        except Exception as error:
-            raise UnsupportedModelError(
-                where, found=f"a gating that fails on the CPU: {error}", needed="a pure function"
-            ) from error
-        for activation in ACTIVATIONS:
-            expected = activate(halves, activation)
-            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5):
-                return activation, interleaved
-    gate = f"{type(module).__name__}._apply_gate with {getattr(module, 'act_fn', None)!r}"
-    raise UnsupportedModelError(
-        where,
-        found=f"the unknown gating {gate}",
-        needed=" or ".join(ACTIVATIONS) + " of gate, times up",
-    )
 
 
 def require_own_scales(scheme: Scheme) -> Scheme:
@@ -220,12 +207,25 @@ def require_own_scales(scheme: Scheme) -> Scheme:
 
 def weights_of(module: Any, convention: Convention) -> tuple[torch.Tensor, torch.Tensor]:
     """Return w13 and w2 in the order of `fused_moe`; copies only where gate and up alternate."""
-    w13, w2 = module.gate_up_proj.detach(), module.down_proj.detach()
+    w13, w2 = (weight.detach() for weight in convention.of(module)[:2])
     if convention.transposed:
         w13, w2 = w13.transpose(-1, -2), w2.transpose(-1, -2)
-    if convention.interleaved:
-        w13 = torch.cat((w13[:, 0::2], w13[:, 1::2]), 1)
-    return w13, w2
+    return _separated(w13, convention), w2
+
+
+def biases_of(module: Any, convention: Convention) -> dict[str, Any]:
+    """Return the biases by their names in `FusedMoE`, in the order of `weights_of`; copies."""
+    biases = [bias.detach().clone() for bias in convention.of(module)[2:]]
+    if not biases:
+        return {}
+    return {"w13_bias": _separated(biases[0], convention), "w2_bias": biases[1]}
+
+
+def _separated(rows: torch.Tensor, convention: Convention) -> torch.Tensor:
+    """Return `[experts, rows, ...]` with gate rows before up rows."""
+    if not convention.activation.interleaved:
+        return rows
+    return torch.cat((rows[:, 0::2], rows[:, 1::2]), 1)
 
 
 def require_weights(name: str, *weights: torch.Tensor) -> None:

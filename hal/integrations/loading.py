@@ -170,7 +170,7 @@ class HalQuantizer(HfQuantizer):
             del self._linears[name]
             return
         module, convention = self._experts[name]
-        weights = module.gate_up_proj, module.down_proj
+        weights = convention.of(module)
         if any(weight.is_meta for weight in weights):
             return
         require_weights(name, *weights)

@@ -13,6 +13,7 @@ from hal.errors import ShapeError
 from hal.integrations.conventions import (
     SUBMODULE,
     Convention,
+    biases_of,
     convention_of,
     require_weights,
     weights_of,
@@ -131,7 +132,7 @@ def replace_modules(
     """
     conventions = {name: convention_of(module, name) for name, module in experts}
     for name, module in experts:
-        require_weights(name, module.gate_up_proj, module.down_proj)
+        require_weights(name, *conventions[name].of(module))
         _select_experts(name, module, conventions[name], how, platform, options)
     for name, _, _, linear in linears:
         require_weights(name, *linear.parameters())
@@ -167,22 +168,28 @@ def _select_experts(
     platform: Any,
     options: dict[str, Any],
 ) -> None:
-    weight, down = module.gate_up_proj, module.down_proj
+    weight, down = convention.of(module)[:2]
+    how = convention.activation
     experts, rows, columns = weight.shape
     hidden, both = (rows, columns) if convention.transposed else (columns, rows)
-    expected = (both // 2, hidden) if convention.transposed else (hidden, both // 2)
-    if both % 2 or tuple(down.shape) != (experts, *expected):
+    intermediate = both // how.products
+    expected = (intermediate, hidden) if convention.transposed else (hidden, intermediate)
+    if both % how.products or tuple(down.shape) != (experts, *expected):
+        first = convention.parameters[0]
         raise ShapeError(
             name,
-            found=f"gate_up_proj {list(weight.shape)} and down_proj {list(down.shape)}",
+            found=f"{first} {list(weight.shape)} and down_proj {list(down.shape)}",
             needed=f"down_proj {[experts, *expected]} and an even number of gate and up rows",
         )
     problem = {
         "experts": experts,
         "hidden": hidden,
-        "intermediate": both // 2,
+        "intermediate": intermediate,
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "activation": convention.activation,
+        "activation": how.name,
+        "gated": how.gated,
+        "clamped": how.clamped,
+        "bias": convention.biased,
     }
     select_for("fused_moe", scheme.name, weight.device, problem, platform=platform, **options)
 
@@ -213,13 +220,16 @@ def replace_experts(
     layer = hal.nn.FusedMoE(
         quantize_weight(w13, scheme, platform=platform),
         quantize_weight(w2, scheme, platform=platform),
-        activation=convention.activation,
+        **biases_of(module, convention),
+        **convention.options,
         dtype=dtype,
         platform=platform,
         **options,
     )
     selection = layer.bound.selection
-    del w13, w2, module.gate_up_proj, module.down_proj
+    del w13, w2
+    for parameter in convention.parameters:
+        delattr(module, parameter)
     module.__dict__.pop(UNBOUND, None)
     module.add_module(SUBMODULE, layer.train(module.training))
     return QuantizedLayer(name, selection, before, layer.weight_bytes, layer.bound.nbytes)

@@ -27,6 +27,7 @@ from hal.integrations.conventions import (
     SUBMODULE,
     Convention,
     attention_linears_of,
+    biases_of,
     convention_of,
     experts_of,
     require_own_scales,
@@ -120,7 +121,8 @@ def experts_forward(
         check_gradient(IMPLEMENTATION, hidden_states, top_k_weights)
         return quantized(hidden_states, routing)
     bound = _unquantized(self)
-    check_gradient(IMPLEMENTATION, hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
+    check_gradient(IMPLEMENTATION, hidden_states, top_k_weights, *parameters)
     return bound(hidden_states, routing)
 
 
@@ -149,14 +151,15 @@ class _Unquantized:
         name = type(module).__name__
         if self.convention is None:
             self.convention = convention_of(module, name)
-        weights = module.gate_up_proj, module.down_proj
+        weights = self.convention.of(module)
         stamps = tuple((id(weight), stamp(weight)) for weight in weights)
         if self.bound is None or stamps != self.stamps:
             require_weights(name, *weights)
             # The old binding goes first: it may keep another copy of the weights alive.
             self.bound, self.stamps, self.weights = None, (), ()
             w13, w2 = weights_of(module, self.convention)
-            self.bound = FusedMoE(w13, w2, activation=self.convention.activation)
+            biases = biases_of(module, self.convention)
+            self.bound = FusedMoE(w13, w2, **biases, **self.convention.options)
             # As long as these live, no other weights can take their addresses.
             self.weights = tuple(w.detach() for w in weights)
             self.stamps = stamps

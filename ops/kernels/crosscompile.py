@@ -123,7 +123,7 @@ def cell_names(triton_math: Iterable[str]) -> list[str]:
     ]
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
     if "bf16" in kinds:
-        names.append("grouped_gemm/bf16/wide")
+        names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
     return names + [
         name for name in _CASES if not name.startswith(("grouped_gemm", "gemm", "scaled"))
     ]
@@ -251,6 +251,7 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
         a, b, _empty(slots, n),
         _empty(padded, dtype="int32"), _empty(padded // m, dtype="int32"), _empty(1, dtype="int32"),
         top_k_divisor=TOP_K, **scales, kind=kind, tile=tile,
+        bias=_empty(EXPERTS, n) if size == "biased" else None,
     )  # fmt: skip
 
 
@@ -335,11 +336,12 @@ def _align(tokens: int, experts: int = EXPERTS) -> None:
     align(_empty(tokens, TOP_K, dtype="int32"), experts, 16, *places, _empty(1, dtype="int32"))
 
 
-def _combine(weights: str) -> None:
+def _combine(weights: str, shared: bool = False) -> None:
     from hal.ops.kernels.combine import combine
 
     ids, given = _empty(FEW, TOP_K, dtype="int32"), _empty(FEW, TOP_K, dtype=weights)
-    combine(_empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given)
+    dense = _empty(FEW, HIDDEN) if shared else None
+    combine(_empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given, dense)
 
 
 def _route(experts: int, scoring: str, bias: bool, groups: int = 1, chosen: int = 1) -> None:
@@ -371,23 +373,27 @@ def _quantize(target: Target, fmt: str, grouped: bool, gated: bool) -> None:
     launchers[gated, grouped](x, values, scales, 127.0, 1e-12)
 
 
-def _gate(activation: str, interleaved: bool) -> None:
+def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
+    from hal.ops.activations import activation_of
     from hal.ops.kernels.swiglu import silu_and_mul
 
-    width = _empty(FEW, 2 * INTERMEDIATE), _empty(FEW, INTERMEDIATE)
-    silu_and_mul(*width, activation=activation, interleaved=interleaved)
+    how = activation_of("swiglu", activation, **options)
+    counts = _empty(FEW, dtype="int32") if batched else None
+    x, out = _empty(FEW, how.products * INTERMEDIATE), _empty(FEW, INTERMEDIATE)
+    silu_and_mul(x, out, how, counts)
 
 
 def _store(target: Target, scheme: str, before: str) -> None:
     """Call the launcher of a quantizing op."""
-    from hal.ops.kernels.quantize import Gate, Norm
+    from hal.ops.activations import Activation
+    from hal.ops.kernels.quantize import Norm
     from hal.ops.quantize import launch_triton
     from hal.quant.scheme import find_scheme
 
     how = find_scheme(scheme).activation
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
     x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
-    options: dict[str, Any] = {"gate": Gate()} if before == "gate" else {}
+    options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
     if before == "norm":
         options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
     launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
@@ -398,7 +404,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
         f"{op}/{kind}/{size}": partial(_product, op=op, kind=kind, size=size)
         for op in ("grouped_gemm", "gemm")
         for kind in OWN_FORMAT
-        for size in ("few", "many", "ragged", "wide")
+        for size in ("few", "many", "ragged", "wide", "biased")
     },
     **{
         f"{op}/{kind}": partial(_decoded, op=op, kind=kind)
@@ -430,6 +436,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
     "align/one_expert": lambda _: _align(FEW, 1),
     "align/most_experts": lambda _: _align(MANY, 1025),
     "combine": lambda _: _combine("float32"),
+    "combine/shared": lambda _: _combine("float32", shared=True),
     "route/softmax": lambda _: _route(EXPERTS, "softmax", False),
     "route/sigmoid_bias": lambda _: _route(1025, "sigmoid", True),
     "route/softmax_after_top_k": lambda _: _route(EXPERTS, "softmax_after_top_k", False),
@@ -444,8 +451,11 @@ _CASES: dict[str, Callable[[Target], None]] = {
         for before in ("plain", "norm", "gate")
     },
     "quantize/fp8_channel/norm": partial(_store, scheme="fp8_channel", before="norm"),
-    "swiglu/silu": lambda _: _gate("silu", False),
-    "swiglu/gelu_interleaved": lambda _: _gate("gelu", True),
+    "swiglu/silu": lambda _: _gate("silu"),
+    "swiglu/silu_batched": lambda _: _gate("silu", batched=True),
+    "swiglu/gelu_interleaved": lambda _: _gate("gelu", interleaved=True),
+    "swiglu/oai_interleaved": lambda _: _gate("swiglu_oai", interleaved=True),
+    "swiglu/relu2_alone": lambda _: _gate("relu2", gated=False),
     "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),
     "swiglu/silu_fp8_groups": lambda target: _quantize(target, "fp8", True, True),
     "swiglu/silu_int8_rows": lambda target: _quantize(target, "int8", False, True),

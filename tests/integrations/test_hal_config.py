@@ -274,10 +274,23 @@ def test_weights_on_the_disk_are_refused() -> None:
         quantizer.validate_environment(device_map={"model": "cpu", "lm_head": "disk"})
 
 
-def test_unknown_experts_are_refused_by_name(saved) -> None:
-    folder = saved("gpt_oss")
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+def test_experts_with_biases_and_without_a_gate(saved, kind) -> None:
+    folder = saved(kind)
+    loaded = Auto.from_pretrained(folder, quantization_config=HalConfig("fp8_channel"))
+    assert torch.equal(logits(loaded), logits(by_hand(folder, "fp8_channel")))
+    names = {name for name, _ in loaded.named_parameters() if ".experts." in name}
+    assert not names
+
+
+def test_unknown_experts_are_refused_by_name(saved, monkeypatch) -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    monkeypatch.setattr(
+        GptOssExperts, "_apply_gate", lambda self, columns: columns[..., ::2].tanh()
+    )
     with pytest.raises(UnsupportedModelError, match="GptOssExperts"):
-        Auto.from_pretrained(folder, quantization_config=HalConfig("fp8_channel"))
+        Auto.from_pretrained(saved("gpt_oss"), quantization_config=HalConfig("fp8_channel"))
 
 
 def test_registered_once_however_often_it_is_imported() -> None:

@@ -121,7 +121,47 @@ def by_hand(module, x, chosen, weights, is_transposed=False, is_concatenated=Tru
     return out
 
 
+def with_biases(model):
+    """Return the model with biases of experts that are not zero, if it has any."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name and name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+    return model
+
+
 class TestNumbers:
+    @pytest.mark.parametrize("scheme", KINDS_OF_SCHEME)
+    @pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+    def test_biases_and_experts_without_a_gate(self, kind, scheme):
+        model = with_biases(build(kind))
+        model.set_experts_implementation("eager")
+        wanted = logits(model)
+        quantize(model, scheme)
+        assert difference(logits(model), wanted) < LIMITS[scheme]
+        names = {name for name, _ in model.named_parameters() if ".experts." in name}
+        assert not names
+
+    def test_limits_that_a_module_names(self):
+        def gate(self, columns):
+            gate, up = columns.chunk(2, -1)
+            gate = gate.clamp(max=self.limit)
+            return gate * torch.sigmoid(self.alpha * gate) * (up.clamp(-self.limit, self.limit) + 1)
+
+        experts, arguments = fake_experts(gate), inputs()
+        experts.alpha, experts.limit = 1.3, 0.4
+        experts.requires_grad_(False)
+        found = experts(*arguments)
+        w13, w2 = experts.gate_up_proj.double(), experts.down_proj.double()
+        x, chosen, weights = arguments
+        wanted = torch.zeros(x.shape, dtype=torch.float64)
+        for token, slot in torch.cartesian_prod(*map(torch.arange, chosen.shape)).tolist():
+            expert = int(chosen[token, slot])
+            if expert < EXPERTS:
+                h = experts._apply_gate(w13[expert] @ x[token].double())
+                wanted[token] += weights[token, slot].double() * (w2[expert] @ h)
+        assert difference(found, wanted) < LIMITS["bf16"]
+
     @pytest.mark.parametrize(("scheme", "attention"), PARTS)
     def test_logits_stay_near_eager(self, eager, scheme, attention):
         model, wanted = eager
@@ -297,12 +337,20 @@ class TestUnquantized:
         with pytest.raises(GradientError):
             experts(x, chosen, weights.requires_grad_())
 
-    @pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
-    def test_unknown_conventions_are_refused_when_called(self, kind):
-        model = build(kind)
+    def test_unknown_conventions_are_refused_when_called(self):
+        experts = fake_experts(act=torch.sigmoid)
+        with pytest.raises(UnsupportedModelError, match="unknown gating FakeExperts"):
+            experts(*inputs())
+
+    def test_biases_of_experts_are_read_anew_after_a_write(self):
+        model = with_biases(build("gpt_oss"))
         model.set_experts_implementation("hal")
-        with pytest.raises(UnsupportedModelError, match=r"has_bias=True|has_gate=False"):
-            logits(model)
+        first = logits(model)
+        with torch.no_grad():
+            experts_in(model)[0].down_proj_bias.mul_(3)
+        found = logits(model)
+        model.set_experts_implementation("eager")
+        assert difference(found, logits(model)) < LIMITS["bf16"] < difference(found, first)
 
     def test_float32_is_refused_with_the_cure(self):
         model = build("qwen3_moe", torch.float32)
@@ -451,11 +499,14 @@ class TestRefusals:
     def test_scales_that_nobody_calibrated(self, refuses, qwen):
         refuses(qwen, ArgumentError, r"fp8_static.*hal\.quant\.load", scheme="fp8_static")
 
-    def test_gpt_oss(self, refuses):
-        refuses(build("gpt_oss"), UnsupportedModelError, "GptOssExperts.*has_bias=True")
+    def test_biases_that_are_not_there(self, refuses):
+        refuses(fake_experts(has_bias=True), UnsupportedModelError, "no gate_up_proj_bias")
 
-    def test_nemotron_h(self, refuses):
-        refuses(build("nemotron_h"), UnsupportedModelError, "NemotronHExperts.*has_gate=False")
+    def test_activation_without_a_gate(self, refuses):
+        model = build("nemotron_h")
+        for experts in experts_in(model):
+            experts.act_fn = torch.nn.Mish()
+        refuses(model, UnsupportedModelError, "NemotronHExperts.*unknown activation Mish")
 
     def test_norm_after_each_expert(self, refuses):
         if (
@@ -618,8 +669,16 @@ class TestOlderRelease:
         assert difference(logits(model), wanted) < LIMITS[scheme or "bf16"]
 
     @pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
-    def test_refuses_the_same_models(self, missing, refuses, kind):
-        refuses(missing(build(kind)), UnsupportedModelError, "has_bias|has_gate|no gate_up_proj")
+    def test_knows_the_same_models(self, missing, refuses, kind):
+        model = with_biases(build(kind))
+        model.set_experts_implementation("eager")
+        wanted = logits(model)
+        missing(model)
+        if kind == "nemotron_h" and not hasattr(experts_in(model)[0], "has_gate"):
+            refuses(model, UnsupportedModelError, "no gate_up_proj")
+            return
+        quantize(model, "int8_channel")
+        assert difference(logits(model), wanted) < LIMITS["int8_channel"]
 
     def test_interleaved_without_the_flag(self, monkeypatch):
         real = inspect.signature(moe.use_experts_implementation)

@@ -70,6 +70,65 @@ def test_replay_of_routing(kernel):
         assert torch.equal(captured.weights, wanted.weights)
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_channel", "mxfp4_w4a16"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_replay_of_experts_with_options(scheme, on_input):
+    w13, w2 = (torch.randn(8, 256, size, device="cuda") * 0.1 for size in (256, 128))
+    biases = torch.randn(8, 256, device="cuda"), torch.randn(8, 256, device="cuda")
+    moe = FusedMoE(
+        quantize(w13.bfloat16(), scheme),
+        quantize(w2.bfloat16(), scheme),
+        w13_bias=biases[0],
+        w2_bias=biases[1],
+        activation="swiglu_oai",
+        interleaved=True,
+        unpadded_hidden=200,
+        apply_router_weight_on_input=on_input,
+    )
+    if moe.kernel.startswith("torch_experts"):
+        pytest.skip(f"{moe.kernel} waits for the host")
+    x, shared = torch.randn(2, 16, 200, device="cuda").bfloat16()
+    top_k = 1 if on_input else 2
+    ids = torch.randint(-1, 9, (16, top_k), device="cuda")
+    routing = Routing(ids=ids, weights=torch.rand(16, top_k, device="cuda"))
+    moe(x, routing, shared=shared)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = moe(x, routing, shared=shared)
+    for _ in range(3):
+        for tensor in (x, shared, *biases):  # biases are read where they were when bound
+            tensor.normal_()
+        routing.weights.uniform_()
+        ids.random_(-1, 9)
+        graph.replay()
+        assert torch.equal(captured, moe(x, routing, shared=shared))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_channel", "fp8_block128", "mxfp4_w4a16"])
+def test_replay_of_batches_with_other_counts(scheme):
+    w13, w2 = (torch.randn(4, 256, size, device="cuda") * 0.1 for size in (256, 128))
+    moe = FusedMoE(
+        quantize(w13.bfloat16(), scheme), quantize(w2.bfloat16(), scheme), format="batched"
+    )
+    if moe.kernel.startswith("torch_experts"):
+        pytest.skip(f"{moe.kernel} waits for the host")
+    x = torch.randn(4, 20, 256, device="cuda").bfloat16()
+    counts = torch.tensor([20, 0, 3, 7], dtype=torch.int32, device="cuda")
+    moe(x, counts)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = moe(x, counts)
+    for given in ([0, 20, 20, 1], [0, 0, 0, 0], [5, 5, 5, 5]):
+        counts.copy_(torch.tensor(given))
+        x.normal_()
+        graph.replay()
+        wanted = moe(x, counts)
+        for expert, count in enumerate(given):
+            assert torch.equal(captured[expert, :count], wanted[expert, :count])
+
+
 def test_replay_with_other_routing():
     w13 = quantize((torch.randn(8, 128, 128, device="cuda") * 0.1).bfloat16(), "fp8_channel")
     w2 = quantize((torch.randn(8, 128, 64, device="cuda") * 0.1).bfloat16(), "fp8_channel")
