@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -87,6 +88,7 @@ class Cell:
     registers: of a thread; on AMD vector registers of both sorts.
     spilled_bytes: of a thread, stack included.
     instructions: the matrix instructions found, sorted.
+    specialization: a hash of the types, alignment, constants and options of its kernels.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Cell:
     spilled_bytes: int = 0
     instructions: tuple[str, ...] = ()
     triton: str = ""
+    specialization: str = ""
 
     @property
     def formats(self) -> frozenset[str]:
@@ -455,7 +458,20 @@ def _compile(name: str, target: Target) -> Cell:
         spilled_bytes=max(spilled for _, spilled in used),
         instructions=tuple(sorted(set().union(*map(_instructions, kernels)))),
         triton=triton.__version__,
+        specialization=_specialization(compiled),
     )
+
+
+def _specialization(compiled: Iterable[Any]) -> str:
+    """Return a hash of what the launchers told Triton about their kernels."""
+    told = []
+    for entry in compiled:
+        source, options = entry.kernel.src, entry.kernel.metadata
+        names = ("num_warps", "num_stages", "num_ctas", "waves_per_eu", "matrix_instr_nonkdim")
+        parts = (source.signature, source.constants, source.attrs)
+        facts = [sorted((str(key), str(value)) for key, value in part.items()) for part in parts]
+        told.append([entry.name, *facts, [(n, getattr(options, n, None)) for n in names]])
+    return hashlib.sha256(json.dumps(sorted(told, key=str)).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

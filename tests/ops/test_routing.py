@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 import hal
 from hal.errors import DTypeError, ForcedKernelError, GradientError, ShapeError, UnknownNameError
+from hal.ops.cases.routing import ROWS, chosen
 from hal.registry import find_op
 
-NAN, INF = float("nan"), float("inf")
-
-
-def oracle(row, top_k, scoring, renormalize, scaling, bias):
-    """Return (ids, weights) of one token by sorting in Python, in float64."""
-    if any(math.isnan(value) for value in row):
-        scores = [NAN] * len(row) if scoring == "softmax" else [_sigmoid(value) for value in row]
-    elif scoring == "softmax":
-        scores = torch.tensor(row, dtype=torch.float64).softmax(-1).tolist()
-    else:
-        scores = [_sigmoid(value) for value in row]
-    choice = (
-        row if bias is None else [score + extra for score, extra in zip(scores, bias, strict=True)]
-    )
-    choice = [-INF if math.isnan(value) else value for value in choice]
-    ids = sorted(range(len(row)), key=lambda expert: (-choice[expert], expert))[:top_k]
-    weights = [scores[expert] for expert in ids]
-    if renormalize:
-        total = sum(weights) + 1e-20
-        weights = [weight / total for weight in weights]
-    if any(math.isnan(value) for value in row):
-        weights = [NAN] * top_k
-    return ids, [weight * scaling for weight in weights]
-
-
-def _sigmoid(value):
-    if math.isnan(value):
-        return NAN
-    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
-
-
-ROWS = {
-    "plain": [0.5, -1.0, 2.25, 0.125, 3.5, -4.0],
-    "ties": [1.0, 2.0, 2.0, 1.0, 2.0, 0.0],
-    "all equal": [0.75] * 6,
-    "signed zeros": [-0.0, 0.0, -0.0, 0.0, -1.0, -2.0],
-    "saturated": [30.0, 40.0, 50.0, 20.0, 45.0, 35.0],
-    "far below zero": [-60.0, -65.0, -70.0, -69.0, -61.0, -62.0],
-    "minus infinity": [1.0, -INF, 2.0, -INF, 0.5, -INF],
-    "all minus infinity": [-INF] * 6,
-    "infinity": [1.0, INF, 2.0, INF, 0.5, 0.0],
-    "one NaN": [1.0, NAN, 2.0, 0.0, 3.0, -1.0],
-    "all NaN": [NAN] * 6,
-}
 BIASES = {"no bias": None, "zeros": [0.0] * 6, "bias": [0.0, 3.0, 1.0, 0.0, 2.0, 3.0]}
 
 
@@ -81,7 +36,7 @@ def test_one_definition(device, kernel, row, scoring, renormalize, bias):
     except ForcedKernelError as error:
         pytest.skip(str(error).splitlines()[0])
     for token, mine in enumerate((values, values[::-1])):
-        ids, weights = oracle(mine, 3, scoring, renormalize, 2.5, extra)
+        ids, weights = chosen(mine, 3, scoring, renormalize, 2.5, extra)
         assert routing.ids[token].tolist() == ids
         torch.testing.assert_close(
             routing.weights[token].double().cpu(),
