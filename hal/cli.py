@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal import __version__
 from hal.errors import HalError, SettingError, UnknownNameError
+from hal.matrix_command import add_matrix
 from hal.quantize_command import add_quantize
 from hal.verify_command import add_verify
 
@@ -199,11 +200,19 @@ def _verify(options: argparse.Namespace) -> int:
     return status
 
 
+def _matrix(options: argparse.Namespace) -> int:
+    from hal.matrix_command import matrix_answer
+
+    _write(matrix_answer(options, color=_color()))
+    return OK
+
+
 COMMANDS = {
     "info": _info,
     "explain": _explain,
     "doctor": _doctor,
     "quantize": _quantize,
+    "matrix": _matrix,
     "verify": _verify,
 }
 
@@ -263,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         "sizes", metavar="SIZE=VALUE", nargs="*", default=[], help="such as hidden=4096"
     )
     add_quantize(commands)
+    add_matrix(commands)
     add_verify(commands)
     return parser
 

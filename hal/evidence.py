@@ -27,9 +27,11 @@ from hal.registry import Kernel, find_op, op_names
 from hal.sources import source_hash
 
 __all__ = [
+    "LETTERS",
     "LEVELS",
     "Book",
     "Row",
+    "Standing",
     "evidence_folder",
     "merge_rows",
     "parse_rows",
@@ -41,6 +43,8 @@ __all__ = [
 LEVELS = ("ran", "compiled", "interpreted", "simulated", "claimed")
 """How a kernel is known to work, strongest first."""
 KEPT = LEVELS[:3]
+LETTERS: Mapping[str, str] = dict(zip(LEVELS, "RCISL", strict=True))
+"""What stands for a level where there is little room."""
 INTERPRETER = "interpreter"
 """Platform and architecture of interpreted rows: they hold for every device."""
 _MOST_FAULTS = 10
@@ -116,7 +120,8 @@ class Row:
     def line(self) -> str:
         """Return the row as one line of JSON, without what it does not say."""
         plain = asdict(self)
-        told = {name: value for name, value in plain.items() if value not in ("", None, {})}
+        empty: tuple[Any, ...] = ("", None, {})
+        told = {name: v for name, v in plain.items() if name == "source" or v not in empty}
         return json.dumps(told, separators=(",", ":"), sort_keys=False)
 
 
@@ -233,12 +238,16 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> list[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; a device or a pipe is written to and never replaced.
 
     Raises:
         EvidenceError: If it cannot be written.
     """
     try:
+        path = path.resolve()  # a link is followed, not replaced
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8", newline="\n")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -253,6 +262,36 @@ def write_text(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise EvidenceError(str(path), found=error, needed="a file that can be written") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a kernel is known to work on an architecture.
+
+    Attributes:
+        level: One of `LEVELS`.
+        passed: Whether all went well at that level.
+        current: Whether that was with the source as it is now.
+        before: A stronger level that an earlier source had reached; empty without one.
+    """
+
+    level: str
+    passed: bool = True
+    current: bool = True
+    before: str = ""
+
+    @property
+    def letter(self) -> str:
+        """Return one letter: R, C, I, S or L, small for an earlier source; X where it failed."""
+        if not self.passed:
+            return "X" if self.current else "x"
+        letter = LETTERS[self.level]
+        return letter if self.current else letter.lower()
+
+    def __str__(self) -> str:
+        word = self.level if self.passed else f"failed when {self.level}"
+        word += "" if self.current else ", earlier source"
+        return f"{word} ({self.before} before)" if self.before else word
 
 
 class Book:
@@ -288,18 +327,21 @@ class Book:
             found, key=lambda row: (not is_current(row, kernel), KEPT.index(row.level), row.key)
         )
 
-    def level(self, kernel: Kernel, scheme: str, arch: str) -> tuple[str, bool, bool]:
-        """Return how far a kernel that can run there is known to: (level, passed, current).
+    def standing(self, kernel: Kernel, scheme: str, arch: str) -> Standing:
+        """Return how far a kernel that can run there is known to work.
 
         The strongest level of the current source counts; without any, that of an earlier one. A
         level at which something did not pass is not passed.
         """
         rows = self.rows(kernel, scheme, arch)
         if not rows:
-            return "claimed" if kernel.claimed else "simulated", True, True
+            return Standing("claimed" if kernel.claimed else "simulated")
         first, current = rows[0], is_current(rows[0], kernel)
         alike = [r for r in rows if r.level == first.level and is_current(r, kernel) == current]
-        return first.level, all(row.passed for row in alike), current
+        earlier = {KEPT.index(row.level) for row in rows if not is_current(row, kernel)}
+        stronger = [place for place in earlier if current and place < KEPT.index(first.level)]
+        before = KEPT[min(stronger)] if stronger else ""
+        return Standing(first.level, all(row.passed for row in alike), current, before)
 
 
 def is_current(row: Row, kernel: Kernel) -> bool:

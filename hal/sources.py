@@ -14,10 +14,10 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,24 +140,25 @@ def _module(name: str) -> _Module | None:
 
 
 def _file_of(name: str) -> Path | None:
-    """Return the file of a module; of hal's own without the cost of a search."""
-    package, _, rest = name.partition(".")
-    if package == "hal" and rest:
-        own = sys.modules.get(".".join(name.split(".")[:2]))
-        folder = Path(own.__file__).parent if own is not None and own.__file__ else None
-        if folder is not None and own is not None and hasattr(own, "__path__"):
-            base = folder.joinpath(*name.split(".")[2:])
-            for path in (base.with_suffix(".py"), base / "__init__.py"):
-                if path.is_file() and base != folder:
-                    return path
-            if base == folder:
-                return folder / "__init__.py"
+    """Return the file of a module, or None.
+
+    Of hal's own without `find_spec`, which imports the packages that a name lies in, and for
+    `module.function` the module: that would be torch and Triton.
+    """
+    parts = name.split(".")
+    if parts[0] == "hal" and len(parts) > 1:
+        depth = 2 if parts[1] in ("ops", "quant") else 1  # folders of their own in a checkout
+        home = importlib.import_module(".".join(parts[:depth])).__file__
+        assert home is not None
+        base = Path(home).parent.joinpath(*parts[depth:])
+        found = (base / "__init__.py", base.with_suffix(".py"))
+        return next((path for path in found if path.is_file()), None)
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    found = Path(spec.origin) if spec is not None and spec.origin else None
-    return found if found is not None and found.suffix == ".py" else None
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    return origin if origin is not None and origin.suffix == ".py" else None
 
 
 def _top(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,10 +107,31 @@ class TestMerge:
         assert path.read_text() == "before"
         assert os.listdir(tmp_path) == ["route.jsonl"]
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    def test_a_pipe_is_written_to_and_a_link_is_followed(self, tmp_path: Path) -> None:
+        pipe, link = tmp_path / "pipe", tmp_path / "link"
+        os.mkfifo(pipe)
+        got: list[str] = []
+        reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+        reader.start()
+        write_text(pipe, "rows")
+        reader.join(10)
+        assert got == ["rows"]
+        assert pipe.is_fifo(), "what is no file must never be replaced by one"
+        link.symlink_to(tmp_path / "file")
+        write_text(link, "rows")
+        assert link.is_symlink()
+        assert (tmp_path / "file").read_text() == "rows"
+
+    def test_a_folder_is_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(EvidenceError):
+            write_text(tmp_path, "rows")
+
 
 class TestBook:
     def level(self, *rows: Row, arch: str = "sm_90") -> tuple[str, bool, bool]:
-        return Book(rows).level(KERNEL, "none", arch)
+        found = Book(rows).standing(KERNEL, "none", arch)
+        return found.level, found.passed, found.current
 
     def test_the_strongest_level_counts(self) -> None:
         compiled = replace(ROW, level="compiled", device="", torch="")
@@ -123,7 +145,7 @@ class TestBook:
     def test_nothing_known_is_simulated_or_claimed(self) -> None:
         assert self.level() == ("simulated", True, True)
         claimed = find_op("linear").find("aiter_fp8")
-        assert Book([]).level(claimed, "fp8_channel", "gfx942")[0] == "claimed"
+        assert Book([]).standing(claimed, "fp8_channel", "gfx942").level == "claimed"
 
     def test_an_earlier_source_counts_only_where_nothing_else_does(self) -> None:
         earlier = replace(ROW, source="abc")
@@ -132,6 +154,14 @@ class TestBook:
         assert self.level(earlier, compiled) == ("compiled", True, True)
         assert not is_current(earlier, KERNEL)
         assert not is_current(replace(ROW, source=""), KERNEL)
+
+    def test_what_an_earlier_source_had_reached_is_told(self) -> None:
+        earlier = replace(ROW, source="abc")
+        compiled = replace(ROW, level="compiled", device="", torch="")
+        found = Book([earlier, compiled]).standing(KERNEL, "none", "sm_90")
+        assert (found.letter, str(found)) == ("C", "compiled (ran before)")
+        found = Book([earlier]).standing(KERNEL, "none", "sm_90")
+        assert (found.letter, str(found)) == ("r", "ran, earlier source")
 
     def test_one_device_that_failed_is_a_failure(self) -> None:
         failed = replace(ROW, device="H100", passed=False, fault="ids differ")
