@@ -44,6 +44,26 @@ def test_rows_say_what_ran_where(tried: Trials) -> None:
     assert row.torch == tried.software["torch"]
 
 
+def test_triton_kernels_are_interpreted_without_a_gpu() -> None:
+    pytest.importorskip("triton", reason="needs the package triton")
+    trials = run_trials(Question(ops=CPU, interpreted=True))
+    assert trials.failed == []
+    assert {trial.kernel for trial in trials.trials} == {"triton"}
+    for row in rows_of(trials, "2026-11-29"):
+        assert (row.level, row.platform, row.arch, row.device) == (
+            *("interpreted", "interpreter", "interpreter"),
+            "",
+        )
+        assert row.triton
+
+
+def test_what_the_interpreter_cannot_run_is_not_tried() -> None:
+    """It has no `tl.dot_scaled`."""
+    for kernel in ("triton_scaled", "triton_scaled_emulated", "torch_topk"):
+        with pytest.raises(VerifyError):
+            run_trials(Question(kernels=(kernel,), interpreted=True))
+
+
 def test_the_command_writes_evidence_and_prints_a_table(hal, tmp_path: Path) -> None:
     output = tmp_path / "found.jsonl"
     answer = hal("verify", "--op", "align", "--on", "cpu", "--output", str(output))
