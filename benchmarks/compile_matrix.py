@@ -3,7 +3,7 @@
 Writes docs/kernels-compiled.md, and rows of evidence (hal.evidence) for every kernel and scheme
 that selection offers on a target.
 
-Usage: python benchmarks/compile_matrix.py [--jobs N] [--evidence-only]
+Usage: python benchmarks/compile_matrix.py [--jobs N] [--evidence-only] [--only TARGET ...]
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ TARGETS = (
     ),
     *(("rocm", arch) for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
 )
+FURTHER = (
+    *(("cuda", arch) for arch in ("sm_87", "sm_103", "sm_110")),
+    *(("rocm", arch) for arch in ("gfx1151", "gfx1200")),
+)
+"""Targets of which the page says nothing, since they differ little from one that is on it."""
 OUTPUT = Path(__file__).parents[1] / "docs" / "kernels-compiled.md"
 HEAD = """# What the kernels compile to
 
@@ -187,13 +192,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="children at a time")
     parser.add_argument("--evidence-only", action="store_true", help="leave the page as it is")
+    parser.add_argument("--only", metavar="TARGET", nargs="+", help="such as cuda:sm_90; no page")
     options = parser.parse_args()
+    targets = [
+        target
+        for target in (*TARGETS, *FURTHER)
+        if not options.only or ":".join(target) in options.only
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda target: compile_target(*target), TARGETS))
+        results = list(pool.map(lambda target: compile_target(*target), targets))
     date = datetime.date.today().isoformat()
     rows = [
         row
-        for (platform, arch), cells in zip(TARGETS, results, strict=True)
+        for (platform, arch), cells in zip(targets, results, strict=True)
         for row in evidence(platform, arch, cells, date)
     ]
     folder = evidence_folder()
@@ -205,8 +216,8 @@ def main() -> None:
             print(
                 f"FAILED {row.platform}:{row.arch} {row.op}/{row.kernel} {row.scheme}: {row.fault}"
             )
-    if not options.evidence_only:
-        OUTPUT.write_text(page(results), encoding="utf-8")
+    if not options.evidence_only and not options.only:
+        OUTPUT.write_text(page(results[: len(TARGETS)]), encoding="utf-8")
         print(OUTPUT)
 
 

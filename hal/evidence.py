@@ -307,10 +307,12 @@ class Book:
         """Return the evidence that hal brings along, or that of another folder.
 
         Raises:
-            EvidenceError: If a file is at fault.
+            EvidenceError: If a file is at fault, or there is none.
         """
         folder = evidence_folder() if folder is None else folder
         paths = sorted(folder.glob("*.jsonl"))
+        if not paths:
+            raise EvidenceError(str(folder), found="no *.jsonl", needed="a folder of evidence")
         return cls(row for path in paths for row in read_rows(path))
 
     def rows(self, kernel: Kernel, scheme: str, arch: str) -> list[Row]:

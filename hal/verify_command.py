@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ def verify_answer(options: argparse.Namespace) -> tuple[dict[str, Any] | list[Se
     """
     if options.merge:
         return _merge(options), 0
+    from hal.errors import EvidenceError
     from hal.evidence import merge_rows, write_text
     from hal.verify import Question, rows_of, run_trials
 
@@ -80,10 +82,12 @@ def verify_answer(options: argparse.Namespace) -> tuple[dict[str, Any] | list[Se
         options.interpreter,
         options.seconds,
     )
+    output = Path(options.output or DEFAULT_OUTPUT)
+    if output.parent.is_dir() and not os.access(output.parent, os.W_OK):
+        raise EvidenceError(str(output), found="a folder that is read-only", needed="another one")
     with shown_progress("trials") as progress:
         trials = run_trials(question, progress)
     rows = merge_rows(rows_of(trials, datetime.date.today().isoformat()))
-    output = Path(options.output or DEFAULT_OUTPUT)
     write_text(output, "".join(row.line() + "\n" for row in rows))
     status = 1 if trials.failed else 0
     if options.json:

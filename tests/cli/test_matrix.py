@@ -117,6 +117,11 @@ class TestText:
         assert answer.status == 2
         assert "route.jsonl: found line 1" in answer.err
 
+    def test_a_folder_without_evidence_is_no_empty_matrix(self, hal, tmp_path: Path) -> None:
+        answer = hal("matrix", "--op", "route", "--evidence", str(tmp_path / "nowhere"))
+        assert answer.status == 2
+        assert "a folder of evidence" in answer.err
+
     def test_json_tells_the_reasons(self, hal) -> None:
         found = hal("matrix", "--op", "linear", "--scheme", "fp8_channel", "--platform",
                     "rocm:gfx90a", "--json").json  # fmt: skip
