@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hal.device import DeviceSpec, Software
-from hal.evidence import Book
+from hal.evidence_book import Book
 from hal.needs import Code
 from hal.ops.linear import LINEAR
 from hal.platforms.tables import device_spec

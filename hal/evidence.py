@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from hal.errors import EvidenceError
-from hal.registry import Kernel, find_op, op_names
+from hal.registry import find_op, op_names
 from hal.sources import source_hash
 
 __all__ = [
-    "LETTERS",
     "LEVELS",
-    "Book",
     "Row",
-    "Standing",
     "evidence_folder",
     "merge_rows",
     "parse_rows",
@@ -43,8 +40,6 @@ __all__ = [
 LEVELS = ("ran", "compiled", "interpreted", "simulated", "claimed")
 """How a kernel is known to work, strongest first."""
 KEPT = LEVELS[:3]
-LETTERS: Mapping[str, str] = dict(zip(LEVELS, "RCISL", strict=True))
-"""What stands for a level where there is little room."""
 INTERPRETER = "interpreter"
 """Platform and architecture of interpreted rows: they hold for every device."""
 _MOST_FAULTS = 10
@@ -200,7 +195,7 @@ def merge_rows(rows: Iterable[Row]) -> list[Row]:
     newest: dict[tuple[str, ...], Row] = {}
     for row in rows:
         other = newest.get(row.key)
-        if other is None or (row.date, not row.passed) > (other.date, not other.passed):
+        if other is None or _weight(row) > _weight(other):
             newest[row.key] = row
     kept: dict[tuple[Any, ...], Row] = {}
     for row in newest.values():
@@ -208,9 +203,14 @@ def merge_rows(rows: Iterable[Row]) -> list[Row]:
         # Versions count as other evidence of the current source, not of an earlier one.
         versions = (row.torch, row.triton, row.specialization) if current else ()
         place = (*row.key[:7], current, *versions)
-        if place not in kept or kept[place].date < row.date:
+        if place not in kept or _weight(row) > _weight(kept[place]):
             kept[place] = row
     return sorted(kept.values(), key=lambda row: (row.key, row.date))
+
+
+def _weight(row: Row) -> tuple[str, bool, str]:
+    """Return by what the row that counts is found, the same in any order of the rows."""
+    return row.date, not row.passed, row.line()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -262,90 +262,3 @@ def write_text(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise EvidenceError(str(path), found=error, needed="a file that can be written") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How far a kernel is known to work on an architecture.
-
-    Attributes:
-        level: One of `LEVELS`.
-        passed: Whether all went well at that level.
-        current: Whether that was with the source as it is now.
-        before: A stronger level that an earlier source had reached; empty without one.
-    """
-
-    level: str
-    passed: bool = True
-    current: bool = True
-    before: str = ""
-
-    @property
-    def letter(self) -> str:
-        """Return one letter: R, C, I, S or L, small for an earlier source; X where it failed."""
-        if not self.passed:
-            return "X" if self.current else "x"
-        letter = LETTERS[self.level]
-        return letter if self.current else letter.lower()
-
-    def __str__(self) -> str:
-        word = self.level if self.passed else f"failed when {self.level}"
-        word += "" if self.current else ", earlier source"
-        return f"{word} ({self.before} before)" if self.before else word
-
-
-class Book:
-    """Answer what is known of a kernel, from rows."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows: dict[tuple[str, str, str], list[Row]] = {}
-        for row in rows:
-            self._rows.setdefault((row.op, row.kernel, row.scheme), []).append(row)
-
-    @classmethod
-    def shipped(cls, folder: Path | None = None) -> Book:
-        """Return the evidence that hal brings along, or that of another folder.
-
-        Raises:
-            EvidenceError: If a file is at fault, or there is none.
-        """
-        folder = evidence_folder() if folder is None else folder
-        paths = sorted(folder.glob("*.jsonl"))
-        if not paths:
-            raise EvidenceError(str(folder), found="no *.jsonl", needed="a folder of evidence")
-        return cls(row for path in paths for row in read_rows(path))
-
-    def rows(self, kernel: Kernel, scheme: str, arch: str) -> list[Row]:
-        """Return all rows that bear on a kernel on an architecture, strongest first.
-
-        Those of the current source come before those of earlier ones.
-        """
-        found = [
-            row
-            for row in self._rows.get((kernel.op, kernel.name, scheme), ())
-            if row.arch in (arch, INTERPRETER)
-        ]
-        return sorted(
-            found, key=lambda row: (not is_current(row, kernel), KEPT.index(row.level), row.key)
-        )
-
-    def standing(self, kernel: Kernel, scheme: str, arch: str) -> Standing:
-        """Return how far a kernel that can run there is known to work.
-
-        The strongest level of the current source counts; without any, that of an earlier one. A
-        level at which something did not pass is not passed.
-        """
-        rows = self.rows(kernel, scheme, arch)
-        if not rows:
-            return Standing("claimed" if kernel.claimed else "simulated")
-        first, current = rows[0], is_current(rows[0], kernel)
-        alike = [r for r in rows if r.level == first.level and is_current(r, kernel) == current]
-        earlier = {KEPT.index(row.level) for row in rows if not is_current(row, kernel)}
-        stronger = [place for place in earlier if current and place < KEPT.index(first.level)]
-        before = KEPT[min(stronger)] if stronger else ""
-        return Standing(first.level, all(row.passed for row in alike), current, before)
-
-
-def is_current(row: Row, kernel: Kernel) -> bool:
-    """Tell whether a row is about the kernel's source as it is now."""
-    return bool(row.source) and row.source == source_hash(kernel.entry)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hal.device import DeviceSpec, Software
 from hal.errors import UnknownNameError
-from hal.evidence import Book, Standing
+from hal.evidence_book import Book, Standing
 from hal.platforms.tables import arch_rows, device_rows, device_spec, platform_names
 from hal.registry import Op, find_op, op_names
 from hal.selection import Candidate, Selection, choose

@@ -47,7 +47,8 @@ def matrix_answer(options: argparse.Namespace, *, color: bool = False) -> str:
     Raises:
         HalError: For an unknown name, or evidence that cannot be read or a file not written.
     """
-    from hal.evidence import Book, write_text
+    from hal.evidence import write_text
+    from hal.evidence_book import Book
     from hal.matrix import assumed, build_matrix
 
     book = Book.shipped(Path(options.evidence)) if options.evidence else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from hal.evidence import LETTERS
+from hal.evidence_book import LETTERS
 from hal.matrix import Cell, Column, Matrix
 from hal.registry import Level
 from hal.render import WIDTH, styled

@@ -7,27 +7,17 @@ torch.
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
-from hal.children import last_line
 from hal.errors import HalError, UnknownNameError
 from hal.evidence import INTERPRETER, Row
 from hal.progress import Progress
 from hal.registry import find_op, op_names
 from hal.sources import source_hash
-from hal.verify_worker import MARK
+from hal.verify_child import Worker
 
 __all__ = ["Question", "Trials", "VerifyError", "rows_of", "run_trials"]
 
@@ -59,6 +49,16 @@ class Question:
     on: tuple[str, ...] = ()
     interpreted: bool = False
     seconds: float = 120.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a worker is told, as plain data."""
+        return {
+            "ops": self.ops,
+            "schemes": self.schemes,
+            "kernels": self.kernels,
+            "on": self.on,
+            "interpreted": self.interpreted,
+        }
 
     def check(self) -> None:
         """Raise unless every name is known.
@@ -130,7 +130,7 @@ def run_trials(question: Question, progress: Progress | None = None) -> Trials:
     start = time.perf_counter()
     trials = Trials(interpreted=question.interpreted)
     while not trials.trials or len(trials.results) < len(trials.trials):
-        with _Child(question, len(trials.results)) as child:
+        with Worker(question.to_dict(), len(trials.results)) as child:
             _follow(child, trials, question, progress)
         if not trials.trials:
             raise VerifyError("verify: no kernel of those asked for can run here")
@@ -138,7 +138,7 @@ def run_trials(question: Question, progress: Progress | None = None) -> Trials:
     return trials
 
 
-def _follow(child: _Child, trials: Trials, question: Question, progress: Progress | None) -> None:
+def _follow(child: Worker, trials: Trials, question: Question, progress: Progress | None) -> None:
     """Take a child's answers until it ends or takes too long; note what ended it."""
     listed = child.answer(START_SECONDS)
     if listed is None:
@@ -158,88 +158,6 @@ def _follow(child: _Child, trials: Trials, question: Question, progress: Progres
             trials.results.append({"faults": [child.end(question.seconds)]})
             return
         trials.results.append(result)
-
-
-class _Child:
-    """A worker and its answers."""
-
-    def __init__(self, question: Question, first: int) -> None:
-        from hal.config import child_environment
-
-        wanted = {
-            "ops": question.ops, "schemes": question.schemes, "kernels": question.kernels,
-            "on": question.on, "interpreted": question.interpreted,
-        }  # fmt: skip
-        environment = child_environment(sys.path)
-        environment.pop("TRITON_INTERPRET", None)
-        # Threads that spin while they wait take the cores from each other on a busy machine.
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-        if question.interpreted:
-            environment["TRITON_INTERPRET"] = "1"
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "hal.verify_worker", json.dumps(wanted), str(first)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-            start_new_session=True,
-        )
-        self._lines: queue.Queue[bytes | None] = queue.Queue()
-        assert self._child.stdout is not None
-        self._reader = threading.Thread(
-            target=_read, args=(self._child.stdout, self._lines), daemon=True
-        )
-        self._reader.start()
-
-    def __enter__(self) -> _Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._child.poll() is None:
-            if hasattr(os, "killpg"):
-                with suppress(OSError):
-                    os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.kill()
-        self._child.wait()
-        self._reader.join()
-        self._errors.close()
-
-    def answer(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next answer; None where the child has ended or takes longer."""
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                line = self._lines.get(timeout=max(until - time.monotonic(), 0.01))
-            except queue.Empty:
-                return None
-            if line is None:
-                return None
-            text = line.decode(errors="replace")
-            if text.startswith(MARK):
-                with suppress(ValueError):
-                    found: dict[str, Any] = json.loads(text[len(MARK) :])
-                    return found
-
-    def status(self) -> int | None:
-        """Return the exit status of a child that ended by itself, None while it runs."""
-        with suppress(subprocess.TimeoutExpired):
-            return self._child.wait(1 if self._lines.empty() else 10)
-        return None
-
-    def end(self, seconds: float) -> str:
-        """Return in one line how the child ended, or that it did not."""
-        status = self.status()
-        if status is None:
-            return f"no end within {seconds:g} s"
-        return last_line(status, self._errors)
-
-
-def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
-    with stream:
-        for line in stream:
-            lines.put(line)
-    lines.put(None)
 
 
 def rows_of(trials: Trials, date: str) -> list[Row]:

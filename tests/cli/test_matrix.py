@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hal.errors import UnknownNameError
-from hal.evidence import Book, Row
+from hal.evidence import Row
+from hal.evidence_book import Book
 from hal.matrix import TYPICAL, assumed, build_matrix, columns, schemes_of
 from hal.matrix_page import matrix_page
 from hal.matrix_text import matrix_text, used_letters

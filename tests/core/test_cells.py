@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hal.evidence import Book
+from hal.evidence_book import Book
 from hal.matrix import assumed
 from hal.ops.cells import cells_of, facts_of, fault_of, kind_of, specialization_of
 from hal.ops.kernels.crosscompile import Cell

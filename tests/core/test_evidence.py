@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hal.errors import EvidenceError
-from hal.evidence import Book, Row, is_current, merge_rows, parse_rows, write_rows, write_text
+from hal.evidence import Row, merge_rows, parse_rows, write_rows, write_text
+from hal.evidence_book import Book, is_current
 from hal.registry import find_op
 from hal.sources import source_hash
 
@@ -86,6 +87,17 @@ class TestMerge:
         first = replace(ROW, source="aa", date="2026-01-01")
         second = replace(ROW, source="bb", date="2026-02-01")
         assert [row.source for row in merge_rows([ROW, second, first])] == sorted([NOW, "bb"])
+
+    def test_the_order_of_the_rows_plays_no_part(self) -> None:
+        rows = [
+            *(replace(ROW, source=source) for source in ("aa", "bb", "cc")),
+            *(replace(ROW, cases=cases) for cases in (3, 2, 1)),
+            replace(ROW, arch="sm_80"),
+        ]
+        merged = merge_rows(rows)
+        assert len(merged) == 3
+        for order in (rows[::-1], rows[3:] + rows[:3]):
+            assert merge_rows(order) == merged
 
     def test_files_are_sorted_and_whole(self, tmp_path: Path) -> None:
         rows = [replace(ROW, arch=arch) for arch in ("sm_90", "sm_100", "sm_80")]

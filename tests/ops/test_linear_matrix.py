@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hal.evidence import Book
+from hal.evidence_book import Book
 from hal.ops.cells import cells_of, kind_of
 from hal.ops.kernels.crosscompile import _CASES
 from hal.ops.linear import LINEAR, packed_kind

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import readme_matrix
 from readme_matrix import PAGE, between, block
 
-from hal.evidence import Book
+from hal.evidence_book import Book
 from hal.matrix_text import SMALL_COLUMNS, SMALL_ROWS
 
 
