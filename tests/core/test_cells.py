@@ -16,8 +16,10 @@ from hal.registry import find_op
 from hal.selection import Options, choose
 
 TARGETS = (
-    *("cuda:sm_80", "cuda:sm_86", "cuda:sm_89", "cuda:sm_90", "cuda:sm_100", "cuda:sm_120"),
-    *("cuda:sm_121", "rocm:gfx90a", "rocm:gfx942", "rocm:gfx950", "rocm:gfx1100", "rocm:gfx1201"),
+    *("cuda:sm_80", "cuda:sm_86", "cuda:sm_87", "cuda:sm_89", "cuda:sm_90", "cuda:sm_100"),
+    *("cuda:sm_103", "cuda:sm_110", "cuda:sm_120", "cuda:sm_121"),
+    *("rocm:gfx90a", "rocm:gfx942", "rocm:gfx950", "rocm:gfx1100", "rocm:gfx1151"),
+    *("rocm:gfx1200", "rocm:gfx1201"),
 )
 FP8 = find_op("linear").find("triton_fp8")
 SCALED = find_op("linear").find("triton_scaled")
