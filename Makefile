@@ -24,7 +24,7 @@ endif
 SCRIPTS := .ci/test .ci/platforms # Python without the ending
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types platforms wheel wheel-check clean
+.PHONY: help demo test lint format types platforms matrix golden wheel wheel-check clean
 .PRECIOUS: $(VENV)/.ready-%
 
 help: ## list the targets
@@ -56,6 +56,20 @@ types: $(VENV)/.ready-dev ## check types, with mypy and pyright
 
 platforms: $(VENV)/.ready-test ## ask hal about every device of its tables
 	@$(PY) .ci/platforms $(ARGS)
+
+matrix: $(VENV)/.ready-test ## compile and interpret all kernels; write evidence and pages (slow)
+	@$(PY) benchmarks/compile_matrix.py --jobs $(JOBS)
+	@$(PY) -m hal verify --interpreter --output build/interpreted.jsonl
+	@$(PY) -m hal verify --on cpu --output build/ran.jsonl
+	@$(PY) -m hal verify --merge build/interpreted.jsonl build/ran.jsonl
+	@$(PY) benchmarks/linear_matrix.py
+	@$(PY) benchmarks/readme_matrix.py
+	@$(PY) -m hal matrix --html --output build/matrix.html
+
+golden: $(VENV)/.ready-test ## write the golden tables of selection, and the pages made of it
+	@$(PY) benchmarks/golden_selection.py
+	@$(PY) benchmarks/linear_matrix.py
+	@$(PY) benchmarks/readme_matrix.py
 
 wheel: $(VENV)/.ready-test ## build dist/*.whl
 	@rm -rf build/lib

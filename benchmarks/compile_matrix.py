@@ -1,18 +1,31 @@
-"""Compile every kernel for every target that Triton knows here; write docs/kernels-compiled.md.
+"""Compile every kernel for every target that Triton knows here.
 
-Usage: python benchmarks/compile_matrix.py [--jobs N]
+Writes docs/kernels-compiled.md, and rows of evidence (hal.evidence) for every kernel and scheme
+that selection offers on a target.
+
+Usage: python benchmarks/compile_matrix.py [--jobs N] [--evidence-only] [--only TARGET ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hal.device import DeviceSpec
+from hal.evidence import Row, evidence_folder, read_rows, write_rows
+from hal.ops.cells import cells_of, facts_of, fault_of, specialization_of
 from hal.ops.kernels.crosscompile import OWN_FORMAT, Cell, Target, cell_names, compile_cells
+from hal.ops.tiles import runs_ptx
 from hal.platforms.tables import device_spec
+from hal.registry import Kernel, find_op, op_names
+from hal.selection import Options, choose
+from hal.software import find_software
+from hal.sources import source_hash
 
 TARGETS = (
     *(
@@ -21,6 +34,11 @@ TARGETS = (
     ),
     *(("rocm", arch) for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
 )
+FURTHER = (
+    *(("cuda", arch) for arch in ("sm_87", "sm_103", "sm_110")),
+    *(("rocm", arch) for arch in ("gfx1151", "gfx1200")),
+)
+"""Targets of which the page says nothing, since they differ little from one that is on it."""
 OUTPUT = Path(__file__).parents[1] / "docs" / "kernels-compiled.md"
 HEAD = """# What the kernels compile to
 
@@ -71,8 +89,51 @@ def compile_target(platform: str, arch: str) -> list[Cell]:
         spec.lanes,
         spec.formats.fp8_encoding or "e4m3fn",
     )
+    ptx = runs_ptx(platform, arch)
+    names = cell_names(spec.formats.triton_math, ptx=ptx)
+    wanted = {
+        name for kernel, scheme in offered(spec) for name in cells_of(kernel, scheme, ptx=ptx)
+    }
     with tempfile.TemporaryDirectory() as cache:
-        return compile_cells(target, cell_names(spec.formats.triton_math), cache=Path(cache))
+        further = sorted(wanted.difference(names))
+        return compile_cells(target, [*names, *further], cache=Path(cache))
+
+
+def offered(spec: DeviceSpec) -> Iterator[tuple[Kernel, str]]:
+    """Yield every Triton kernel that can run on a device, with each scheme that it can serve."""
+    spec = spec.replace(software=find_software())
+    for op in map(find_op, op_names()):
+        for kernel in op.kernels:
+            for scheme in kernel.schemes:
+                selection = choose(op, scheme, spec, {}, Options(force=kernel.name))
+                if cells_of(kernel, scheme) and selection.candidate(kernel.name).can_run:
+                    yield kernel, scheme
+
+
+def evidence(platform: str, arch: str, cells: list[Cell], date: str) -> Iterator[Row]:
+    """Yield a row for every kernel and scheme that is offered on a target."""
+    spec = device_spec(platform, arch)
+    by_name = {cell.name: cell for cell in cells}
+    for kernel, scheme in offered(spec):
+        names = cells_of(kernel, scheme, ptx=runs_ptx(platform, arch))
+        mine = [by_name[name] for name in names]
+        fault = fault_of(kernel, scheme, mine, spec.shared_memory_bytes)
+        yield Row(
+            op=kernel.op,
+            kernel=kernel.name,
+            scheme=scheme,
+            platform=platform,
+            arch=arch,
+            level="compiled",
+            source=source_hash(kernel.entry),
+            triton=mine[0].triton,
+            specialization=specialization_of(mine),
+            passed=not fault,
+            fault=" ".join(fault.split())[:400],
+            cases=len(mine),
+            date=date,
+            facts=facts_of(mine),
+        )
 
 
 def product_row(kind: str, few: Cell, many: Cell) -> str:
@@ -135,11 +196,34 @@ def main() -> None:
     """Compile and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="children at a time")
-    jobs = parser.parse_args().jobs
-    with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda target: compile_target(*target), TARGETS))
-    OUTPUT.write_text(page(results), encoding="utf-8")
-    print(f"{sum(map(len, results))} cells in {OUTPUT}")
+    parser.add_argument("--evidence-only", action="store_true", help="leave the page as it is")
+    parser.add_argument("--only", metavar="TARGET", nargs="+", help="such as cuda:sm_90; no page")
+    options = parser.parse_args()
+    targets = [
+        target
+        for target in (*TARGETS, *FURTHER)
+        if not options.only or ":".join(target) in options.only
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda target: compile_target(*target), targets))
+    date = datetime.date.today().isoformat()
+    rows = [
+        row
+        for (platform, arch), cells in zip(targets, results, strict=True)
+        for row in evidence(platform, arch, cells, date)
+    ]
+    folder = evidence_folder()
+    kept = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
+    written = write_rows(folder, [*kept, *rows])
+    print(f"{sum(map(len, results))} cells, {len(rows)} rows in {len(written)} files of {folder}")
+    for row in rows:
+        if not row.passed:
+            print(
+                f"FAILED {row.platform}:{row.arch} {row.op}/{row.kernel} {row.scheme}: {row.fault}"
+            )
+    if not options.evidence_only and not options.only:
+        OUTPUT.write_text(page(results[: len(TARGETS)]), encoding="utf-8")
+        print(OUTPUT)
 
 
 def page(results: list[list[Cell]]) -> str:
@@ -147,7 +231,9 @@ def page(results: list[list[Cell]]) -> str:
     triton = next(cell.triton for cells in results for cell in cells if cell.triton)
     grouped, dense, others = [], [], []
     for (platform, arch), cells in zip(TARGETS, results, strict=True):
-        by_name = {cell.name: cell for cell in cells}
+        formats = device_spec(platform, arch).formats.triton_math
+        listed = set(cell_names(formats, ptx=runs_ptx(platform, arch)))
+        by_name = {cell.name: cell for cell in cells if cell.name in listed}
         for kind in OWN_FORMAT:
             if f"gemm/{kind}/few" not in by_name:
                 continue

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-__all__ = ["ChildResult", "run_in_child"]
+__all__ = ["ChildResult", "last_line", "run_in_child"]
 
 # Packages print what they like when they are imported: the answer stands behind a mark.
 _MARK = "\x1ehal "
@@ -73,7 +73,7 @@ def run_in_child(code: str, *arguments: str, seconds: float) -> ChildResult:
                 _kill(child)
         took = time.perf_counter() - start
         if not failure and status:
-            failure = _why(status, _tail(err))
+            failure = last_line(status, err)
         return ChildResult(_last_answer(_tail(out)), failure, took)
 
 
@@ -99,8 +99,9 @@ def _last_answer(text: str) -> Any:
     return None
 
 
-def _why(status: int, errors: str) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+def last_line(status: int, errors: IO[bytes]) -> str:
+    """Return why a child ended with a status other than 0, by the last that it wrote."""
+    lines = [line.strip() for line in _tail(errors).splitlines() if line.strip()]
     last = lines[-1][:_MOST_TEXT] if lines else ""
     if status < 0:
         with suppress(ValueError):

@@ -2,11 +2,11 @@
 
 stdout carries only the answer and stderr everything else, so that both can be piped. Neither torch
 (but for `hal quantize`, which computes) nor Triton is imported, and nothing but the parts that a
-command needs.
+command needs; `hal verify` computes in child processes.
 
-Exit status: 0 answered; 1 answered, and no kernel can run; 2 not answered, because a name, a size
-or a setting cannot be used or the answer could not be written. `hal doctor` has statuses of its
-own, by severity.
+Exit status: 0 answered; 1 answered, and no kernel can run, or one that ran is wrong; 2 not
+answered, because a name, a size or a setting cannot be used or the answer could not be written.
+`hal doctor` has statuses of its own, by severity.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from hal import __version__
 from hal.errors import HalError, SettingError, UnknownNameError
+from hal.matrix_command import add_matrix
 from hal.quantize_command import add_quantize
+from hal.verify_command import add_verify
 
 if TYPE_CHECKING:
     from hal.device import DeviceSpec
@@ -186,7 +188,33 @@ def _quantize(options: argparse.Namespace) -> int:
     return OK
 
 
-COMMANDS = {"info": _info, "explain": _explain, "doctor": _doctor, "quantize": _quantize}
+def _verify(options: argparse.Namespace) -> int:
+    from hal.render import to_text
+    from hal.verify_command import verify_answer
+
+    answer, status = verify_answer(options)
+    if isinstance(answer, dict):
+        _write_json(answer)
+    else:
+        _write(to_text(answer, color=_color()))
+    return status
+
+
+def _matrix(options: argparse.Namespace) -> int:
+    from hal.matrix_command import matrix_answer
+
+    _write(matrix_answer(options, color=_color()))
+    return OK
+
+
+COMMANDS = {
+    "info": _info,
+    "explain": _explain,
+    "doctor": _doctor,
+    "quantize": _quantize,
+    "matrix": _matrix,
+    "verify": _verify,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -244,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
         "sizes", metavar="SIZE=VALUE", nargs="*", default=[], help="such as hidden=4096"
     )
     add_quantize(commands)
+    add_matrix(commands)
+    add_verify(commands)
     return parser
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "DTypeError",
     "DeviceMismatchError",
     "EncodingError",
+    "EvidenceError",
     "ForcedKernelError",
     "GradientError",
     "HalError",
@@ -94,6 +95,10 @@ class GradientError(ArgumentError):
 
 class SettingError(ArgumentError):
     """Report a `HAL_*` variable whose value cannot be used."""
+
+
+class EvidenceError(ArgumentError):
+    """Report a file of evidence that cannot be read, by its lines."""
 
 
 class UnsupportedModelError(ArgumentError, NotImplementedError):

@@ -1,7 +1,6 @@
 """Answer `hal quantize`: quantize a model folder, and say what was done to each module.
 
-Progress goes to stderr, and only where that is a terminal: a bar with the package rich, plain lines
-without it.
+Progress goes to stderr (`hal.progress`).
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 import argparse
 import re
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from hal.progress import shown_progress
 
 if TYPE_CHECKING:
     from hal.quant.checkpoint import FolderPlan
@@ -75,7 +75,7 @@ def quantize_answer(options: argparse.Namespace) -> dict[str, Any] | list[Sectio
     if options.dry_run:
         plan = plan_folder(options.source, options.scheme, ignore=options.ignore)
     else:
-        with _progress() as shown, _interrupts(shown) as progress:
+        with shown_progress() as shown, _interrupts(shown) as progress:
             plan = quantize_folder(
                 options.source,
                 options.target,
@@ -182,32 +182,6 @@ def _bytes(text: str) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Give what shows progress on stderr; None where nobody watches."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        yield _lines()
-        return
-    columns = (
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=_ascii(name)
-        )
-
-
-@contextmanager
 def _interrupts(progress: Progress | None) -> Iterator[Progress]:
     """Let the first Ctrl-C take effect between two tensors, and only there.
 
@@ -235,23 +209,3 @@ def _interrupts(progress: Progress | None) -> Iterator[Progress]:
         yield checked
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _lines() -> Progress:
-    """Return what prints a line for each tenth of the bytes."""
-    said = -1
-
-    def progress(done: int, total: int, name: str) -> None:
-        nonlocal said
-        tenth = 10 * done // max(total, 1)
-        if tenth > said:
-            said = tenth
-            print(f"hal: {10 * tenth}% of {total:,} bytes {_ascii(name)}".rstrip(), file=sys.stderr)
-
-    return progress
-
-
-def _ascii(text: str) -> str:
-    from hal.render import plain
-
-    return plain(text)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -89,6 +90,7 @@ class Cell:
     registers: of a thread; on AMD vector registers of both sorts.
     spilled_bytes: of a thread, stack included.
     instructions: the matrix instructions found, sorted.
+    specialization: a hash of the types, alignment, constants and options of its kernels.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Cell:
     spilled_bytes: int = 0
     instructions: tuple[str, ...] = ()
     triton: str = ""
+    specialization: str = ""
 
     @property
     def formats(self) -> frozenset[str]:
@@ -111,8 +114,11 @@ class Cell:
         )
 
 
-def cell_names(triton_math: Iterable[str]) -> list[str]:
-    """Return the cells that a device with matrix math on these formats may come to run."""
+def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
+    """Return the cells that a device with matrix math on these formats may come to run.
+
+    ptx: Those written in PTX among them.
+    """
     formats = {"fp8" if name.startswith("e4m3") else name for name in triton_math}
     kinds = [kind for kind, own in OWN_FORMAT.items() if own in formats]
     names = [
@@ -124,9 +130,8 @@ def cell_names(triton_math: Iterable[str]) -> list[str]:
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
-    return names + [
-        name for name in _CASES if not name.startswith(("grouped_gemm", "gemm", "scaled"))
-    ]
+    others = ("grouped_gemm", "gemm", "scaled", *(() if ptx else ("mma_rows",)))
+    return names + [name for name in _CASES if not name.startswith(others)]
 
 
 def compile_cells(
@@ -495,7 +500,20 @@ def _compile(name: str, target: Target) -> Cell:
         spilled_bytes=max(spilled for _, spilled in used),
         instructions=tuple(sorted(set().union(*map(_instructions, kernels)))),
         triton=triton.__version__,
+        specialization=_specialization(compiled),
     )
+
+
+def _specialization(compiled: Iterable[Any]) -> str:
+    """Return a hash of what the launchers told Triton about their kernels."""
+    told = []
+    for entry in compiled:
+        source, options = entry.kernel.src, entry.kernel.metadata
+        names = ("num_warps", "num_stages", "num_ctas", "waves_per_eu", "matrix_instr_nonkdim")
+        parts = (source.signature, source.constants, source.attrs)
+        facts = [sorted((str(key), str(value)) for key, value in part.items()) for part in parts]
+        told.append([entry.name, *facts, [(n, getattr(options, n, None)) for n in names]])
+    return hashlib.sha256(json.dumps(sorted(told, key=str)).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -559,13 +577,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile cells; print one JSON object a line."""
+    from hal.ops.tiles import runs_ptx
+
     options = _arguments(argv)
     platform, _, arch = options.target.partition(":")
     lanes = options.lanes or (64 if arch.startswith("gfx9") else 32)
     target = Target(
         platform, arch, options.shared_memory, options.compute_units, lanes, options.fp8
     )
-    for name in options.cells or cell_names(OWN_FORMAT.values()):
+    ptx = runs_ptx(platform, arch)
+    for name in options.cells or cell_names(OWN_FORMAT.values(), ptx=ptx):
         print(json.dumps(asdict(_compile(name, target))), flush=True)
     return 0
 

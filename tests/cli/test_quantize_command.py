@@ -17,9 +17,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
+from hal.progress import _lines
 from hal.quant import load
 from hal.quant.checkpoint import plan_folder
-from hal.quantize_command import _bytes, _lines, _ranges
+from hal.quantize_command import _bytes, _ranges
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "data" / "tiny-qwen3-moe"
 
@@ -140,7 +141,7 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_progress_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Without the package rich: a line for each tenth, and the names in ASCII."""
-    progress = _lines()
+    progress = _lines("bytes")
     for done in range(0, 101, 5):
         progress(done, 100, "a\u00e9" if done < 100 else "")
     lines = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""Force every kernel of the quantizing ops by name and compare it with its reference."""
+"""The quantizing ops; tests/ops/test_contract.py compares each of their kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import hal.ops
 from hal.errors import (
     ArgumentError,
     DTypeError,
-    ForcedKernelError,
     GradientError,
     ShapeError,
     UnknownNameError,
 )
-from hal.ops.activations import ACTIVATIONS, Activation, activate, activation_of
+from hal.ops.activations import Activation, activate
+from hal.ops.cases.quantizing import same
 from hal.ops.quantize import (
-    CACHE_ELEMENTS,
     DYNAMIC,
     QUANTIZING,
     quantize_cached,
@@ -24,81 +23,12 @@ from hal.ops.quantize import (
 )
 from hal.ops.quantize_fused import gated, rms_norm
 from hal.quant import SCHEMES
-from hal.quant.represent import Coded, encoding_of, numbers
 from hal.registry import find_op
-
-SHAPES = [(0, 64), (1, 1), (5, 200), (33, 512)]
-
-
-def cases(op):
-    return pytest.mark.parametrize(
-        ("kernel", "scheme"),
-        [
-            (kernel.name, scheme)
-            for kernel in find_op(op).kernels
-            for scheme in kernel.schemes
-            if scheme in DYNAMIC
-        ],
-    )
-
-
-def forced(op, *arguments, **options):
-    """Call an op, or skip with the reasons for which the forced kernel cannot run here."""
-    try:
-        return op(*arguments, **options)
-    except ForcedKernelError as error:
-        failures = error.selection.candidate(options["force"]).failures
-        pytest.skip(f"{options['force']}: " + "; ".join(map(str, failures)))
 
 
 def random(*shape, seed, device):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).bfloat16().to(device)
-
-
-def expected(rows, scheme):
-    """Return what the reference gives for rows that were made in separate steps."""
-    how = SCHEMES[scheme].activation
-    facts = hal.select("quantize", scheme=scheme, platform=platform_of(rows)).spec
-    return quantize_reference(rows, encoding_of(how.format, facts.formats.fp8_encoding), how)
-
-
-def platform_of(x):
-    return hal.platform("cpu") if x.device.type == "cpu" else hal.current_platform()
-
-
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
-        if one.numel():
-            assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def decoded(parts, how, columns):
-    codes, scales, *second = parts
-    encoding = str(how.format)
-    if how.format == "e4m3fn":
-        encoding = str(codes.dtype).removeprefix("torch.float8_")
-    return numbers(Coded(codes, scales, *second), how, encoding, columns)
-
-
-def assert_near(found, wanted, scheme, columns):
-    """Compare the numbers: another order of a sum may move one to the next code, rarely."""
-    one, other = (decoded(parts, SCHEMES[scheme].activation, columns) for parts in (found, wanted))
-    assert [part.shape for part in found] == [part.shape for part in wanted]
-    assert torch.equal(one.isnan(), other.isnan())
-    if one.numel():
-        error = (one - other).nan_to_num().norm() / (other.nan_to_num().norm() + 1e-20)
-        assert float(error) < 0.03
-
-
-@cases("quantize")
-@pytest.mark.parametrize("shape", [*SHAPES, (70, 4096)], ids=str)
-def test_quantize(device, kernel, scheme, shape):
-    x = random(*shape, seed=1, device=device)
-    assert shape != (70, 4096) or x.numel() > CACHE_ELEMENTS
-    assert_same(forced(hal.ops.quantize, x, scheme, force=kernel), expected(x, scheme))
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4"])
@@ -119,41 +49,7 @@ def test_blocks_on_a_cpu_keep_every_bit(scheme, shape):
         for rows in (x, x.bfloat16(), x.T.contiguous().T):
             for encoding in encodings:
                 wanted = quantize_reference(rows, encoding, how)
-                assert_same(quantize_cached(rows, encoding, how), wanted)
-
-
-@cases("quantize_rms_norm")
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_norm(device, kernel, scheme, with_residual, shape):
-    x = random(*shape, seed=1, device=device)
-    if shape[0] > 4:
-        x[1], x[2, 7], x[3] = 0, float("nan"), x[3] * 1e-4
-    weight = random(shape[1], seed=2, device=device) + 1
-    residual = random(*shape, seed=3, device=device) if with_residual else None
-    options = {"epsilon": 1e-5, "residual": residual, "force": kernel}
-    found = forced(hal.ops.quantize_rms_norm, x, weight, scheme, **options)
-    if residual is not None:
-        *found, total = found
-        x = x + residual
-        assert torch.equal(total.view(torch.int16), x.view(torch.int16))
-    assert_near(found, expected(rms_norm(x, weight, 1e-5, None)[0], scheme), scheme, shape[1])
-
-
-@cases("quantize_swiglu")
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_swiglu(device, kernel, scheme, activation, interleaved):
-    for rows, columns in SHAPES:
-        x = random(rows, 2 * columns, seed=1, device=device)
-        if rows > 4:
-            x[1], x[2, 7] = 0, float("nan")
-        options = {"activation": activation, "interleaved": interleaved, "force": kernel}
-        found = forced(hal.ops.quantize_swiglu, x, scheme, **options)
-        wanted = expected(
-            gated(x, activation_of("test", activation, interleaved=interleaved)), scheme
-        )
-        assert_near(found, wanted, scheme, columns)
+                assert same(quantize_cached(rows, encoding, how), wanted) == ""
 
 
 def test_what_is_done_before_is_what_models_do():

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"hal": "hal", "platforms": "hal/platforms", "quant": "hal/quant", "ops": "hal/ops"}
-SUFFIXES = {".py", ".toml", ".json"}
+SUFFIXES = {".html", ".py", ".toml", ".json", ".jsonl"}
 LARGEST_FILE_BYTES = 1 << 20
 NOT_SOURCE = [
     *(".git", ".venv", "build", "dist", "out", "shared", "*.egg-info"),

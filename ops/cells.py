@@ -1,0 +1,154 @@
+"""Say which cells of the cross-compiler a kernel consists of, and what they prove of it.
+
+A kernel that is `compiled` for an architecture is one of which every cell compiled there, with the
+launcher's own specialization, and fits. A `native` one needs its format's own matrix instruction in
+the machine code as well: Triton compiles fp8 on gfx90a by converting it, which is `emulated`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hal.ops.linear import product_kind
+from hal.quant.scheme import Scheme, find_scheme, group_of
+from hal.registry import Kernel, Level
+
+if TYPE_CHECKING:
+    from hal.ops.kernels.crosscompile import Cell
+
+__all__ = ["cells_of", "facts_of", "fault_of", "kind_of", "specialization_of"]
+
+_SCALED = re.compile(r"block_scale|kind::mx|_scale_f32|mfma_scale|v_mfma_scale|scale_vec")
+"""Matrix instructions that take the scales of groups."""
+
+
+def kind_of(kernel: Kernel, scheme: Scheme) -> str:
+    """Return what the Triton kernels call the product of a kernel of `linear` or `fused_moe`."""
+    how = scheme.weight
+    if how.format is None:
+        return "bf16"
+    if kernel.name.startswith("triton_scaled"):
+        return scheme.name
+    if kernel.name == "triton_w4a8":
+        return "int4_group_fp8"
+    if kernel.level is Level.NATIVE:
+        return product_kind(scheme)
+    if how.bytewise or how.format == "e5m2":
+        return f"{product_kind(scheme)}_decode"
+    if how.format == "int4":
+        return "int4_group_decode"
+    if how.scale_format == "e4m3fn":
+        return "nvfp4_decode"
+    return "mxfp4_decode" if how.packed else "mxfp8_decode"
+
+
+def cells_of(kernel: Kernel, scheme: str, *, ptx: bool = False) -> tuple[str, ...]:
+    """Return the cells of a Triton kernel under a scheme; none where there are no cells for it.
+
+    ptx: Whether the device may run kernels that are written in PTX.
+    """
+    if not kernel.name.startswith("triton"):
+        return ()
+    if kernel.op in ("linear", "fused_moe"):
+        cells = _product_cells(kernel, find_scheme(scheme))
+        return (*cells, *_cells_in_ptx(kernel, find_scheme(scheme))) if ptx else cells
+    if kernel.op == "route":
+        return ("route/softmax", "route/sigmoid_bias")
+    if kernel.op == "align":
+        return tuple(f"align/{size}" for size in ("few", "many", "one_expert", "most_experts"))
+    return _quantizing_cells(kernel.op, find_scheme(scheme))
+
+
+def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
+    kind = kind_of(kernel, scheme)
+    if kernel.name.startswith("triton_scaled"):
+        return tuple(f"scaled/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
+    if kernel.op == "linear":
+        single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]
+        return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single)
+    grouped = (f"grouped_gemm/{kind}/few", f"grouped_gemm/{kind}/many")
+    gates = {
+        "fp8_channel": "swiglu/silu_fp8_rows",
+        "fp8_block128": "swiglu/silu_fp8_groups",
+        "int8_channel": "swiglu/silu_int8_rows",
+    }
+    return (*grouped, "align/few", "align/many", "combine", gates.get(kind, "swiglu/silu"))
+
+
+def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
+    from hal.ops.tiles import reads_rows_together
+
+    group = group_of(scheme.weight.granularity) or 0
+    kind = kind_of(kernel, scheme)
+    reads = any(reads_rows_together(kind, group, 4096, rows) for rows in (1, 8))
+    return (f"mma_rows/{kind}",) if kernel.op == "linear" and reads else ()
+
+
+def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
+    """Return the cell of a quantizing op; static and asymmetric rows have none so far."""
+    how = scheme.activation
+    before = {"quantize": "plain", "quantize_rms_norm": "norm", "quantize_swiglu": "gate"}.get(op)
+    if not how.symmetric or not how.dynamic or before is None:
+        return ()
+    if how.scale_format != "float32" or how.second != "none":
+        block = {"e2m1": "mxfp4" if how.second == "none" else "nvfp4"}.get(str(how.format), "mxfp8")
+        return (f"quantize/{block}/{before}",)
+    rows = {("e4m3fn", "token"): "fp8_rows", ("e4m3fn", "group128"): "fp8_groups"}
+    rows |= {("int8", "token"): "int8_rows"}
+    name = rows.get((str(how.format), how.granularity))
+    if before == "plain":
+        return (f"quantize/{name}",) if name else ()
+    if before == "norm" and name == "fp8_rows":
+        return ("quantize/fp8_channel/norm",)
+    return ()
+
+
+def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: int) -> str:
+    """Return what is wrong with compiled cells in one line, or the empty text.
+
+    Args:
+        kernel: The kernel.
+        scheme: Name of the scheme.
+        cells: All of its cells.
+        limit_bytes: Shared memory that a block may have on the device.
+    """
+    from hal.ops.kernels.crosscompile import OWN_FORMAT
+
+    for cell in cells:
+        if cell.error:
+            return f"{cell.name}: {cell.error}"
+        if cell.shared_memory_bytes > limit_bytes:
+            return (
+                f"{cell.name}: {cell.shared_memory_bytes} bytes of shared memory of {limit_bytes}"
+            )
+        product, _, rest = cell.name.partition("/")
+        kind = rest.partition("/")[0]
+        if product in ("gemm", "grouped_gemm") and OWN_FORMAT[kind] not in cell.formats:
+            found = ", ".join(cell.instructions) or "none"
+            return f"{cell.name}: no matrix instruction of {OWN_FORMAT[kind]}, found {found}"
+        scaled = any(_SCALED.search(name) for name in cell.instructions)
+        if product == "scaled" and kernel.level is Level.NATIVE and not scaled:
+            found = ", ".join(cell.instructions) or "none"
+            return f"{cell.name}: no matrix instruction with scales, found {found}"
+    return ""
+
+
+def facts_of(cells: Iterable[Cell]) -> Mapping[str, Any]:
+    """Return what to tell of cells: [registers, spilled bytes, shared bytes], and instructions."""
+    cells = list(cells)
+    return {
+        "cells": {
+            cell.name: [cell.registers, cell.spilled_bytes, cell.shared_memory_bytes]
+            for cell in cells
+        },
+        "instructions": sorted({name for cell in cells for name in cell.instructions}),
+    }
+
+
+def specialization_of(cells: Iterable[Cell]) -> str:
+    """Return a hash of how cells were specialized: types, alignment, constants and options."""
+    told = "\n".join(f"{cell.name} {cell.specialization}" for cell in cells)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
