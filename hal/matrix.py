@@ -39,8 +39,16 @@ TYPICAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "top_k": 8,
             "hidden": 2048,
             "intermediate": 768,
+            "unpadded_hidden": 2048,
             "dtype": "bfloat16",
             "activation": "silu",
+            "gated": True,
+            "clamped": False,
+            "interleaved": False,
+            "bias": False,
+            "format": "standard",
+            "lora": False,
+            "apply_router_weight_on_input": False,
         },
         "linear": {
             "tokens": 16,
@@ -52,7 +60,14 @@ TYPICAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "quantize": {"tokens": 16, "features": 4096},
         "quantize_rms_norm": {"tokens": 16, "features": 4096},
         "quantize_swiglu": {"tokens": 16, "features": 4096},
-        "route": {"tokens": 16, "experts": 128, "top_k": 8, "scoring": "softmax"},
+        "route": {
+            "tokens": 16,
+            "experts": 128,
+            "top_k": 8,
+            "scoring": "softmax",
+            "expert_groups": 1,
+            "top_k_groups": 1,
+        },
     }
 )
 """A problem of each op: a decode step of a layer of Qwen3's size. Ops of plugins have none."""

@@ -12,7 +12,7 @@ import hal
 from hal.errors import ForcedKernelError
 from hal.ops.cases import CASES, Case, Findings, Trial, cases_of, trials_of
 from hal.ops.cases.quantizing import near, same
-from hal.ops.cases.routing import ROWS, aligned, chosen
+from hal.ops.cases.routing_oracle import ROWS, aligned, oracle
 from hal.quant import SCHEMES
 from hal.quant.scheme import find_scheme
 from hal.registry import Level, op_names, restore, snapshot
@@ -83,10 +83,10 @@ def linear_off_by_two_percent(binding, weight, bias=None):
     return (lambda *given: launch(*given) * 1.02), tensors
 
 
-def moe_without_absent_slots(binding, w13, w2):
+def moe_without_absent_slots(binding, w13, w2, layer):
     from hal.registry import find_op
 
-    launch, tensors = find_op("fused_moe").find("reference").load()(binding, w13, w2)
+    launch, tensors = find_op("fused_moe").find("reference").load()(binding, w13, w2, layer)
     return (lambda x, ids, *given: launch(x, ids.clamp(0, w13.shape[0] - 1), *given)), tensors
 
 
@@ -99,11 +99,11 @@ def quantize_with_one_bit_wrong(x, encoding, how, fixed=None):
     return codes, *rest
 
 
-def route_with_ties_to_the_highest(logits, top_k, scoring, renormalize, scaling, bias):
+def route_with_ties_to_the_highest(logits, router, bias, expert_map):
     from hal.ops.route import reference
 
     turned = None if bias is None else bias.flip(-1)
-    ids, weights = reference(logits.flip(-1), top_k, scoring, renormalize, scaling, turned)
+    ids, weights = reference(logits.flip(-1), router, turned, expert_map)
     return logits.shape[-1] - 1 - ids, weights
 
 
@@ -120,7 +120,7 @@ def align_one_block_short(ids, experts, block):
         ("linear", "fp8_channel", "linear_off_by_two_percent", "64x512x384"),
         ("fused_moe", "bf16", "moe_without_absent_slots", "absent"),
         ("quantize", "fp8_channel", "quantize_with_one_bit_wrong", "33x512"),
-        ("route", "none", "route_with_ties_to_the_highest", "ties"),
+        ("route", "none", "route_with_ties_to_the_highest", "ties across"),
         ("align", "none", "align_one_block_short", "5x3"),
     ],
 )
@@ -179,7 +179,7 @@ class TestComparisons:
         assert near((codes, scales), (codes, scales * 2), scheme, 2)[1] == pytest.approx(0.5)
 
     def test_ties_go_to_the_lowest_id(self):
-        ids, weights = chosen(ROWS["all equal"], 3, "softmax", True, 1.0, None)
+        ids, weights = oracle(ROWS["all equal"], 3, "softmax", True, 1.0, None)
         assert ids == [0, 1, 2]
         assert weights == pytest.approx([1 / 3] * 3)
 
