@@ -92,11 +92,8 @@ def time_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                     break
                 bytes_each = quantized[0].nbytes / experts + quantized[1].nbytes / experts
                 touched = len(routing.ids.unique()) * bytes_each + 2 * x.nbytes
-                rate = (
-                    RATES[quantized[0].encoding]
-                    if kernel.level is Level.NATIVE
-                    else RATES["bfloat16"]
-                )
+                own = SCHEMES[scheme].activation.format or "bfloat16"
+                rate = RATES[own if kernel.level is Level.NATIVE else "bfloat16"]
                 operations = 6 * tokens * top_k * hidden * intermediate
                 floor = max(touched / BANDWIDTH * 1e6 + REPLAY_US, operations / rate * 1e6)
                 error = relative_error(bound(x, routing), x, w13, w2, routing)

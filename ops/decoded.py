@@ -25,6 +25,7 @@ from hal.ops.tiles import (
     gemv_tile,
     reads_rows_together,
     runs_ptx,
+    some_rows,
     warps_of_rows,
     way_of,
 )
@@ -74,7 +75,7 @@ def decoded_product(
     few_tile, spec = gemv_tile(kind, n, k), binding.spec
     group = group_of(binding.scheme.weight.granularity) or k
     ptx = runs_ptx(spec.platform, spec.arch.name) and not INTERPRETED.value
-    few = few_rows(kind, group, n, k, ptx=ptx)
+    few, some = few_rows(kind, group, n, k, ptx=ptx), some_rows(kind, k)
     warps = warps_of_rows(n, k, spec.compute_units or 64)
     wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
 
@@ -83,7 +84,7 @@ def decoded_product(
         bias = tensors[-1] if has_bias else None
         given = dict(zip(names, tensors[1:], strict=False))
         weight = as_weight(kind, k, tensors[0], **{"b_scales": None, **given}, fnuz=fnuz)
-        way = way_of(rows, few)
+        way = way_of(rows, few, some)
         if way == MANY and wide:
             return _expanded(x, weight, n, bias, kind)
         out = x.new_empty(rows, n)

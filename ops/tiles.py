@@ -252,6 +252,8 @@ def _matrix_tile_sm_90(kind: str, rows: int, *, several: bool) -> Tile:
         return Tile(16, 128, 128 if short else 256, 4, stages, 1, swap=True, lanes=True)
     if rows <= 32:
         return Tile(32, 128, 128, 4, 3, 1, swap=True, lanes=True)
+    if rows > 64 and kind == "mxfp8_decode":
+        return Tile(128, 128, 64, 8, 3)
     block_k = 64 if rows > 64 and (sums or kind in FP8_PER_MATRIX) else 128
     # With more rows the small copies that `lanes` makes of a cost more than they save.
     return Tile(64 if rows <= 64 else 128, 64, block_k, 4, 3, 1 if rows <= 128 else 8, swap=True)
@@ -260,13 +262,21 @@ def _matrix_tile_sm_90(kind: str, rows: int, *, several: bool) -> Tile:
 FEW, SOME, MANY = "few", "some", "many"
 
 
-def way_of(rows: int, few: int) -> str:
+def way_of(rows: int, few: int, some: int) -> str:
     """Return how many rows a product with coded weights has, as far as that decides how it runs.
 
-    few: What `few_rows` returned. From 129 rows on, weights decoded for two tiles of rows are
-    better expanded (H200).
+    few, some: What `few_rows` and `some_rows` returned.
     """
-    return FEW if rows <= few else MANY if rows > 128 else SOME
+    return FEW if rows <= few else MANY if rows > some else SOME
+
+
+def some_rows(kind: str, k: int) -> int:
+    """Return the most rows for which weights are decoded in the loop of a product (H200).
+
+    From 129 rows on they would be decoded for two tiles of rows. Short rows are soon expanded, and
+    the decoding of mxfp8 is too slow to be done twice.
+    """
+    return 64 if kind == "mxfp8_decode" or k <= 2048 else 128
 
 
 def few_rows(kind: str, group: int, n: int, k: int, *, ptx: bool) -> int:

@@ -15,6 +15,7 @@ from hal.ops.tiles import (
     fit,
     reads_rows_together,
     runs_ptx,
+    some_rows,
     warps_of_rows,
     way_of,
 )
@@ -82,8 +83,10 @@ def test_the_way_of_a_decoded_product_depends_on_rows_and_size():
     def few(kind, group, n, k=4096, ptx=True):
         return few_rows(kind, group, n, k, ptx=ptx)
 
-    ways = [way_of(rows, few("mxfp4_decode", 32, 4096)) for rows in (1, 2, 3, 128, 129, 10**6)]
+    most = few("mxfp4_decode", 32, 4096), some_rows("mxfp4_decode", 4096)
+    ways = [way_of(rows, *most) for rows in (1, 2, 3, 128, 129, 10**6)]
     assert ways == [FEW, FEW, SOME, SOME, MANY, MANY]
+    assert [some_rows("mxfp4_decode", 2048), some_rows("mxfp8_decode", 4096)] == [64, 64]
     assert few("mxfp4_decode", 32, 14336) == 1
     assert [few("int4_group_decode", 128, 14336, ptx=ptx) for ptx in (True, False)] == [8, 1]
     assert few("int4_group_decode", 64, 4096) == 2

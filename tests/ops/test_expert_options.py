@@ -63,7 +63,9 @@ def test_against_float64(device, kernel, scheme, case):
         assert torch.equal(found[-1], alone)
         if tokens > 1:
             quantized = bound.selection.level in QUANTIZES
-            assert expert_cases.error(found, layer, quantized) < 0.012
+            # torch rounds the product before the bias, and codes of 8 bits follow.
+            allowed = 0.025 if kernel == "torch_scaled_grouped_mm" else 0.012
+            assert expert_cases.error(found, layer, quantized) < allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -239,7 +241,8 @@ def test_full_graph_and_dynamic_shapes(device, case):
 
 
 def test_the_operator_passes_torchs_own_checks(device):
-    layer = make(CASES[2], device=device)
+    # Before torch 2.13 its checks multiply what they are given, which 8-bit floats cannot be.
+    layer = make(CASES[2], "int8_channel", device=device)
     bound = bind(layer)
     torch.library.opcheck(
         torch.ops.hal.fused_moe.default,
