@@ -41,7 +41,7 @@ def main() -> None:
         quantize(torch.randn(4, 256, 64, device=device).bfloat16(), "int8_channel"),
     )
     linear._launch = lambda x, tensors: out
-    moe._launch = lambda x, ids, weights, tensors: out
+    moe._launch = lambda x, ids, weights, tensors, shared: out
     launch, tensors = linear._launch, linear.tensors
     moe_launch, moe_tensors = moe._launch, moe.tensors
     print(f"{device}, torch {torch.__version__}, median of {ROUNDS} rounds of {CALLS} calls")
@@ -50,7 +50,7 @@ def main() -> None:
         report(
             "FusedMoE",
             lambda: moe(x, routing),
-            lambda: moe_launch(x, ids, weights, moe_tensors),
+            lambda: moe_launch(x, ids, weights, moe_tensors, None),
         )
         report("Routing(...)", lambda: Routing(ids=ids, weights=weights), lambda: None)
         if device.type == "cpu":

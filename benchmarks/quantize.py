@@ -24,6 +24,7 @@ import triton
 from moe import time_graph
 from torch.nn import functional
 
+from hal.ops.activations import Activation
 from hal.ops.kernels import quantize as kernels
 from hal.ops.quantize import quantize_triton
 from hal.ops.quantize_fused import rms_norm_triton, swiglu_triton
@@ -130,7 +131,7 @@ def calls(tokens: int, columns: int, scheme: str, before: str) -> tuple[Call, Ca
         return lambda: quantize_triton(x, encoding, how), lambda: formula(x), x.nbytes
     if before == "gate":
         return (
-            lambda: swiglu_triton(x, "silu", False, encoding, how),
+            lambda: swiglu_triton(x, Activation(), encoding, how),
             lambda: formula(swiglu(x)),
             x.nbytes,
         )

@@ -21,7 +21,7 @@ from hal.ops import Routing
 from hal.ops.bound import FusedMoE as BoundFusedMoE
 from hal.ops.bound import Linear as BoundLinear
 from hal.ops.checks import ACTIVATION_DTYPES, stamp
-from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_experts
+from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_bias, check_experts
 from hal.quant.quantize import quantize
 from hal.quant.scheme import Scheme, find_scheme
 from hal.quant.tensor import TENSORS, QTensor
@@ -124,7 +124,7 @@ class _Quantized(torch.nn.Module):
         tags = state_dict.get(f"{prefix}_extra_state")
         if tags is not None:
             self.set_extra_state(tags)
-        elif any(key != f"{prefix}bias" for key in given):
+        elif any(not key.endswith("bias") for key in given):
             raise ArgumentError(
                 f"loading {prefix.rstrip('.') or type(self).__name__}",
                 found=f"weights without {prefix}_extra_state, which says what the bytes mean",
@@ -147,7 +147,7 @@ class _Quantized(torch.nn.Module):
     def _is_number(self, name: str) -> bool:
         """Return whether the buffer holds numbers in the dtype of the activations."""
         stem, _, part = name.rpartition("_")
-        return name == "bias" or (part == "values" and f"{stem}_scales" not in self._buffers)
+        return part == "bias" or (part == "values" and f"{stem}_scales" not in self._buffers)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         def move(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -290,19 +290,42 @@ class FusedMoE(_Quantized):
     Args:
         w13: `[experts, 2*intermediate, hidden]`, gate rows before up rows.
         w2: `[experts, hidden, intermediate]`.
+        w13_bias: `[experts, rows of w13]` float32, bf16 or fp16, or None.
+        w2_bias: `[experts, hidden]`, or None.
         **options: Options of `hal.ops.FusedMoE`, such as `activation`.
     """
 
-    def __init__(self, w13: Weight, w2: Weight, **options: Any) -> None:
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        **options: Any,
+    ) -> None:
         weights = {
             "w13": as_qtensor("hal.nn.FusedMoE", w13),
             "w2": as_qtensor("hal.nn.FusedMoE", w2),
         }
-        check_experts(weights["w13"], weights["w2"])
+        check_experts(weights["w13"], weights["w2"], options.get("gated", True))
         super().__init__(weights, **options)
+        for name, bias in (("w13", w13_bias), ("w2", w2_bias)):
+            where, shape = f"hal.nn.FusedMoE: {name}_bias", tuple(weights[name].shape[:2])
+            bias = check_bias(where, bias, shape, weights[name].device)
+            self.register_buffer(f"{name}_bias", bias)
 
     def _bind(self) -> BoundFusedMoE:
-        return BoundFusedMoE(self.weight_of("w13"), self.weight_of("w2"), **self._options)
+        return BoundFusedMoE(
+            self.weight_of("w13"),
+            self.weight_of("w2"),
+            w13_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
+            **self._options,
+        )
 
     @property
     def bound(self) -> BoundFusedMoE:
@@ -310,14 +333,20 @@ class FusedMoE(_Quantized):
         found: BoundFusedMoE = self._bound()
         return found
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Return `[tokens, hidden]`, the sum over each token's experts."""
-        return self._bound()(x, routing)
+    def forward(
+        self,
+        x: torch.Tensor,
+        routing: Routing | torch.Tensor,
+        *,
+        shared: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `[tokens, hidden]`, the sum over each token's experts and a shared output."""
+        return self._bound()(x, routing, shared=shared)
 
     def extra_repr(self) -> str:
         """Return shapes and scheme."""
-        experts, both, hidden = self._tags["w13"]["logical_shape"].split(",")
+        experts, hidden, intermediate = self._tags["w2"]["logical_shape"].split(",")
         return (
-            f"experts={experts}, hidden={hidden}, intermediate={int(both) // 2}, "
+            f"experts={experts}, hidden={hidden}, intermediate={intermediate}, "
             f"{self._tags['w13']['scheme']}"
         )

@@ -39,22 +39,32 @@ def bound_linear(
     def bind() -> Linear:
         return Linear(_alias(weight), bias, dtype=dtype, **options)
 
-    return _cached("linear", weight, bias, dtype, options, bind)
+    return _cached("linear", weight, (bias,), dtype, options, bind)
 
 
-def bound_fused_moe(w13: Weight, w2: Weight, dtype: torch.dtype, /, **options: Any) -> FusedMoE:
-    """Return the binding of two weights, made on first use and again after one was written."""
+def bound_fused_moe(
+    w13: Weight,
+    w2: Weight,
+    dtype: torch.dtype,
+    /,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> FusedMoE:
+    """Return the binding of weights and biases, made on first use and again after a write."""
 
     def bind() -> FusedMoE:
-        return FusedMoE(_alias(w13), _alias(w2), dtype=dtype, **options)
+        return FusedMoE(
+            _alias(w13), _alias(w2), w13_bias=w13_bias, w2_bias=w2_bias, dtype=dtype, **options
+        )
 
-    return _cached("fused_moe", w13, w2, dtype, options, bind)
+    return _cached("fused_moe", w13, (w2, w13_bias, w2_bias), dtype, options, bind)
 
 
 def _cached(
     op: str,
     first: Weight,
-    second: Weight | None,
+    others: tuple[Weight | None, ...],
     dtype: torch.dtype,
     options: dict[str, Any],
     bind: Callable[[], B],
@@ -69,23 +79,28 @@ def _cached(
         op,
         dtype,
         id(spec),  # of the facts, which the binding keeps alive
-        id(second),
+        tuple(map(id, others)),
         setting("HAL_KERNEL"),
         setting("HAL_CHECK"),
         *sorted((name, value) for name, value in options.items() if name != "platform"),
     )
     bindings: Any = _cache.setdefault(first, {})
-    stamps = _stamps(first), _stamps(second)
+    stamps = _stamps(first), *map(_stamps, others)
     found = bindings.get(key)
-    if found is not None and found[0] == stamps and found[1]() is second:
+    if found is not None and found[0] == stamps and _alive(found[1], others):
         kept: B = found[2]
         return kept
     made = bind()
-    dead = [old for old, entry in bindings.items() if old[3] != id(None) and entry[1]() is None]
-    for old in dead:
+    for old in [old for old, entry in bindings.items() if any(r() is None for r in entry[1])]:
         del bindings[old]
-    bindings[key] = (stamps, (lambda: None) if second is None else ref(second), made)
+    bindings[key] = (stamps, [ref(other) for other in others if other is not None], made)
     return made
+
+
+def _alive(refs: list[Any], others: tuple[Weight | None, ...]) -> bool:
+    """Tell whether references lead to these very objects: an address may be used again."""
+    given = [other for other in others if other is not None]
+    return all(found() is other for found, other in zip(refs, given, strict=True))
 
 
 def _stamps(weight: Weight | None) -> tuple[object, ...]:

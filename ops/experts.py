@@ -22,19 +22,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hal.needs import Needs
+from hal.ops.activations import activate
 from hal.ops.adapters.decode import Decoder, decoder
 from hal.ops.adapters.int_mm import exact_sums, quantize_rows
 from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.expert_layer import PLAIN, ExpertLayer, add_shared, without_experts
 from hal.ops.fused_moe import (
     ACTIVATIONS,
     BYTEWISE,
     FUSED_MOE,
+    NO_BATCHES_OF_INT8,
     QUANTIZED,
-    activate,
     moe_signatures,
 )
 from hal.ops.linear import E5M2, INT8, fixed_scale, row_scales
-from hal.ops.slots import Runs, combine, sort_slots
+from hal.ops.slots import Runs, combine, count_runs, sort_slots
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -54,26 +56,54 @@ Stage = Callable[["torch.Tensor", "torch.Tensor | None", "Runs", "Tensors"], "to
 """`(x, index, runs, tensors) -> out`: rows of x (by index, if any), run by run, times weights."""
 
 
-def _bind(
-    binding: Binding, w13: QTensor, w2: QTensor, first: Stage, second: Stage, tensors: Tensors
-) -> Bound:
+def _bind(layer: ExpertLayer, w13: QTensor, first: Stage, second: Stage, tensors: Tensors) -> Bound:
     import torch
 
-    experts, width = w13.shape[0], len(tensors) // 2
-    activation = binding.problem("activation", "silu")
+    experts, _, hidden = w13.shape
+    width, both = len(tensors) // 2, len(tensors)
+    activation = layer.activation
+
+    def products(
+        x: torch.Tensor, token: torch.Tensor, runs: Runs, expert: torch.Tensor, tensors: Tensors
+    ) -> torch.Tensor:
+        """Return the experts' rows, in float32 if biased."""
+        bias13, bias2 = layer.biases(tensors)
+        gate_up = first(x, token, runs, tensors[:width])
+        if bias13 is not None:
+            gate_up = gate_up.float().add_(bias13.index_select(0, expert))
+        h = activate(gate_up, activation).to(x.dtype)
+        y = second(h, None, runs, tensors[width:both])
+        return y if bias2 is None else y.float().add_(bias2.index_select(0, expert))
 
     def launch(
-        x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        tensors: Tensors,
+        shared: torch.Tensor | None = None,
     ) -> torch.Tensor:
         runs = sort_slots(ids, experts)
         if not runs.runs:
-            return torch.zeros_like(x)
+            return without_experts(x, shared)
+        rows, weights = layer.enter(x, weights, hidden)
         token = runs.order if ids.shape[1] == 1 else runs.order // ids.shape[1]
-        h = activate(first(x, token, runs, tensors[:width]), activation)
-        y = second(h, None, runs, tensors[width:])
-        return combine(y, runs, ids, weights, experts)
+        expert = ids.flatten().index_select(0, runs.order) if biased else token
+        y = products(rows, token, runs, expert, tensors)
+        out = combine(y, runs, ids, weights, experts)
+        return add_shared(out[:, : x.shape[1]], shared, x)
 
-    return launch, tensors
+    def launch_batched(x: torch.Tensor, counts: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        runs = count_runs(counts, x.shape[1])
+        rows, _ = layer.enter(x, None, hidden)
+        out = torch.empty_like(rows).flatten(0, 1)
+        if runs.runs:
+            expert = runs.order // x.shape[1]
+            y = products(rows.flatten(0, 1), runs.order, runs, expert, tensors)
+            out[runs.order] = y.to(x.dtype)
+        return out.view(rows.shape)[..., : x.shape[2]].contiguous()
+
+    biased = layer.first_bias or layer.second_bias
+    return launch_batched if layer.batched else launch, tensors
 
 
 # ------------------------------------------------------------------------------------ bf16, fp16
@@ -91,10 +121,10 @@ def _bind(
     signatures=moe_signatures("bf16"),
     requires=(*ANYWHERE, Needs.math_of("dtype", "emulated")),
 )
-def bind_dense(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+def bind_dense(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Sort slots by expert and call torch's own matrix product for each expert."""
     stages = _dense(w13.shape), _dense(w2.shape)
-    return _bind(binding, w13, w2, *stages, (w13.values, w2.values))
+    return _bind(layer, w13, *stages, (w13.values, w2.values))
 
 
 @FUSED_MOE.kernel(
@@ -104,13 +134,13 @@ def bind_dense(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
     signatures=moe_signatures(*QUANTIZED, weight_only=True),
     requires=(*ANYWHERE, Needs.math_of("dtype", "native", "emulated")),
 )
-def bind_dequant(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+def bind_dequant(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Expand the weights when they are bound; takes the memory of bf16."""
     from hal.torch_compat import dtype
 
     wide = dtype(binding.problem("dtype", "bfloat16"))
     stages = _dense(w13.shape), _dense(w2.shape)
-    return _bind(binding, w13, w2, *stages, (_expanded(w13, wide), _expanded(w2, wide)))
+    return _bind(layer, w13, *stages, (_expanded(w13, wide), _expanded(w2, wide)))
 
 
 def _expanded(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -177,17 +207,18 @@ def _box(rows: torch.Tensor, weight: torch.Tensor, runs: Runs) -> torch.Tensor:
     requires=(
         Needs.platform("cpu"),
         *TORCH,
+        NO_BATCHES_OF_INT8,
         Needs.math("int8"),
         *exact_sums("hidden"),
         *exact_sums("intermediate"),
     ),
 )
-def bind_int8(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+def bind_int8(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Sort slots by expert and multiply int8 codes exactly, in int32."""
     dtype_name = binding.problem("dtype", "bfloat16")
     stages = _int8(dtype_name), _int8(dtype_name)
     read = ((*row_scales(weight), *fixed_scale(weight)) for weight in (w13, w2))
-    return _bind(binding, w13, w2, *stages, tuple(itertools.chain(*read)))
+    return _bind(layer, w13, *stages, tuple(itertools.chain(*read)))
 
 
 def _int8(dtype_name: str) -> Stage:
@@ -232,11 +263,11 @@ def _int8(dtype_name: str) -> Stage:
         Needs.math_of("dtype", "native", "emulated"),
     ),
 )
-def bind_decode(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+def bind_decode(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Decode the weights of the experts that are hit, at each call; keeps them quantized."""
     wide = binding.problem("dtype", "bfloat16")
     stages = _decoded(decoder(w13, wide)), _decoded(decoder(w2, wide))
-    return _bind(binding, w13, w2, *stages, (*row_scales(w13), *row_scales(w2)))
+    return _bind(layer, w13, *stages, (*row_scales(w13), *row_scales(w2)))
 
 
 def _decoded(decode: Decoder) -> Stage:

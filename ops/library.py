@@ -24,8 +24,10 @@ _keys = itertools.count()
 _library = torch.library.Library("hal", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] tensors, int key) -> Tensor")
 _library.define(
-    "fused_moe(Tensor x, Tensor ids, Tensor weights, Tensor[] tensors, int key) -> Tensor"
+    "fused_moe(Tensor x, Tensor ids, Tensor weights, Tensor[] tensors, int key, "
+    "Tensor? shared=None) -> Tensor"
 )
+_library.define("fused_moe_batched(Tensor x, Tensor counts, Tensor[] tensors, int key) -> Tensor")
 
 
 def enroll(bound: Any) -> int:
@@ -40,9 +42,20 @@ def _run_linear(x: torch.Tensor, tensors: list[torch.Tensor], key: int) -> torch
 
 
 def _run_fused_moe(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: list[torch.Tensor], key: int
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    tensors: list[torch.Tensor],
+    key: int,
+    shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _fresh(_find(key).run(x, ids, weights), x)
+    return _fresh(_find(key).run(x, ids, weights, shared), x)
+
+
+def _run_fused_moe_batched(
+    x: torch.Tensor, counts: torch.Tensor, tensors: list[torch.Tensor], key: int
+) -> torch.Tensor:
+    return _fresh(_find(key).run_batched(x, counts), x)
 
 
 def _find(key: int) -> Any:
@@ -60,6 +73,7 @@ def _fresh(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 _library.impl("linear", _run_linear, "CompositeExplicitAutograd")
 _library.impl("fused_moe", _run_fused_moe, "CompositeExplicitAutograd")
+_library.impl("fused_moe_batched", _run_fused_moe_batched, "CompositeExplicitAutograd")
 
 
 @register_fake("hal::linear", lib=_library)
@@ -69,6 +83,18 @@ def _fake_linear(x: torch.Tensor, tensors: list[torch.Tensor], key: int) -> torc
 
 @register_fake("hal::fused_moe", lib=_library)
 def _fake_fused_moe(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: list[torch.Tensor], key: int
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    tensors: list[torch.Tensor],
+    key: int,
+    shared: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@register_fake("hal::fused_moe_batched", lib=_library)
+def _fake_fused_moe_batched(
+    x: torch.Tensor, counts: torch.Tensor, tensors: list[torch.Tensor], key: int
 ) -> torch.Tensor:
     return x.new_empty(x.shape)

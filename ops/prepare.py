@@ -21,12 +21,15 @@ __all__ = [
     "Weight",
     "activation_dtype",
     "as_qtensor",
+    "check_bias",
     "check_experts",
     "prepare",
     "require_finite",
 ]
 
 Weight = QTensor | torch.Tensor
+BIAS_DTYPES = ("float32", *ACTIVATION_DTYPES)
+"""Of experts, whose biases are added in float32."""
 
 
 def as_qtensor(where: str, weight: Weight) -> QTensor:
@@ -61,17 +64,27 @@ def activation_dtype(where: str, weight: QTensor, dtype: torch.dtype | None) -> 
     return dtype
 
 
-def check_experts(w13: QTensor, w2: QTensor) -> tuple[int, int, int]:
-    """Return (experts, intermediate, hidden) of two weights that fit together."""
+def check_experts(w13: QTensor, w2: QTensor, gated: bool = True) -> tuple[int, int, int]:
+    """Return (experts, intermediate, hidden) of two weights that fit together.
+
+    Raises:
+        ShapeError, EncodingError, DeviceMismatchError: Each for its own fault.
+    """
     found = f"w13 {list(w13.shape)} and w2 {list(w2.shape)}"
-    needed = "w13 [experts, 2*intermediate, hidden] and w2 [experts, hidden, intermediate]"
+    rows = "2*intermediate" if gated else "intermediate"
+    needed = f"w13 [experts, {rows}, hidden] and w2 [experts, hidden, intermediate]"
     if len(w13.shape) != 3 or len(w2.shape) != 3:
         raise ShapeError("fused_moe", found=found, needed=needed)
     experts, columns, hidden = w13.shape
-    if columns % 2 or tuple(w2.shape) != (experts, hidden, columns // 2):
-        transposed = tuple(w2.shape) == (experts, columns // 2, hidden)
-        swapped = tuple(w2.shape[1:]) == (2 * hidden, columns)
+    halves = 2 if gated else 1
+    if columns % halves or tuple(w2.shape) != (experts, hidden, columns // halves):
+        other = 3 - halves
+        transposed = tuple(w2.shape) == (experts, columns // halves, hidden)
+        swapped = tuple(w2.shape[1:]) == (halves * hidden, columns)
+        fits = tuple(w2.shape) == (experts, hidden, columns // other) and columns % other == 0
         cure = "w2 is transposed" if transposed else "are w13 and w2 swapped?" if swapped else ""
+        if fits and not cure:
+            cure = f"gated={not gated}, if this is what w13 holds"
         raise ShapeError("fused_moe", found=found, needed=needed, cure=cure)
     if w13.scheme is not w2.scheme or w13.encoding != w2.encoding:
         raise EncodingError(
@@ -80,7 +93,25 @@ def check_experts(w13: QTensor, w2: QTensor) -> tuple[int, int, int]:
             needed="one scheme and encoding",
         )
     check_same_device("fused_moe", w13.device, w2=w2.values)
-    return experts, columns // 2, hidden
+    return experts, columns // halves, hidden
+
+
+def check_bias(
+    where: str, bias: torch.Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
+    """Return an experts' bias as kernels read it, contiguous and as wide as it was given.
+
+    Raises:
+        ShapeError, DTypeError, DeviceMismatchError: Each for its own fault.
+    """
+    if bias is None:
+        return None
+    if tuple(bias.shape) != shape:
+        raise ShapeError(where, found=list(bias.shape), needed=list(shape))
+    if dtype_name(bias) not in BIAS_DTYPES:
+        raise DTypeError(where, found=dtype_name(bias), needed=" or ".join(BIAS_DTYPES))
+    check_same_device(where, device, bias=bias)
+    return bias.detach().contiguous()
 
 
 def prepare(binding: Binding, weight: QTensor, name: str) -> QTensor:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import ArgumentError, DTypeError, ShapeError, UnknownNameError
+from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
+from hal.ops.activations import Activation, activate, activation_of
 from hal.ops.binding import measurements, select_for
 from hal.ops.checks import check_gradient, check_same_device, dtype_name
-from hal.ops.fused_moe import ACTIVATIONS, activate
 from hal.ops.quantize import (
     SEARCHED,
     TRITON,
@@ -105,6 +105,8 @@ def quantize_swiglu(
     scheme: str | Scheme,
     *,
     activation: str = "silu",
+    alpha: float | None = None,
+    limit: float | None = None,
     interleaved: bool = False,
     platform: Any = None,
     **options: Any,
@@ -114,7 +116,9 @@ def quantize_swiglu(
     Args:
         gate_up: `[tokens, 2 * features]` bf16, fp16 or float32.
         scheme: A scheme with dynamic activations.
-        activation: `silu`, `gelu` or `gelu_tanh`.
+        activation: One of `hal.ops.activations.ACTIVATIONS`.
+        alpha: Factor of `swiglu_oai`, 1.702 by default.
+        limit: Bound of gate and up; None is 7 for `swiglu_oai`, and none for others.
         interleaved: Gate and up columns alternate, gate first; else the gate is the first half.
         platform: Platform to select for; None means that of the device of `gate_up`.
         **options: `force`, `minimum` and the other options of `hal.select`.
@@ -125,6 +129,7 @@ def quantize_swiglu(
     Raises:
         ShapeError: If `gate_up` is not a matrix of an even number of columns.
         DTypeError, GradientError: If it does not fit.
+        ArgumentError: If alpha or limit do not go with the activation.
         UnknownNameError: If the activation is unknown or the scheme does not quantize any.
         NoKernelError: If no kernel can run.
     """
@@ -132,11 +137,10 @@ def quantize_swiglu(
     check_rows(where, gate_up)
     if gate_up.shape[1] % 2:
         raise ShapeError(where, found=f"input {list(gate_up.shape)}", needed="an even width")
-    if activation not in ACTIVATIONS:
-        raise UnknownNameError("activation", activation, ACTIVATIONS)
+    gate = activation_of(where, activation, alpha=alpha, limit=limit, interleaved=interleaved)
     columns = gate_up.shape[1] // 2
     function, how, encoding = _selected(where, gate_up, columns, scheme, platform, options)
-    found: Parts = function(gate_up, activation, interleaved, encoding, how)
+    found: Parts = function(gate_up, gate, encoding, how)
     return found
 
 
@@ -152,13 +156,9 @@ def rms_norm(
     return (wide * root).to(x.dtype) * weight, () if residual is None else (x,)
 
 
-def gated(gate_up: torch.Tensor, activation: str, interleaved: bool) -> torch.Tensor:
+def gated(gate_up: torch.Tensor, gate: Activation) -> torch.Tensor:
     """Return activation(gate) * up, computed in float32, in the dtype of `gate_up`."""
-    import torch
-
-    if interleaved:
-        gate_up = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
-    return activate(gate_up.float(), activation).to(gate_up.dtype)
+    return activate(gate_up.float(), gate).to(gate_up.dtype)
 
 
 @QUANTIZE_RMS_NORM.kernel(
@@ -230,10 +230,10 @@ def rms_norm_triton(
     batch_invariant=True,
 )
 def swiglu_reference(
-    gate_up: torch.Tensor, activation: str, interleaved: bool, format: str, how: Quantization
+    gate_up: torch.Tensor, gate: Activation, format: str, how: Quantization
 ) -> Parts:
     """Follow both formulas in float32."""
-    return quantize_reference(gated(gate_up, activation, interleaved), format, how)
+    return quantize_reference(gated(gate_up, gate), format, how)
 
 
 @QUANTIZE_SWIGLU.kernel(
@@ -244,11 +244,9 @@ def swiglu_reference(
     requires=CPU,
     batch_invariant=True,
 )
-def swiglu_cached(
-    gate_up: torch.Tensor, activation: str, interleaved: bool, format: str, how: Quantization
-) -> Parts:
+def swiglu_cached(gate_up: torch.Tensor, gate: Activation, format: str, how: Quantization) -> Parts:
     """Apply the activation with torch, then quantize in pieces that stay in a core's cache."""
-    return quantize_cached(gated(gate_up, activation, interleaved), format, how)
+    return quantize_cached(gated(gate_up, gate), format, how)
 
 
 @QUANTIZE_SWIGLU.kernel(
@@ -259,13 +257,8 @@ def swiglu_cached(
     requires=TRITON,
     batch_invariant=True,
 )
-def swiglu_triton(
-    gate_up: torch.Tensor, activation: str, interleaved: bool, format: str, how: Quantization
-) -> Parts:
+def swiglu_triton(gate_up: torch.Tensor, gate: Activation, format: str, how: Quantization) -> Parts:
     """Do both in one Triton launch."""
-    from hal.ops.kernels.quantize import Gate
-
-    gate = Gate(activation, interleaved)
     return launch_triton(gate_up, format, how, gate_up.shape[1] // 2, gate=gate)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Runs", "combine", "sort_slots"]
+__all__ = ["Runs", "combine", "count_runs", "sort_slots"]
 
 FEW_SLOTS = 32
 """Up to here Python sorts faster than torch's three calls do."""
@@ -72,14 +72,33 @@ def sort_slots(ids: torch.Tensor, experts: int) -> Runs:
     return Runs(order[:row], runs, row == slots)
 
 
+def count_runs(counts: torch.Tensor, capacity: int) -> Runs:
+    """Return the rows of `[experts * capacity]` that lie within each expert's count."""
+    import torch
+
+    numbers = [min(max(count, 0), capacity) for count in counts.tolist()]
+    runs: list[tuple[int, int, int]] = []
+    for expert, count in enumerate(numbers):
+        first = runs[-1][2] if runs else 0
+        if count:
+            runs.append((expert, first, first + count))
+    within = torch.arange(capacity) < torch.tensor(numbers).unsqueeze(-1)
+    order = within.flatten().nonzero().squeeze(-1).to(counts.device)
+    return Runs(order, runs, order.numel() == within.numel())
+
+
 def combine(
-    rows: torch.Tensor, runs: Runs, ids: torch.Tensor, weights: torch.Tensor, experts: int
+    rows: torch.Tensor,
+    runs: Runs,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    experts: int,
 ) -> torch.Tensor:
-    """Return `[tokens, hidden]`: each token's sorted rows, summed by weight in float32."""
+    """Return `[tokens, hidden]` float32: each token's sorted rows, summed by weight."""
     import torch
 
     (tokens, top_k), hidden = ids.shape, rows.shape[1]
-    wide = weights.float()
+    wide = torch.ones_like(ids, dtype=torch.float32) if weights is None else weights.float()
     if runs.complete:
         back = torch.empty_like(runs.order)
         back[runs.order] = torch.arange(back.numel(), device=back.device)
@@ -90,4 +109,4 @@ def combine(
         slots = rows.new_zeros(tokens * top_k, hidden)
         slots[runs.order] = rows
     slots = slots.view(tokens, top_k, hidden).float()
-    return torch.bmm(wide.unsqueeze(1), slots).squeeze(1).to(rows.dtype)
+    return torch.bmm(wide.unsqueeze(1), slots).squeeze(1)

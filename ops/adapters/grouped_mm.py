@@ -11,12 +11,15 @@ sm_90. (torch has both on CPUs too, where they gain nothing over `hal.ops.expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hal.arch import CudaArch
 from hal.needs import Needs
+from hal.ops.activations import activate
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.fused_moe import ACTIVATIONS, FUSED_MOE, activate, moe_signatures
+from hal.ops.expert_layer import PLAIN, ExpertLayer, add_shared
+from hal.ops.fused_moe import ACTIVATIONS, FUSED_MOE, moe_signatures
 from hal.ops.quantize import quantizer
 from hal.registry import Level
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 COMMON = (
     Needs.package("torch"),
     Needs.one_of("activation", *ACTIVATIONS),
+    Needs.one_of("format", "standard", hint="torch's grouped product takes rows sorted by expert"),
     Needs.one_of("dtype", "bfloat16", hint="torch's grouped product is for bfloat16"),
 )
 
@@ -47,16 +51,56 @@ def group_slots(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Te
 
 
 def combine(
-    rows: torch.Tensor, order: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: int
+    rows: torch.Tensor,
+    order: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    experts: int,
 ) -> torch.Tensor:
-    """Return `[tokens, hidden]`: the present rows of each token, weighted and summed in float32."""
+    """Return `[tokens, hidden]` float32: the present rows of each token, weighted and summed."""
     import torch
 
     slots = torch.empty_like(rows)
     slots[order] = rows
     present = ((ids >= 0) & (ids < experts)).unsqueeze(-1)
-    wide = slots.view(*ids.shape, -1).float() * weights.unsqueeze(-1).float()
-    return torch.where(present, wide, 0.0).sum(1).to(rows.dtype)
+    wide = slots.view(*ids.shape, -1).float()
+    if weights is not None:
+        wide = wide * weights.unsqueeze(-1).float()
+    return torch.where(present, wide, 0.0).sum(1)
+
+
+def _bind(
+    layer: ExpertLayer,
+    w13: QTensor,
+    first: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], torch.Tensor],
+    second: Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor],
+    tensors: Tensors,
+) -> Bound:
+    experts, _, hidden = w13.shape
+    biased = layer.first_bias or layer.second_bias
+
+    def launch(
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor | None,
+        tensors: Tensors,
+        shared: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        order, ends = group_slots(ids, experts)
+        bias13, bias2 = layer.biases(tensors)
+        # Absent slots come last and belong to no group: their rows hold anything, with any bias.
+        expert = ids.flatten().index_select(0, order).clamp(0, experts - 1) if biased else order
+        rows, weights = layer.enter(x, weights, hidden)
+        gate_up = first(rows, order // ids.shape[1], ends, tensors)
+        if bias13 is not None:
+            gate_up = gate_up.float().add_(bias13.index_select(0, expert))
+        y = second(activate(gate_up, layer.activation).to(x.dtype), ends, tensors)
+        if bias2 is not None:
+            y = y.float().add_(bias2.index_select(0, expert))
+        out = combine(y, order, ids, weights, experts)
+        return add_shared(out[:, : x.shape[1]], shared, x)
+
+    return launch, tensors
 
 
 @FUSED_MOE.kernel(
@@ -74,23 +118,21 @@ def combine(
         Needs.multiple_of("intermediate", 8),
     ),
 )
-def bind_grouped(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+def bind_grouped(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Sort rows by expert on the device and call torch's grouped bf16 product."""
     from hal.torch_compat import grouped_mm_function
 
-    multiply, experts = grouped_mm_function(), w13.shape[0]
-    activation = binding.problem("activation", "silu")
+    multiply = grouped_mm_function()
 
-    def launch(
-        x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
+    def first(
+        x: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, tensors: Tensors
     ) -> torch.Tensor:
-        order, ends = group_slots(ids, experts)
-        rows = x.index_select(0, order // ids.shape[1])
-        h = activate(multiply(rows, tensors[0].transpose(1, 2), offs=ends), activation)
-        y = multiply(h, tensors[1].transpose(1, 2), offs=ends)
-        return combine(y, order, ids, weights, experts)
+        return multiply(x.index_select(0, token), tensors[0].transpose(1, 2), offs=ends)
 
-    return launch, (w13.values, w2.values)
+    def second(h: torch.Tensor, ends: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        return multiply(h, tensors[1].transpose(1, 2), offs=ends)
+
+    return _bind(layer, w13, first, second, (w13.values, w2.values))
 
 
 @FUSED_MOE.kernel(
@@ -107,29 +149,27 @@ def bind_grouped(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
         Needs.multiple_of("intermediate", 16),
     ),
 )
-def bind_scaled_grouped(binding: Binding, w13: QTensor, w2: QTensor) -> Bound:
+def bind_scaled_grouped(
+    binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
+) -> Bound:
     """Quantize per token and call torch's grouped fp8 product with row-wise scales."""
     from hal.torch_compat import scaled_grouped_mm_function
 
-    multiply, experts = scaled_grouped_mm_function(), w13.shape[0]
-    activation, encoding = binding.problem("activation", "silu"), w13.encoding
+    multiply, encoding = scaled_grouped_mm_function(), w13.encoding
     quantize, how = quantizer(binding, max(w13.shape[2], w2.shape[2])), w13.scheme.activation
 
-    def launch(
-        x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors
+    def first(
+        x: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, tensors: Tensors
     ) -> torch.Tensor:
-        b13, s13, b2, s2 = tensors
-        order, ends = group_slots(ids, experts)
-        token = order // ids.shape[1]
         codes, scales = quantize(x, encoding, how)
-        gate_up = multiply(
-            _rows(codes, token), b13.transpose(1, 2), scales[token], s13, ends, x.dtype
-        )
-        codes, scales = quantize(activate(gate_up, activation), encoding, how)
-        y = multiply(codes, b2.transpose(1, 2), scales, s2, ends, x.dtype)
-        return combine(y, order, ids, weights, experts)
+        rows, weight = _rows(codes, token), tensors[0].transpose(1, 2)
+        return multiply(rows, weight, scales[token], tensors[1], ends, x.dtype)
 
-    return launch, (*w13.tensors, *w2.tensors)
+    def second(h: torch.Tensor, ends: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        codes, scales = quantize(h, encoding, how)
+        return multiply(codes, tensors[2].transpose(1, 2), scales, tensors[3], ends, h.dtype)
+
+    return _bind(layer, w13, first, second, (*w13.tensors, *w2.tensors))
 
 
 def _rows(codes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -360,22 +360,24 @@ def _quantize(target: Target, fmt: str, grouped: bool, gated: bool) -> None:
 
 
 def _gate(activation: str, interleaved: bool) -> None:
+    from hal.ops.activations import Activation
     from hal.ops.kernels.swiglu import silu_and_mul
 
     width = _empty(FEW, 2 * INTERMEDIATE), _empty(FEW, INTERMEDIATE)
-    silu_and_mul(*width, activation=activation, interleaved=interleaved)
+    silu_and_mul(*width, Activation(activation, interleaved=interleaved))
 
 
 def _store(target: Target, scheme: str, before: str) -> None:
     """Call the launcher of a quantizing op."""
-    from hal.ops.kernels.quantize import Gate, Norm
+    from hal.ops.activations import Activation
+    from hal.ops.kernels.quantize import Norm
     from hal.ops.quantize import launch_triton
     from hal.quant.scheme import find_scheme
 
     how = find_scheme(scheme).activation
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
     x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
-    options: dict[str, Any] = {"gate": Gate()} if before == "gate" else {}
+    options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
     if before == "norm":
         options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
     launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)

@@ -1,6 +1,7 @@
 """Multiply each routing slot's row by its expert's weight matrix.
 
-    out[slot] = a[slot // top_k_divisor] @ b[expert(slot)].T (* scales) (* slot_weights[slot])
+    out[slot] = a[slot // top_k_divisor] @ b[expert(slot)].T (* scales)
+                (+ bias[expert(slot)]) (* slot_weights[slot])
 
 The slots come sorted by expert in blocks of BLOCK_M rows (`align`). Padding rows are neither
 read nor written, and neither are rows of absent slots. See `accumulate` for the kinds.
@@ -29,11 +30,12 @@ from hal.ops.tiles import Tile
 @triton.jit(do_not_specialize=["n_slots"], do_not_specialize_on_alignment=["n_padded_ptr"])
 def _grouped_gemm_kernel(
     a_ptr, b_ptr, out_ptr, a_scales_ptr, b_scales_ptr, slot_weights_ptr,
-    sorted_slots_ptr, block_experts_ptr, n_padded_ptr, b_zeros_ptr, b_second_ptr,
+    sorted_slots_ptr, block_experts_ptr, n_padded_ptr, b_zeros_ptr, b_second_ptr, bias_ptr,
     n_slots, n_columns, k_size,
     stride_am, stride_ak, stride_be, stride_bn, stride_bk, stride_om, stride_on,
     stride_asm, stride_ask, stride_bse, stride_b2e, stride_bsn, stride_bsk, stride_b2n,
-    TOP_K: tl.constexpr, HAS_SLOT_WEIGHTS: tl.constexpr,
+    stride_biase,
+    TOP_K: tl.constexpr, HAS_SLOT_WEIGHTS: tl.constexpr, HAS_BIAS: tl.constexpr,
     WIDE_ROWS: tl.constexpr, WIDE_MATRIX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr,
@@ -87,6 +89,9 @@ def _grouped_gemm_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
             SCALES, A_SCALED, DECODE, INTEGER, WIDE_ROWS or WIDE_MATRIX,
         )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert * stride_biase + columns, mask=column_inside, other=0.0)
+        result += bias.to(tl.float32)[None, :]
     if HAS_SLOT_WEIGHTS:
         weights = tl.load(slot_weights_ptr + slots, mask=row_inside, other=0.0)
         result = result * weights.to(tl.float32)[:, None]
@@ -110,6 +115,7 @@ def grouped_gemm(
     b_scales: torch.Tensor | None = None,
     b_zeros: torch.Tensor | None = None,
     b_second: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     slot_weights: torch.Tensor | None = None,
     kind: str,
     tile: Tile,
@@ -121,7 +127,8 @@ def grouped_gemm(
     channel: a_scales [rows] f32 (not for decode kinds), b_scales [experts, n] f32. block128:
     a_scales [rows, ceil(k / 128)], b_scales [experts, ceil(n / 128), ceil(k / 128)].
     tensor, groups, and b as a `Weight`: as for `gemm`, with a leading dimension of experts.
-    slot_weights [slots] f32, bf16 or fp16, or None. Any strides of b are accepted.
+    bias [experts, n] and slot_weights [slots] f32, bf16 or fp16, or None. Any strides of b are
+    accepted.
     """
     weight = (
         b
@@ -141,6 +148,8 @@ def grouped_gemm(
         raise ValueError(f"grouped_gemm: out has {out.shape[1]} columns, b {n}")
     if slot_weights is not None and not slot_weights.is_contiguous():
         raise ValueError("grouped_gemm: slot_weights must be contiguous")
+    if bias is not None and (tuple(bias.shape) != tuple(codes.shape[:2]) or bias.stride(1) != 1):
+        raise ValueError(f"grouped_gemm: bias is {tuple(bias.shape)}, b {tuple(codes.shape)}")
     if slots == 0 or n == 0 or blocks == 0:
         return
     options = tile_options(kind, tile, n, weight, a.dtype)
@@ -155,9 +164,10 @@ def grouped_gemm(
         sorted_slots, block_experts, n_padded,
         unused if weight.zeros is None else weight.zeros,
         unused if weight.second is None else weight.second,
+        unused if bias is None else bias,
         slots, n, weight.k, *a.stride(), *codes.stride(), *out.stride(),
-        *_expert_scale_strides(kind, a_scales, weight),
-        TOP_K=top_k_divisor, HAS_SLOT_WEIGHTS=slot_weights is not None,
+        *_expert_scale_strides(kind, a_scales, weight), 0 if bias is None else bias.stride(0),
+        TOP_K=top_k_divisor, HAS_SLOT_WEIGHTS=slot_weights is not None, HAS_BIAS=bias is not None,
         WIDE_ROWS=offsets_need_64_bits(a, out), WIDE_MATRIX=offsets_need_64_bits(codes, skip=1),
         **options,
     )  # fmt: skip

@@ -10,15 +10,22 @@ program holds a row in registers; otherwise it takes a piece of one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from hal.ops.activations import Activation
 from hal.ops.kernels.common import converts_fp8, is_fp8, launch
 from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
-from hal.ops.kernels.source import gated_tile, group_columns, half_columns, normalized_tile
+from hal.ops.kernels.source import (
+    beyond_count,
+    gated_tile,
+    group_columns,
+    half_columns,
+    normalized_tile,
+)
 from hal.quant.mx import exponent_rule
 
 GROUP = 128
@@ -45,24 +52,32 @@ class Norm(NamedTuple):
     total: torch.Tensor | None = None
 
 
-class Gate(NamedTuple):
-    """Apply a gated activation before quantization: x is [rows, 2 * columns]."""
-
-    activation: str = "silu"
-    interleaved: bool = False
+def gate_options(gate: Activation | None) -> dict[str, Any]:
+    """Return the constexpr arguments of `gated_tile`; the name is empty without an activation."""
+    return {
+        "ACTIVATION": gate.name if gate else "",
+        "GATED": gate is not None and gate.gated,
+        "CLAMPED": gate is not None and gate.clamped,
+        "INTERLEAVED": gate is not None and gate.interleaved,
+    }
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr,
+    x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr, counts_ptr,
     n_columns, n_words, n_groups, stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
-    quant_max, scale_floor, epsilon,
+    quant_max, scale_floor, epsilon, alpha, limit, capacity,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-    NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr,
     CODEC: tl.constexpr, PER_WORD: tl.constexpr, ENCODING: tl.constexpr,
     ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if COUNTED:  # noqa: SIM102
+        if beyond_count(counts_ptr, row, capacity):
+            return
     first_group = tl.program_id(1) * GROUPS
     HALVES: tl.constexpr = 2 if CODEC == "nvfp4" else 1
     if CODEC == "nvfp4":
@@ -70,10 +85,11 @@ def _quantize_kernel(
     else:
         columns, inside = group_columns(n_columns, first_group, GROUPS, WIDTH)
     x_ptr += row * stride_xm
-    if GATE != "":
+    if ACTIVATION != "":
         x = gated_tile(
-            x_ptr, columns, inside, n_columns, GROUPS * HALVES, WIDTH // HALVES, GATE, INTERLEAVED
-        )
+            x_ptr, columns, inside, n_columns, alpha, limit, GROUPS * HALVES, WIDTH // HALVES,
+            ACTIVATION, GATED, CLAMPED, INTERLEAVED,
+        )  # fmt: skip
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
     elif NORM:
         x = normalized_tile(
@@ -157,12 +173,13 @@ def quantize(
     group: int | None,
     second: torch.Tensor | None = None,
     norm: Norm | None = None,
-    gate: Gate | None = None,
+    gate: Activation | None = None,
+    counts: torch.Tensor | None = None,
 ) -> None:
     """Quantize rows to values [rows, columns] or, packed e2m1, [rows, ceil(columns / 2)] uint8.
 
     Args:
-        x: [rows, columns], of a gate [rows, 2 * columns].
+        x: [rows, columns], of gate and up [rows, 2 * columns].
         values: fp8, int8, or uint8 for packed codes; the last dimension contiguous, as in x.
         scales: [rows] or [rows, groups]: float32; of mx e8m0 in uint8; of nvfp4 float8_e4m3fn.
         quant_max: Largest code under float32 scales.
@@ -170,9 +187,11 @@ def quantize(
         group: Elements that share a scale, a power of two; None is a row.
         second: [rows] float32, of nvfp4.
         norm: What to do before, or None.
-        gate: The same.
+        gate: The same: an activation.
+        counts: [experts] where the rows are [experts * capacity]; those beyond an expert's count
+            are neither read nor written.
     """
-    rows, columns = x.shape[0], x.shape[1] // 2 if gate else x.shape[1]
+    rows, columns = x.shape[0], x.shape[1] // (gate.products if gate else 1)
     if rows == 0 or columns == 0:
         return
     if x.stride(1) != 1 or values.stride(1) != 1:
@@ -181,7 +200,7 @@ def quantize(
     packed = values.dtype is torch.uint8
     scales = scales.unsqueeze(-1) if group is None else scales
     whole = group is None or second is not None or norm is not None
-    if not whole and gate is None and _can_be_flat(x, values, scales, group):
+    if not whole and gate is None and counts is None and _can_be_flat(x, values, scales, group):
         x, values = x.view(-1, FLAT), values.view(-1, FLAT // 2 if packed else FLAT)
         scales = scales.view(x.shape[0], -1)
         rows, columns = x.shape
@@ -203,17 +222,23 @@ def quantize(
         x, x if residual is None else residual, x if total is None else total,
         norm.weight if norm else x, values,
         scales.view(torch.uint8) if second is not None else scales,
-        scales if second is None else second,
+        scales if second is None else second, x if counts is None else counts,
         columns, triton.cdiv(columns, per_word), n_groups, x.stride(0),
         0 if residual is None else residual.stride(0),
         0 if total is None else total.stride(0), values.stride(0),
         scales.stride(0), scales.stride(1),
         quant_max, scale_floor, norm.epsilon if norm else 0.0,
+        gate.alpha if gate else 1.0, gate.limit if gate else 0.0, row_capacity(rows, counts),
         GROUPS=groups, WIDTH=width, NORM=norm is not None, RESIDUAL=residual is not None,
-        GATE=gate.activation if gate else "", INTERLEAVED=bool(gate and gate.interleaved),
+        **gate_options(gate), COUNTED=counts is not None,
         CODEC=codec, PER_WORD=per_word, ENCODING=encoding,
         ADDEND=addend, TOP_EXPONENT=top_exponent, FNUZ=fnuz, num_warps=warps,
     )  # fmt: skip
+
+
+def row_capacity(rows: int, counts: torch.Tensor | None) -> int:
+    """Return how many of the rows an expert has."""
+    return 1 if counts is None else rows // counts.numel()
 
 
 def _as_words(values: torch.Tensor, columns: int) -> tuple[torch.Tensor, int]:

@@ -1,6 +1,6 @@
 """Load tiles [GROUPS, WIDTH] of a row: as they are, gated, or normalized by their mean square.
 
-    gated       activation(gate) * up                in float32, rounded once
+    gated       activation(gate) * up, or activation(x) in float32, rounded once
     normalized  round(x * rsqrt(mean(x^2) + epsilon)) * weight
 
 The normalized row is rounded to the activations' dtype before the product with the weight and
@@ -23,6 +23,12 @@ def group_columns(n_columns, first_group, GROUPS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
+def beyond_count(counts_ptr, row, capacity):
+    """Say whether a row of [experts * capacity] rows lies beyond its expert's count."""
+    return row % capacity >= tl.load(counts_ptr + row // capacity)
+
+
+@triton.jit
 def half_columns(n_columns, GROUPS: tl.constexpr):
     """Return the column numbers [2 * GROUPS, 8] of a row, first all first halves of groups of 16.
 
@@ -34,10 +40,16 @@ def half_columns(n_columns, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
-    """Return the activation of gate (f32): silu, gelu (erf) or gelu_tanh."""
+def activate(gate, alpha, ACTIVATION: tl.constexpr):
+    """Return the activation of gate (f32): one of `hal.ops.activations.ACTIVATIONS`."""
     if ACTIVATION == "silu":
         return gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "swiglu_oai":
+        return gate / (1.0 + tl.exp(-alpha * gate))
+    elif ACTIVATION == "relu2":
+        # Not by maximum, which drops NaN.
+        gate = tl.where(gate < 0.0, 0.0, gate)
+        return gate * gate
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:
@@ -48,11 +60,18 @@ def activate(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_tile(
-    row_ptr, columns, inside, width,
+    row_ptr, columns, inside, width, alpha, limit,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Load gate and up of some columns [GROUPS, WIDTH] and return the product, f32."""
+    """Load gate and up of some columns [GROUPS, WIDTH] and return the product, f32.
+
+    Without GATED there is no up. CLAMPED: gate to at most limit, up to [-limit, limit], NaN kept.
+    """
+    if not GATED:
+        gate = tl.load(row_ptr + columns, mask=inside, other=0.0)
+        return activate(gate.to(tl.float32), alpha, ACTIVATION)
     if INTERLEAVED:
         # One contiguous load of the pairs; two strided ones would touch every sector twice.
         pair = tl.arange(0, 2)[None, None, :]
@@ -65,7 +84,13 @@ def gated_tile(
     else:
         gate = tl.load(row_ptr + columns, mask=inside, other=0.0)
         up = tl.load(row_ptr + width + columns, mask=inside, other=0.0)
-    return activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if CLAMPED:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    if ACTIVATION == "swiglu_oai":
+        up += 1.0
+    return activate(gate, alpha, ACTIVATION) * up
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     out = activation(gate) * up        in float32, rounded once to the activations' dtype
 
 The quantizing variants round to the activations' dtype first, so they equal the two separate
-kernels bit for bit. `interleaved`: gate and up columns alternate (gate first), else halves.
+kernels bit for bit. Which activations there are, with their formulas: `hal.ops.activations`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ import torch
 import triton
 import triton.language as tl
 
+from hal.ops.activations import ACTIVATIONS, SILU, Activation
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.quantize import Gate, quantize
-from hal.ops.kernels.source import gated_tile, group_columns
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+from hal.ops.kernels.quantize import gate_options, quantize, row_capacity
+from hal.ops.kernels.source import beyond_count, gated_tile, group_columns
 
 
 @triton.jit
 def _gate_kernel(
-    gate_up_ptr, out_ptr, width, stride_gm, stride_om,
+    gate_up_ptr, out_ptr, counts_ptr, width, stride_gm, stride_om, alpha, limit, capacity,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if COUNTED:  # noqa: SIM102
+        if beyond_count(counts_ptr, row, capacity):
+            return
     columns, inside = group_columns(width, tl.program_id(1) * GROUPS, GROUPS, WIDTH)
     gated = gated_tile(
-        gate_up_ptr + row * stride_gm, columns, inside, width,
-        GROUPS, WIDTH, ACTIVATION, INTERLEAVED,
+        gate_up_ptr + row * stride_gm, columns, inside, width, alpha, limit,
+        GROUPS, WIDTH, ACTIVATION, GATED, CLAMPED, INTERLEAVED,
     )  # fmt: skip
     gated = gated.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride_om + columns, gated, mask=inside)
@@ -38,19 +41,24 @@ def _gate_kernel(
 def silu_and_mul(
     gate_up: torch.Tensor,
     out: torch.Tensor,
-    *,
-    interleaved: bool = False,
-    activation: str = "silu",
+    activation: Activation = SILU,
+    counts: torch.Tensor | None = None,
 ) -> None:
-    """Write activation(gate) * up of gate_up [rows, 2 * width] to out [rows, width]."""
+    """Write activation(gate) * up of gate_up [rows, 2 * width] to out [rows, width].
+
+    Without a gate: activation(gate_up) of [rows, width]. counts [experts]: rows are [experts *
+    capacity], of which those beyond an expert's count are neither read nor written.
+    """
     rows, width = _check(gate_up, out, activation)
     if rows == 0 or width == 0:
         return
     columns = min(max(triton.next_power_of_2(width), 16), 1024)
     launch(
         _gate_kernel, (rows, triton.cdiv(width, columns)),
-        gate_up, out, width, gate_up.stride(0), out.stride(0),
-        GROUPS=1, WIDTH=columns, ACTIVATION=activation, INTERLEAVED=interleaved,
+        gate_up, out, gate_up if counts is None else counts, width,
+        gate_up.stride(0), out.stride(0), activation.alpha, activation.limit,
+        row_capacity(rows, counts),
+        GROUPS=1, WIDTH=columns, COUNTED=counts is not None, **gate_options(activation),
         num_warps=4 if columns == 1024 else 1,
     )  # fmt: skip
 
@@ -61,14 +69,14 @@ def silu_and_mul_quantize_rows(
     scales: torch.Tensor,
     quant_max: float,
     scale_floor: float,
-    *,
-    interleaved: bool = False,
-    activation: str = "silu",
+    activation: Activation = SILU,
+    counts: torch.Tensor | None = None,
 ) -> None:
     """Write the gated rows as values [rows, width] with scales [rows] f32."""
     _check(gate_up, values, activation)
-    gate = Gate(activation, interleaved)
-    quantize(gate_up, values, scales, quant_max, scale_floor, group=None, gate=gate)
+    quantize(
+        gate_up, values, scales, quant_max, scale_floor, group=None, gate=activation, counts=counts
+    )
 
 
 def silu_and_mul_quantize_groups(
@@ -77,23 +85,23 @@ def silu_and_mul_quantize_groups(
     scales: torch.Tensor,
     quant_max: float,
     scale_floor: float,
-    *,
-    interleaved: bool = False,
-    activation: str = "silu",
+    activation: Activation = SILU,
+    counts: torch.Tensor | None = None,
 ) -> None:
     """Write the gated rows as values [rows, width], scales [rows, ceil(width / 128)] f32."""
     _check(gate_up, values, activation)
-    gate = Gate(activation, interleaved)
-    quantize(gate_up, values, scales, quant_max, scale_floor, group=128, gate=gate)
+    quantize(
+        gate_up, values, scales, quant_max, scale_floor, group=128, gate=activation, counts=counts
+    )
 
 
-def _check(gate_up: torch.Tensor, out: torch.Tensor, activation: str) -> tuple[int, int]:
+def _check(gate_up: torch.Tensor, out: torch.Tensor, activation: Activation) -> tuple[int, int]:
     """Check the operands; return (rows, width)."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"swiglu: activation {activation!r} is not one of {ACTIVATIONS}")
+    if activation.name not in ACTIVATIONS:
+        raise ValueError(f"swiglu: activation {activation.name!r} is not one of {ACTIVATIONS}")
     if gate_up.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("swiglu: the last dimension of gate_up and out must be contiguous")
     rows, width = out.shape
-    if gate_up.shape != (rows, 2 * width):
+    if gate_up.shape != (rows, activation.products * width):
         raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}, out {tuple(out.shape)}")
     return rows, width

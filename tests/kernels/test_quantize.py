@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from hal.ops.activations import Activation, activate
 from hal.ops.kernels import quantize as quantize_module
 from hal.ops.kernels.common import INTERPRETED, converts_fp8, decode_fp8, launch
 from hal.ops.kernels.quantize import quantize_groups, quantize_rows
@@ -143,7 +146,8 @@ def test_gate(device, generator, shape, dtype, activation, interleaved):
     rows, width = shape
     gate_up = awkward_rows(rows, 2 * width, dtype, device, generator)
     out = torch.empty(rows, width, dtype=dtype, device=device)
-    silu_and_mul(gate_up, out, interleaved=interleaved, activation=activation)
+    how = Activation(activation, interleaved=interleaved)
+    silu_and_mul(gate_up, out, how)
     gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, dim=1)
     expected = ACTIVATIONS[activation](gate.double()) * up.double()
     tolerance = 2**-7 if dtype is torch.bfloat16 else 2**-10
@@ -155,12 +159,67 @@ def test_gate(device, generator, shape, dtype, activation, interleaved):
             expected, expected_scales = quantize_with_kernel(out, fmt, quant_max, grouped)
             values, scales = torch.empty_like(expected), torch.empty_like(expected_scales)
             fused = silu_and_mul_quantize_groups if grouped else silu_and_mul_quantize_rows
-            fused(
-                gate_up, values, scales, quant_max, FLOOR,
-                interleaved=interleaved, activation=activation,
-            )  # fmt: skip
+            fused(gate_up, values, scales, quant_max, FLOOR, how)
             torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
             assert_same_bits(values, expected)
+
+
+def oai(gate, up):
+    gate, up = gate.clamp(max=2.5), up.clamp(-2.5, 2.5)
+    return gate * (gate * 0.7).sigmoid() * (up + 1)
+
+
+def clamped_silu(gate, up):
+    gate = gate.clamp(max=2.5)
+    return gate * gate.sigmoid() * up.clamp(-2.5, 2.5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("how", "formula"),
+    [
+        (Activation("swiglu_oai", alpha=0.7, limit=2.5), oai),
+        (Activation("silu", limit=2.5), clamped_silu),
+        (Activation("relu2"), lambda gate, up: gate.relu() ** 2 * up),
+    ],
+    ids=["swiglu_oai", "clamped_silu", "relu2"],
+)
+def test_gates_with_limits(device, generator, how, formula, dtype, interleaved):
+    gate_up = awkward_rows(6, 2 * 200, dtype, device, generator)
+    out = torch.empty(6, 200, dtype=dtype, device=device)
+    how = replace(how, interleaved=interleaved)
+    silu_and_mul(gate_up, out, how)
+    gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, dim=1)
+    expected = formula(gate.double(), up.double()).to(dtype)
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 2**-10
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        activate(gate_up, how), expected, rtol=tolerance, atol=1e-6, equal_nan=True
+    )
+    values, scales = torch.empty_like(out, dtype=torch.int8), torch.empty(6, device=device)
+    silu_and_mul_quantize_rows(gate_up, values, scales, 127.0, FLOOR, how)
+    wanted, wanted_scales = quantize_with_kernel(out, torch.int8, 127.0, False)
+    torch.testing.assert_close(scales, wanted_scales, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(values, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "relu2"])
+def test_activations_without_a_gate(device, generator, activation, dtype):
+    x = awkward_rows(6, 200, dtype, device, generator)
+    out = torch.empty_like(x)
+    how = Activation(activation, gated=False)
+    silu_and_mul(x, out, how)
+    formula = ACTIVATIONS.get(activation, lambda rows: rows.relu() ** 2)
+    expected = formula(x.double()).to(dtype)
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 2**-10
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-6, equal_nan=True)
+    values, scales = torch.empty_like(out, dtype=torch.int8), torch.empty(6, 2, device=device)
+    silu_and_mul_quantize_groups(x, values, scales, 127.0, FLOOR, how)
+    wanted, wanted_scales = quantize_with_kernel(out, torch.int8, 127.0, True)
+    torch.testing.assert_close(scales, wanted_scales, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(values, wanted)
 
 
 @pytest.mark.parametrize("encoding", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
@@ -195,4 +254,4 @@ def test_wrong_strides_are_refused(device):
     with pytest.raises(ValueError, match="gate_up is"):
         silu_and_mul(x, x)
     with pytest.raises(ValueError, match="'relu' is not one of"):
-        silu_and_mul(x, x[:, :8], activation="relu")
+        silu_and_mul(x, x[:, :8], Activation("relu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hal.ops.activations import Activation
 from hal.ops.kernels import quantize as quantize_module
 from hal.ops.kernels.common import INTERPRETED
 from hal.ops.quantize import DYNAMIC, launch_triton, quantize_reference, quantize_triton
@@ -162,10 +163,11 @@ def test_gate(device, generator, shape, dtype, interleaved, scheme, encoding):
     how = SCHEMES[scheme].activation
     gate_up = awkward((rows, 2 * columns), dtype, device, generator)
     out = torch.empty(rows, columns, dtype=dtype, device=device)
-    silu_and_mul(gate_up, out, interleaved=interleaved)
-    found = swiglu_triton(gate_up, "silu", interleaved, encoding, how)
+    gate = Activation(interleaved=interleaved)
+    silu_and_mul(gate_up, out, gate)
+    found = swiglu_triton(gate_up, gate, encoding, how)
     assert_same(found, quantize_triton(out, encoding, how))
-    wanted = gated(gate_up, "silu", interleaved)
+    wanted = gated(gate_up, gate)
     tolerance = 2**-7 if dtype is torch.bfloat16 else 2**-9
     torch.testing.assert_close(out, wanted, rtol=tolerance, atol=1e-6, equal_nan=True)
 

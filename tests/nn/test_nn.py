@@ -428,6 +428,62 @@ class TestRefusals:
         assert torch.equal(compiled(*arguments(module)), wanted)
 
 
+class TestBiasesOfExperts:
+    def make(self, seed=0, dtype=torch.float32):
+        return make_moe(
+            seed=seed,
+            activation="swiglu_oai",
+            interleaved=True,
+            w13_bias=numbers(4, 64, seed=seed + 2).to(dtype),
+            w2_bias=numbers(4, 128, seed=seed + 3).to(dtype),
+        )
+
+    def test_state(self, tmp_path):
+        first, second = self.make(), self.make(seed=5)
+        wanted = run(first)
+        assert not torch.equal(run(second), wanted)
+        second.load_state_dict(through_safetensors(first.state_dict(), tmp_path))
+        assert torch.equal(run(second), wanted)
+        with pytest.raises(RuntimeError, match="Unexpected key.*w13_bias"):
+            make_moe().load_state_dict(first.state_dict())
+        biases = {name: part for name, part in first.state_dict().items() if "bias" in name}
+        other = self.make(seed=5)
+        other.load_state_dict(biases, strict=False)
+        assert torch.equal(other.w2_bias, first.w2_bias)
+
+    def test_a_written_bias_is_seen(self):
+        module = self.make()
+        before = run(module)
+        module.w2_bias.zero_()
+        module.w13_bias.zero_()
+        after = run(module)
+        assert not torch.equal(after, before)
+        plain = make_moe(activation="swiglu_oai", interleaved=True)
+        torch.testing.assert_close(run(plain), after, rtol=2**-7, atol=1e-6)
+
+    def test_casts_and_copies(self):
+        module = self.make()
+        copied = copy.deepcopy(module).half()
+        assert copied.w13_bias.dtype is torch.float16
+        assert module.w13_bias.dtype is torch.float32
+        out = run(copied, torch.float16)
+        torch.testing.assert_close(out.float(), run(module).float(), rtol=0.05, atol=0.02)
+
+    def test_shared_output(self):
+        module, shared = self.make(), numbers(5, 128, seed=11)
+        x, routing = arguments(module)
+        out = module(x, routing, shared=shared)
+        torch.testing.assert_close(out - shared, run(module), rtol=0.05, atol=0.01)
+
+    def test_shapes(self):
+        w13, w2 = numbers(4, 64, 128), numbers(4, 128, 32)
+        with pytest.raises(ShapeError, match=r"FusedMoE: w2_bias: found \[4, 32\]"):
+            hal.nn.FusedMoE(w13, w2, w2_bias=numbers(4, 32))
+        alone = hal.nn.FusedMoE(numbers(4, 32, 128), w2, gated=False, activation="relu2")
+        assert "intermediate=32" in repr(alone)
+        assert run(alone).shape == (5, 128)
+
+
 class TestText:
     def test_linear(self):
         assert repr(make_linear()) == (

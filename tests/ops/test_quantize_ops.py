@@ -14,7 +14,7 @@ from hal.errors import (
     ShapeError,
     UnknownNameError,
 )
-from hal.ops.fused_moe import activate
+from hal.ops.activations import ACTIVATIONS, Activation, activate, activation_of
 from hal.ops.quantize import (
     CACHE_ELEMENTS,
     DYNAMIC,
@@ -142,7 +142,7 @@ def test_norm(device, kernel, scheme, with_residual, shape):
 
 @cases("quantize_swiglu")
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_swiglu(device, kernel, scheme, activation, interleaved):
     for rows, columns in SHAPES:
         x = random(rows, 2 * columns, seed=1, device=device)
@@ -150,7 +150,9 @@ def test_swiglu(device, kernel, scheme, activation, interleaved):
             x[1], x[2, 7] = 0, float("nan")
         options = {"activation": activation, "interleaved": interleaved, "force": kernel}
         found = forced(hal.ops.quantize_swiglu, x, scheme, **options)
-        wanted = expected(gated(x, activation, interleaved), scheme)
+        wanted = expected(
+            gated(x, activation_of("test", activation, interleaved=interleaved)), scheme
+        )
         assert_near(found, wanted, scheme, columns)
 
 
@@ -166,10 +168,10 @@ def test_what_is_done_before_is_what_models_do():
     halves = torch.cat((x, residual), 1)
     alternating = torch.stack((x, residual), -1).flatten(1)
     wanted = activate(halves.double(), "silu")
-    torch.testing.assert_close(
-        gated(halves, "silu", False).double(), wanted, rtol=2**-8, atol=1e-30
+    torch.testing.assert_close(gated(halves, Activation()).double(), wanted, rtol=2**-8, atol=1e-30)
+    assert torch.equal(
+        gated(alternating, Activation(interleaved=True)), gated(halves, Activation())
     )
-    assert torch.equal(gated(alternating, "silu", True), gated(halves, "silu", False))
 
 
 def test_selection_and_schemes():
