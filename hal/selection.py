@@ -419,11 +419,13 @@ def _table(selection: Selection) -> list[str]:
         lines += _wrapped("-> none: " + selection.reason, "", "   ")
     if selection.note:
         lines += _wrapped("note: " + selection.note, "   ")
-    elsewhere = []
+    elsewhere, claimed = [], 0
     for candidate in selection.candidates:
         kernel = candidate.kernel
         if not candidate.serves:
-            elsewhere.append(kernel.name)
+            # There are dozens of claimed kernels, each for one or two schemes.
+            elsewhere += [] if kernel.claimed else [kernel.name]
+            claimed += kernel.claimed
             continue
         mark = "+" if candidate.can_run else "-"
         if kernel is selection.kernel:
@@ -437,6 +439,7 @@ def _table(selection: Selection) -> list[str]:
             lines += _wrapped(f"{row.time:g} {row.unit}{at}; {row.source}", "     ")
         for failure in candidate.failures:
             lines += _wrapped(str(failure), "     ", "       ")
+    elsewhere += [f"{claimed} claimed"] * bool(claimed)
     if elsewhere:
         lines += _wrapped("made for other schemes: " + ", ".join(elsewhere), "   ", "     ")
     if selection.unchecked:

@@ -6,6 +6,7 @@ from hal.ops.adapters import (
     aiter,
     decode,
     deep_gemm,
+    deep_gemm_moe,
     flashinfer,
     grouped_mm,
     int4pack,
@@ -19,6 +20,8 @@ from hal.ops.adapters import (
     scaled_mm_unit,
     torchao,
     vllm_cutlass,
+    vllm_experts,
+    vllm_grouped,
     vllm_mixed,
     vllm_xpu,
 )
@@ -27,6 +30,7 @@ __all__ = [
     "aiter",
     "decode",
     "deep_gemm",
+    "deep_gemm_moe",
     "flashinfer",
     "grouped_mm",
     "int4pack",
@@ -40,6 +44,8 @@ __all__ = [
     "scaled_mm_unit",
     "torchao",
     "vllm_cutlass",
+    "vllm_experts",
+    "vllm_grouped",
     "vllm_mixed",
     "vllm_xpu",
 ]
