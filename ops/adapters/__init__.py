@@ -25,6 +25,7 @@ from hal.ops.adapters import (
     vllm_grouped,
     vllm_mixed,
     vllm_xpu,
+    vllm_xpu_moe,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "vllm_grouped",
     "vllm_mixed",
     "vllm_xpu",
+    "vllm_xpu_moe",
 ]
