@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hal.ops.adapters import (
     aiter,
+    aiter_moe,
     decode,
     deep_gemm,
     deep_gemm_moe,
@@ -30,6 +31,7 @@ from hal.ops.adapters import (
 
 __all__ = [
     "aiter",
+    "aiter_moe",
     "decode",
     "deep_gemm",
     "deep_gemm_moe",

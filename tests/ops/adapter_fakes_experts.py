@@ -22,7 +22,7 @@ from hal.registry import Level
 from hal.selection import choose, options_from
 
 EVERYTHING = (
-    ("amd-aiter", "0.1.12"),
+    ("amd-aiter", "0.1.13"),
     ("deep-gemm", "2.5.0"),
     ("flashinfer-python", "0.7.4"),
     ("intel-extension-for-pytorch", "2.8.0"),
