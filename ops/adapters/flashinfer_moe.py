@@ -61,15 +61,13 @@ MAJOR_K = 0
 Bound = tuple[Launch, Tensors]
 
 
-def up_first(name: str, scales: str = "", *, weight_only: bool = False) -> dict[str, Any]:
+def up_first(name: str, scales: str = "") -> dict[str, tuple[Operand, ...]]:
     """Return the operands of a layer whose w13 has up rows first, and scales in a layout."""
-    layouts = {"w13": f"up_gate+{scales}" if scales else "up_gate", "w2": scales or "canonical"}
-    x: Operand
-    found = []
-    for weight, layout in layouts.items():
-        x, operand = SCHEMES[name].operands(weight_only=weight_only, layout=layout, weight=weight)
-        found.append(operand)
-    return {name: (x, *found)}
+    scheme = SCHEMES[name]
+    first = f"up_gate+{scales}" if scales else "up_gate"
+    x, w13 = scheme.operands(layout=first, weight="w13")
+    _, w2 = scheme.operands(layout=scales or "canonical", weight="w2")
+    return {name: (x, w13, w2)}
 
 
 def multiples(size: int) -> tuple[Need, Need]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import adapter_fakes as fakes
 import expert_cases
@@ -106,8 +107,19 @@ def described(layer, dtype=torch.bfloat16, format="standard"):
     }
 
 
-def bind(device: str, kernel: str, layer, dtype=torch.bfloat16, **around):
-    """Return `(x, ids, weights, shared) -> out` of a kernel forced for a device not here."""
+@dataclass
+class Bound:
+    """A kernel that was forced for a device that is not here."""
+
+    launch: Any
+    tensors: tuple[torch.Tensor, ...]
+
+    def __call__(self, x, ids, weights, shared=None):
+        return self.launch(x, ids, weights, self.tensors, shared)
+
+
+def bind(device: str, kernel: str, layer, dtype=torch.bfloat16, **around) -> Bound:
+    """Return a kernel that is bound by name."""
     asked, problem = described(layer, dtype)
     selection = select(device, layer.w13.scheme.name, kernel, **problem, **around)
     assert selection.kernel is not None, selection
@@ -115,8 +127,7 @@ def bind(device: str, kernel: str, layer, dtype=torch.bfloat16, **around):
     binding = Binding(selection, hal.platform(device), layer.w13.scheme, torch.device("cpu"))
     w13, w2 = prepare(binding, layer.w13, "w13"), prepare(binding, layer.w2, "w2")
     launch, tensors = selection.kernel.load()(binding, w13, w2, asked)
-    tensors = (*tensors, *layer.biases.values())
-    return lambda x, ids, weights, shared=None: launch(x, ids, weights, tensors, shared)
+    return Bound(launch, (*tensors, *layer.biases.values()))
 
 
 def check(device: str, kernel: str, scheme: str, case: Case, dtype=torch.bfloat16, **sizes):
