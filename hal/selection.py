@@ -419,13 +419,11 @@ def _table(selection: Selection) -> list[str]:
         lines += _wrapped("-> none: " + selection.reason, "", "   ")
     if selection.note:
         lines += _wrapped("note: " + selection.note, "   ")
-    elsewhere, claimed = [], 0
+    elsewhere = []
     for candidate in selection.candidates:
         kernel = candidate.kernel
         if not candidate.serves:
-            # There are dozens of claimed kernels, each for one or two schemes.
-            elsewhere += [] if kernel.claimed else [kernel.name]
-            claimed += kernel.claimed
+            elsewhere.append(kernel.name)
             continue
         mark = "+" if candidate.can_run else "-"
         if kernel is selection.kernel:
@@ -439,7 +437,6 @@ def _table(selection: Selection) -> list[str]:
             lines += _wrapped(f"{row.time:g} {row.unit}{at}; {row.source}", "     ")
         for failure in candidate.failures:
             lines += _wrapped(str(failure), "     ", "       ")
-    elsewhere += [f"{claimed} claimed"] * bool(claimed)
     if elsewhere:
         lines += _wrapped("made for other schemes: " + ", ".join(elsewhere), "   ", "     ")
     if selection.unchecked:

@@ -10,7 +10,7 @@ that of h; scale of w2 times that of h `[E]`; that of x |
 | flashinfer_moe_block128 | bf16 | e4m3fn | float32 `[E, N/128, K/128]` of w13 and w2 |
 | flashinfer_moe_mx | e4m3fn, exponents in tiles | e4m3fn; e2m1 as int64 of 16 | of each weight \
 exponents in tiles, as int32 `[E, N, K/128]`, and ones `[E]` |
-| flashinfer_trtllm_block128 | e4m3fn, float32 `[K/128, M]` | e4m3fn | as of block128 |
+| flashinfer_moe_trtllm | e4m3fn, float32 `[K/128, M]` | e4m3fn | as of block128 |
 
 `cutlass_fused_moe` quantizes h itself: per 128 where x comes in bf16, under the fixed scale, or per
 32. In the latter case its exponents may be one above those of the scheme. Without
@@ -225,7 +225,7 @@ def bind_mx(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PL
 
 
 @FUSED_MOE.kernel(
-    "flashinfer_trtllm_block128",
+    "flashinfer_moe_trtllm",
     level=Level.NATIVE,
     band="specialised",
     signatures=up_first("fp8_block128"),

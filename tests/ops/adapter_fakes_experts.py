@@ -72,6 +72,25 @@ def select(device: str, scheme: str, kernel: str | None = None, **problem):
     return choose(FUSED_MOE, scheme, spec, problem, options_from("fused_moe", force=kernel))
 
 
+def check_candidates(names, prefix, device, scheme, *, without=(), told="not installed", **problem):
+    """Check which kernels of a library can run on a device, none of them first.
+
+    `without` are packages under which each of them says, for only reason, what is `told`.
+    """
+    selection = select(device, scheme, **problem)
+    able = {
+        row.kernel.name
+        for row in selection.candidates
+        if row.can_run and row.kernel.name.startswith(prefix)
+    }
+    assert able == names, selection
+    assert not selection.candidates[0].claimed, "hal has run something else there"
+    other = select(device, scheme, packages=without, **problem)
+    for name in able:
+        (failure,) = other.candidate(name).failures
+        assert told in str(failure)
+
+
 def make(case: Case, scheme: str, device: str, **sizes):
     """Return a layer whose weights are in the encoding that a device holds."""
 

@@ -135,18 +135,11 @@ CANDIDATES = {
 
 @pytest.mark.parametrize(("device", "scheme"), CANDIDATES)
 def test_where_they_are_candidates(device, scheme):
-    selection = experts.select(device, scheme, packages=(("amd-aiter", "0.1.13"),), **PROBLEM)
-    able = {
-        row.kernel.name
-        for row in selection.candidates
-        if row.can_run and row.kernel.name.startswith("aiter")
-    }
-    assert able == CANDIDATES[device, scheme], selection
-    assert not selection.candidates[0].claimed, "hal has run something else there"
-    without = experts.select(device, scheme, packages=(("amd-aiter", "0.1.7"),), **PROBLEM)
-    for name in able:
-        (failure,) = without.candidate(name).failures
-        assert str(failure) == "package: found amd-aiter 0.1.7, needs amd-aiter >= 0.1.13"
+    experts.check_candidates(
+        CANDIDATES[device, scheme], "aiter", device, scheme,
+        without=(("amd-aiter", "0.1.7"),),
+        told="package: found amd-aiter 0.1.7, needs amd-aiter >= 0.1.13", **PROBLEM,
+    )  # fmt: skip
 
 
 def test_atomics_are_told():

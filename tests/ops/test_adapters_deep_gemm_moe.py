@@ -164,16 +164,8 @@ CANDIDATES = {
 
 @pytest.mark.parametrize(("device", "scheme", "format"), CANDIDATES)
 def test_where_they_are_candidates(device, scheme, format):
-    selection = experts.select(device, scheme, format=format, **PROBLEM)
-    able = {
-        row.kernel.name
-        for row in selection.candidates
-        if row.can_run and row.kernel.name.startswith("deep_gemm")
-    }
-    assert able == CANDIDATES[device, scheme, format], selection
-    assert not selection.candidates[0].claimed, "hal has run something else there"
-    packages = (("deep-gemm", "2.1.0"),)
-    without = experts.select(device, scheme, format=format, packages=packages, **PROBLEM)
-    for name in able:
-        (failure,) = without.candidate(name).failures
-        assert str(failure) == "package: found deep-gemm 2.1.0, needs deep-gemm >= 2.5"
+    experts.check_candidates(
+        CANDIDATES[device, scheme, format], "deep_gemm", device, scheme, format=format,
+        without=(("deep-gemm", "2.1.0"),),
+        told="package: found deep-gemm 2.1.0, needs deep-gemm >= 2.5", **PROBLEM,
+    )  # fmt: skip

@@ -230,14 +230,14 @@ KERNELS = [
     ("cuda:h100", "flashinfer_moe_block128", "fp8_block128"),
     ("cuda:b200", "flashinfer_moe_mx", "mxfp8"),
     ("cuda:b200", "flashinfer_moe_mx", "mxfp4_w4a8"),
-    ("cuda:b200", "flashinfer_trtllm_block128", "fp8_block128"),
+    ("cuda:b200", "flashinfer_moe_trtllm", "fp8_block128"),
 ]
 
 
 @pytest.mark.parametrize(("case", "dtype"), experts.WRAPPED)
 @pytest.mark.parametrize(("device", "kernel", "scheme"), KERNELS)
 def test_whole_layers(device, kernel, scheme, case, dtype):
-    dtype = torch.bfloat16 if "block128" in kernel else dtype
+    dtype = torch.bfloat16 if scheme == "fp8_block128" else dtype
     experts.check(device, kernel, scheme, case, dtype, **SIZES)
 
 
@@ -266,7 +266,7 @@ CANDIDATES = {
     ("cuda:rtx-5090", "bf16"): {"flashinfer_moe"},
     ("cuda:rtx-4090", "bf16"): set(),
     ("cuda:h100", "fp8_block128"): {"flashinfer_moe_block128"},
-    ("cuda:b200", "fp8_block128"): {"flashinfer_trtllm_block128"},
+    ("cuda:b200", "fp8_block128"): {"flashinfer_moe_trtllm"},
     ("cuda:rtx-5090", "fp8_block128"): set(),
     ("cuda:h100", "fp8_static"): {"flashinfer_moe_static"},
     ("cuda:h100", "fp8_channel"): set(),
@@ -279,21 +279,11 @@ CANDIDATES = {
 
 @pytest.mark.parametrize(("device", "scheme"), CANDIDATES)
 def test_where_they_are_candidates(device, scheme):
-    selection = experts.select(device, scheme, **PROBLEM)
-    able = {
-        row.kernel.name
-        for row in selection.candidates
-        if row.can_run and row.kernel.name.startswith("flashinfer")
-    }
-    assert able == CANDIDATES[device, scheme], selection
-    assert not selection.candidates[0].claimed, "hal has run something else there"
-    packages = (("flashinfer-python", "0.6.1"),)
-    without = experts.select(device, scheme, packages=packages, **PROBLEM)
-    for name in able:
-        (failure,) = without.candidate(name).failures
-        assert str(failure) == (
-            "package: found flashinfer-python 0.6.1, needs flashinfer-python >= 0.7.4"
-        )
+    told = "package: found flashinfer-python 0.6.1, needs flashinfer-python >= 0.7.4"
+    experts.check_candidates(
+        CANDIDATES[device, scheme], "flashinfer", device, scheme,
+        without=(("flashinfer-python", "0.6.1"),), told=told, **PROBLEM,
+    )  # fmt: skip
 
 
 def test_what_trtllm_does_not_route_is_declined():
@@ -302,5 +292,5 @@ def test_what_trtllm_does_not_route_is_declined():
         ({"top_k": 40}, "top_k <= 32"),
     ):
         selection = experts.select("cuda:b200", "fp8_block128", **PROBLEM | more)
-        assert told in str(selection.candidate("flashinfer_trtllm_block128").failures)
-    assert FUSED_MOE.find("flashinfer_trtllm_block128").load() is bind_trtllm
+        assert told in str(selection.candidate("flashinfer_moe_trtllm").failures)
+    assert FUSED_MOE.find("flashinfer_moe_trtllm").load() is bind_trtllm

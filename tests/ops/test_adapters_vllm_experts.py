@@ -186,18 +186,12 @@ CANDIDATES = {
 
 @pytest.mark.parametrize(("device", "scheme"), CANDIDATES)
 def test_where_they_are_candidates(device, scheme):
-    selection = experts.select(device, scheme, **PROBLEM)
-    able = {
-        row.kernel.name.removeprefix("vllm_")
-        for row in selection.candidates
-        if row.can_run and row.kernel.name.startswith(("vllm_t", "vllm_m", "vllm_c"))
-    }
-    assert able == CANDIDATES[device, scheme], selection
-    assert not selection.candidates[0].claimed, "hal has run something else there"
-    without = experts.select(device, scheme, packages=(("vllm", "0.24.0"),), **PROBLEM)
-    for name in able:
-        (failure,) = without.candidate(f"vllm_{name}").failures
-        assert str(failure) == "package: found vllm 0.24.0, needs vllm >= 0.25.1"
+    experts.check_candidates(
+        {f"vllm_{name}" for name in CANDIDATES[device, scheme]},
+        ("vllm_triton", "vllm_marlin", "vllm_cutlass"), device, scheme,
+        without=(("vllm", "0.24.0"),), told="package: found vllm 0.24.0, needs vllm >= 0.25.1",
+        **PROBLEM,
+    )  # fmt: skip
 
 
 def test_too_many_experts_are_declined():

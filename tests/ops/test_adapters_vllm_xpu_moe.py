@@ -132,15 +132,4 @@ CANDIDATES = {
 
 @pytest.mark.parametrize(("device", "scheme"), CANDIDATES)
 def test_where_they_are_candidates(device, scheme):
-    selection = experts.select(device, scheme, **PROBLEM)
-    able = {
-        row.kernel.name
-        for row in selection.candidates
-        if row.can_run and row.kernel.name.startswith("vllm_xpu")
-    }
-    assert able == CANDIDATES[device, scheme], selection
-    assert not selection.candidates[0].claimed, "hal has run something else there"
-    without = experts.select(device, scheme, packages=(), **PROBLEM)
-    for name in able:
-        (failure,) = without.candidate(name).failures
-        assert "not installed" in str(failure)
+    experts.check_candidates(CANDIDATES[device, scheme], "vllm_xpu", device, scheme, **PROBLEM)
