@@ -183,13 +183,8 @@ def marlin_weight(dtype, number, size, words, scales, second, zeros):
     assert scales.shape == (groups, size_n)
     if number == ScalarTypes.float4_e2m1f.id:
         assert zeros is None
-        if second is not None:
-            assert second.dtype is torch.float32, "scalar type of global_scale must be float"
-            assert second.shape == ()
-            # What the second imitation checks is that of a release that took bf16.
-            assert second.isfinite()
-        factors = marlin_fp4_scales(scales, None if second is None else _ONE, size_k)
-        factors = factors if second is None else factors * second.double()
+        second = None if second is None else second.reshape(1)
+        factors = marlin_fp4_scales(scales, second, size_k, torch.float32)
         return (E2M1[marlin_codes(words, size_k, size_n, 4)] * factors).T
     assert second is None
     assert scales.dtype is dtype
@@ -206,8 +201,6 @@ def marlin_weight(dtype, number, size, words, scales, second, zeros):
     offsets = marlin_zeros(zeros, size_n).repeat_interleave(size_k // groups, 0)
     return ((codes - offsets) * wide).T
 
-
-_ONE = torch.ones(1, dtype=torch.bfloat16)
 
 CUTLASS_MOE_MM = (
     "cutlass_moe_mm(Tensor! out_tensors, Tensor a_tensors, Tensor b_tensors, Tensor a_scales, "
