@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hal.device import DeviceSpec
 from hal.evidence import Row, evidence_folder, read_rows, write_rows
+from hal.evidence_book import is_current
 from hal.ops.cells import cells_of, facts_of, fault_of, specialization_of
 from hal.ops.kernels.crosscompile import OWN_FORMAT, Cell, Target, cell_names, compile_cells
 from hal.ops.tiles import runs_ptx
@@ -136,6 +137,22 @@ def evidence(platform: str, arch: str, cells: list[Cell], date: str) -> Iterator
         )
 
 
+def cell_of(row: Row) -> tuple[str, ...]:
+    """Return what a row is about, however the kernel was specialized."""
+    return row.level, row.op, row.kernel, row.scheme, row.platform, row.arch
+
+
+def superseded(row: Row, found: list[Row]) -> bool:
+    """Say whether a row tells what a kernel compiled to that is no longer there, or compiled anew.
+
+    What ran is kept whatever became of its source: another machine may not be at hand.
+    """
+    kernels = {kernel.name: kernel for kernel in find_op(row.op).kernels}
+    kernel = kernels.get(row.kernel)
+    anew = any(cell_of(other) == cell_of(row) for other in found)
+    return row.level == "compiled" and (anew or kernel is None or not is_current(row, kernel))
+
+
 def product_row(kind: str, few: Cell, many: Cell) -> str:
     """Return the row of one kind of grouped product: few / many tokens."""
     columns = (*product_columns(kind, few, many), f"{few.seconds:.1f} / {many.seconds:.1f}")
@@ -213,7 +230,12 @@ def main() -> None:
         for row in evidence(platform, arch, cells, date)
     ]
     folder = evidence_folder()
-    kept = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
+    kept = [
+        row
+        for path in sorted(folder.glob("*.jsonl"))
+        for row in read_rows(path)
+        if not superseded(row, rows)
+    ]
     written = write_rows(folder, [*kept, *rows])
     print(f"{sum(map(len, results))} cells, {len(rows)} rows in {len(written)} files of {folder}")
     for row in rows:

@@ -230,6 +230,9 @@ def _cuda_packed_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile
         if several and rows > 16:
             return next(tile for most, tile in _EXPERTS_SM_90[kind] if rows <= most)
         return _matrix_tile_sm_90(kind, rows, several=several)
+    if kind == "int4_group_fp8" and arch.startswith(("sm_10", "sm_11")):
+        # Few rows must be the instruction's columns: of 16 rows Triton makes 16-bit floats.
+        return replace(_matrix_tile_sm_90(kind, rows, several=several), lanes=False)
     if rows <= 16:
         return Tile(16, 64, 128, 4, 4, 1)
     if rows <= 64:

@@ -7,12 +7,15 @@ of kernels. What `hal doctor` found broken is a reason in the table; what breaks
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hal.errors import PlatformError
 
-__all__ = ["accepted", "attribute", "operator"]
+__all__ = ["accepted", "attribute", "named", "operator"]
 
 
 def attribute(package: str, module: str, path: str) -> Any:
@@ -66,6 +69,45 @@ def accepted(operator: Any, **values: Any) -> tuple[Any, ...]:
             needed = f"only {', '.join(values)}"
             raise PlatformError(f"{operator}: found argument {argument.name!r}, needed {needed}")
     return tuple(values[a.name] for a in arguments if a.name in values)
+
+
+def named(package: str, function: Any, *passed: str, **fixed: Any) -> Callable[..., Any]:
+    """Return a function or operator with `fixed` arguments, to be called with the rest by name.
+
+    Args:
+        package: Distribution that it is of, for messages.
+        function: What to call. Some have thirty arguments, which releases reorder.
+        *passed: Names of the arguments that each call gives.
+        **fixed: The others that differ from their defaults, and all without one.
+
+    Raises:
+        PlatformError: If it does not take one of them, or wants another.
+    """
+    wanted = dict(_parameters(function))
+    given = {*passed, *fixed}
+    unknown = sorted(given.difference(wanted))
+    missing = [name for name, optional in wanted.items() if not optional and name not in given]
+    if unknown or missing:
+        found = f"no argument {', '.join(unknown)}" if unknown else ""
+        found += " and " * bool(unknown and missing)
+        found += f"a further one {', '.join(missing)}" if missing else ""
+        what = getattr(function, "__name__", function)
+        raise PlatformError(
+            f"{package}: found {found} of {what} in this version, needed those of the version in "
+            "docs/adapters.md; force another kernel, or install that version"
+        )
+    return functools.partial(function, **fixed)
+
+
+def _parameters(function: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each argument, and whether it may be left out."""
+    schema: Any = getattr(getattr(function, "default", None), "_schema", None)
+    if schema is not None:
+        for argument in schema.arguments:
+            yield argument.name, argument.has_default_value()
+        return
+    for name, parameter in inspect.signature(function).parameters.items():
+        yield name, parameter.default is not inspect.Parameter.empty
 
 
 def _imported(package: str, module: str) -> Any:

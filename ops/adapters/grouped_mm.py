@@ -70,13 +70,23 @@ def combine(
     return torch.where(present, wide, 0.0).sum(1)
 
 
-def _bind(
+def bind_groups(
     layer: ExpertLayer,
     w13: QTensor,
     first: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], torch.Tensor],
     second: Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor],
     tensors: Tensors,
 ) -> Bound:
+    """Return a layer whose products go by groups: rows in the order of experts.
+
+    Args:
+        layer: What is computed besides the products.
+        w13: The first weight, for its sizes.
+        first: `(x, token, ends, tensors)`, the product of rows `token` of x with w13.
+        second: `(h, ends, tensors)`, the product of rows that lie in order with w2. What either
+            gives for rows after the last end, those of absent slots, is not looked at.
+        tensors: What they read.
+    """
     experts, _, hidden = w13.shape
     biased = layer.first_bias or layer.second_bias
 
@@ -134,7 +144,7 @@ def bind_grouped(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer
     def second(h: torch.Tensor, ends: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         return multiply(h, tensors[1].transpose(1, 2), offs=ends)
 
-    return _bind(layer, w13, first, second, (w13.values, w2.values))
+    return bind_groups(layer, w13, first, second, (w13.values, w2.values))
 
 
 @FUSED_MOE.kernel(
@@ -171,7 +181,7 @@ def bind_scaled_grouped(
         codes, scales = quantize(h, encoding, how)
         return multiply(codes, tensors[2].transpose(1, 2), scales, tensors[3], ends, h.dtype)
 
-    return _bind(layer, w13, first, second, (*w13.tensors, *w2.tensors))
+    return bind_groups(layer, w13, first, second, (*w13.tensors, *w2.tensors))
 
 
 def _rows(codes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hal.arch import CudaArch
+from hal.device import version_at_least
 from hal.needs import Needs
 from hal.ops.adapters.foreign import accepted, attribute, operator
 from hal.ops.adapters.int4pack import offset_codes
@@ -46,6 +47,9 @@ EXPONENT_SHIFT = {"bfloat16": 120, "float16": 8}
 """2 ** (target exponent bits - 1) - 2 ** (4 - 1), for the decoding of e4m3fn."""
 FP4_SHIFT = 119
 """The same for e2m1 in bf16, 126, less the 7 by which the layout has scaled its e4m3 scales."""
+FLOAT32_SECONDS = "0.25.1"
+"""From this release of vLLM on, if not before, Marlin takes second scales of NVFP4 in float32; it
+refuses those of another dtype, so that a release between cannot go wrong unseen."""
 MOST_COMPUTE_UNITS = 512
 MARLIN = (
     Needs.platform("cuda"),
@@ -108,7 +112,9 @@ def bind_marlin(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
         shift = EXPONENT_SHIFT[name] if weight.encoding == "e4m3fn" else 0
         scales = (scales * 2.0**shift).to(dtype(name))
     elif second is not None:
-        second = (second * 2.0**FP4_SHIFT).to(dtype(name)).reshape(1)
+        second = (second * 2.0**FP4_SHIFT).reshape(1)
+        if not version_at_least(str(binding.spec.software.version_of("vllm")), FLOAT32_SECONDS):
+            second = second.to(dtype(name))
     else:
         scales = scales.view(dtype("e8m0"))
     locks = binding.spec.compute_units or MOST_COMPUTE_UNITS

@@ -65,7 +65,8 @@ def marlin_gemm(a, c_or_none, b_q_weight, b_bias_or_none, b_scales, a_scales, gl
     floats = b_type_id == ScalarTypes.float8_e4m3fn.id
     if b_type_id == ScalarTypes.float4_e2m1f.id:
         codes = marlin_codes(b_q_weight, size_k, size_n, 4)
-        numbers = E2M1[codes] * marlin_fp4_scales(b_scales, global_scale, size_k)
+        kind = SECOND_SCALES["dtype"]
+        numbers = E2M1[codes] * marlin_fp4_scales(b_scales, global_scale, size_k, kind)
         return (a.double() @ numbers).to(a.dtype)
     assert global_scale is None
     assert b_scales.dtype is a.dtype
@@ -123,7 +124,11 @@ def marlin_scales(stored):
     return scales
 
 
-def marlin_fp4_scales(stored, second, size_k: int):
+SECOND_SCALES = {"dtype": torch.bfloat16}
+"""What `marlin_gemm` takes second scales in; float32 from 0.25.1 on."""
+
+
+def marlin_fp4_scales(stored, second, size_k: int, dtype: torch.dtype):
     """Return factors `[K, N]` of e2m1 codes, whose scales lie in another order within eight."""
     groups, columns = stored.shape
     raw = stored.view(torch.uint8).long()
@@ -137,7 +142,7 @@ def marlin_fp4_scales(stored, second, size_k: int):
         assert groups * 32 == size_k
         return torch.exp2(scales.double() - 127).repeat_interleave(32, 0)
     assert stored.dtype is torch.float8_e4m3fn
-    assert second.dtype is torch.bfloat16
+    assert second.dtype is dtype, f"scalar type of global_scale must be {dtype}"
     assert second.shape == (1,)
     assert groups * 16 == size_k
     exponent, fraction = scales // 8, scales % 8

@@ -113,6 +113,18 @@ def test_marlin_fp4(packages, scheme, shape, with_bias, generator):
 
 
 @ONCE
+def test_marlin_takes_second_scales_in_float32_since_0_25_1(packages, generator, monkeypatch):
+    monkeypatch.setitem(mixed.SECOND_SCALES, "dtype", torch.float32)
+    weight, x = make(64, 128, "nvfp4", generator), torch.randn(5, 128, generator=generator)
+    around = {"packages": (("vllm", "0.25.1"),)}
+    linear = fakes.bind("cuda:rtx-3090", "vllm_marlin_fp4", weight, **around)
+    want = fakes.expected("vllm_marlin_fp4", weight, x.bfloat16())
+    assert float((linear(x.bfloat16()).double() - want).norm() / want.norm()) < 5e-3
+    with pytest.raises(AssertionError, match=r"global_scale must be torch\.float32"):
+        fakes.bind("cuda:rtx-3090", "vllm_marlin_fp4", weight)(x.bfloat16())
+
+
+@ONCE
 @BIAS
 @HALVES
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384)])

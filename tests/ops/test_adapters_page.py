@@ -1,4 +1,4 @@
-"""The page on adapters lists every claimed kernel of linear as it is declared."""
+"""The page on adapters lists every claimed kernel of linear and fused_moe as it is declared."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from adapter_fakes import spec_of
 from hal.arch import PluginArch
 from hal.device import Software
 from hal.needs import Code, Context
+from hal.ops.fused_moe import FUSED_MOE
 from hal.ops.linear import LINEAR
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
-CLAIMED = [kernel for kernel in LINEAR.kernels if kernel.claimed]
+CLAIMED = [kernel for op in (LINEAR, FUSED_MOE) for kernel in op.kernels if kernel.claimed]
 SPEC = spec_of("cpu:x86-avx2")
 NOWHERE = replace(SPEC, platform="nowhere", arch=PluginArch("nowhere", "none"), software=Software())
-NOTHING_FITS = {"in_features": 1, "out_features": 1, "dtype": "float16"}
+# What every function for whole layers declines (biases, clamps, ...) is said once, in words.
+NOTHING_FITS = {
+    "in_features": 1, "out_features": 1, "hidden": 1, "intermediate": 1, "experts": 1 << 20,
+    "dtype": "float16", "activation": "other",
+}  # fmt: skip
 
 
 def row(kernel) -> str:
