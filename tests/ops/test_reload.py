@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibrated import quantize, scale_for
 
+import hal.nn
 from hal.errors import (
     ArgumentError,
     DeviceMismatchError,
@@ -170,6 +171,42 @@ def test_a_weight_in_another_layout_is_brought_back():
     bound = Linear(old)
     bound.reload(to_layout(new, "k_major"))
     assert torch.equal(bound(rows(3, 128, "cpu")), Linear(new)(rows(3, 128, "cpu")))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_channel", "int4_w4a16", "mxfp4"])
+class TestModules:
+    """The binding and its memory stay, and buffers hold the new weights."""
+
+    def test_linear(self, scheme):
+        old, new = (weight(seed, 64, 128, scheme=scheme) for seed in (0, 1))
+        biases = [torch.full((64,), value).bfloat16() for value in (1.0, 2.0)]
+        module, fresh = hal.nn.Linear(old, biases[0]), hal.nn.Linear(new, biases[1])
+        x, bound = rows(5, 128, "cpu"), module.bound
+        module(x)
+        before = addresses(bound)
+        module.reload(new, biases[1])
+        assert torch.equal(module(x), fresh(x))
+        assert module.bound is bound
+        assert addresses(bound) == before
+        found, wanted = module.state_dict(), fresh.state_dict()
+        assert all(torch.equal(found[name].float(), wanted[name].float()) for name in wanted)
+
+    def test_experts(self, scheme):
+        shapes = (4, 128, 128), (4, 128, 64)
+        old, new = ([weight(seed, *shape, scheme=scheme) for shape in shapes] for seed in (0, 1))
+        module, fresh = hal.nn.FusedMoE(*old), hal.nn.FusedMoE(*new)
+        x, routing, bound = rows(5, 128, "cpu"), route(5, "cpu"), module.bound
+        module.reload(*new)
+        assert torch.equal(module(x, routing), fresh(x, routing))
+        assert module.bound is bound
+        saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        other = weight(1, 4, 128, 128, scheme="int8_channel")
+        with pytest.raises(ArgumentError, match=r"reload: w13: found .*int8_channel"):
+            module.reload(other, new[1])
+        with pytest.raises(ArgumentError, match="w2_bias: found given one, needed none"):
+            module.reload(*new, w2_bias=torch.ones(4, 128))
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor.float(), saved[name].float())
 
 
 class TestRefuses:
