@@ -161,10 +161,13 @@ class _TritonMath(Need):
         if any(name in emitted for name in self.formats):
             return None
         listed = ", ".join(sorted(emitted)) or "none"
+        math = (context.spec.formats.of("math", name) for name in self.formats)
+        only_triton = bool(emitted) and Support.NATIVE in math
         return Failure(
             Code.FORMAT,
             f"Triton's own matrix instruction for {' or '.join(self.formats)}",
             f"on {context.spec.arch} Triton has it for {listed}",
+            "the device has one; Triton converts, which is emulated" if only_triton else "",
         )
 
 

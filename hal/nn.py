@@ -80,13 +80,39 @@ class _Quantized(torch.nn.Module):
                     "call it once before compiling it"
                 )
             return self._binding
-        parts = [part for part in self._buffers.values() if part is not None]
-        stamps = [(id(part), stamp(part)) for part in parts]
+        parts, stamps = self._seen()
         if self._binding is None or stamps != self._stamps:
             self._unbind()  # first: it may keep another copy of the weights alive
             # As long as these parts live, no others can take their addresses.
             self._binding, self._stamps, self._parts = self._bind(), stamps, parts
         return self._binding
+
+    def _seen(self) -> tuple[list[torch.Tensor], list[Any]]:
+        """Return the buffers, and what changes when one is written or replaced."""
+        parts = [part for part in self._buffers.values() if part is not None]
+        return parts, [(id(part), stamp(part)) for part in parts]
+
+    def _reload(self, weights: dict[str, QTensor], **biases: torch.Tensor | None) -> None:
+        """Put weights and biases into the buffers and into the memory of the binding."""
+        bound = self._bound()
+        for name, weight in weights.items():
+            if weight.metadata != self._tags[name]:
+                raise ArgumentError(
+                    f"{type(self).__name__}.reload: {name}",
+                    found=weight.metadata,
+                    needed=self._tags[name],
+                    cure="make a module of the new weights",
+                )
+        bound.reload(*weights.values(), **biases)
+        new = {name: bias for name, bias in biases.items() if bias is not None}
+        for name, weight in weights.items():
+            new |= {f"{name}_{part}": tensor for part, tensor in weight.state_dict().items()}
+        with torch.inference_mode():
+            for name, tensor in new.items():
+                held = self.get_buffer(name)
+                if held.data_ptr() != tensor.data_ptr():
+                    held.copy_(tensor)
+        self._parts, self._stamps = self._seen()
 
     def weight_of(self, name: str) -> QTensor:
         """Return the quantized weight called `name`."""
@@ -273,6 +299,14 @@ class Linear(_Quantized):
         found: BoundLinear = self._bound()
         return found
 
+    def reload(self, weight: Weight, bias: torch.Tensor | None = None) -> None:
+        """Put a new weight in the place of the old, as `hal.ops.Linear.reload` does.
+
+        Raises:
+            ArgumentError: Of the kind that fits the fault; nothing was changed.
+        """
+        self._reload({"weight": as_qtensor("hal.nn.Linear.reload", weight)}, bias=bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for `[..., K]`."""
         return self._bound()(x)
@@ -333,6 +367,23 @@ class FusedMoE(_Quantized):
         """Return the bound op, made on first use."""
         found: BoundFusedMoE = self._bound()
         return found
+
+    def reload(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+    ) -> None:
+        """Put new weights in the place of the old, as `hal.ops.FusedMoE.reload` does.
+
+        Raises:
+            ArgumentError: Of the kind that fits the fault; nothing was changed.
+        """
+        where = "hal.nn.FusedMoE.reload"
+        weights = {"w13": as_qtensor(where, w13), "w2": as_qtensor(where, w2)}
+        self._reload(weights, w13_bias=w13_bias, w2_bias=w2_bias)
 
     def forward(
         self,

@@ -31,8 +31,10 @@ from hal.ops.prepare import (
     prepare,
     require_finite,
 )
+from hal.ops.reload import Traits, overwrite, require_alike, require_reloadable, traits
 from hal.ops.route import Routing
 from hal.protocol import Platform
+from hal.quant.tensor import QTensor
 from hal.selection import Selection
 from hal.torch_compat import is_compiling_function
 
@@ -57,18 +59,23 @@ class _Bound:
 
     __slots__ = (
         "__weakref__",
+        "_binding",
         "_checks",
         "_dtype",
         "_launch",
+        "_traits",
         "key",
         "platform",
         "selection",
         "tensors",
     )
+    op: ClassVar[str]
 
-    def __init__(self, selection: Selection, platform: Platform, dtype: torch.dtype) -> None:
-        self.selection = selection
-        self.platform = platform
+    def __init__(self, binding: Binding, dtype: torch.dtype) -> None:
+        self._binding = binding
+        self._traits: dict[str, Traits] = {}
+        self.selection: Selection = binding.selection
+        self.platform: Platform = binding.platform
         self.tensors: Tensors = ()
         self._dtype = dtype
         self._checks = setting("HAL_CHECK") == "1"
@@ -95,6 +102,27 @@ class _Bound:
         with self.platform.ordered(self.tensors):
             pass
         self.platform.wait(self.tensors)
+
+    def _prepare(self, weights: dict[str, QTensor], **biases: torch.Tensor | None) -> list[QTensor]:
+        """Return the weights as the kernel reads them, and remember of what kind all are."""
+        prepared = {name: prepare(self._binding, part, name) for name, part in weights.items()}
+        self._traits = {name: traits(part) for name, part in (*prepared.items(), *biases.items())}
+        return list(prepared.values())
+
+    def _prepare_again(
+        self, weights: dict[str, QTensor], **biases: torch.Tensor | None
+    ) -> list[QTensor]:
+        """Return others as the kernel reads them; raise unless they are of the same kind."""
+        kernel = self.selection.kernel
+        assert kernel is not None
+        require_reloadable(f"{self.op}.reload", kernel)
+        for name, part in (*weights.items(), *biases.items()):
+            names = ("device", "scheme", "shape") if name in weights else ()
+            require_alike(f"{self.op}.reload: {name}", traits(part), self._traits[name], *names)
+        prepared = {name: prepare(self._binding, part, name) for name, part in weights.items()}
+        for name, part in prepared.items():
+            require_alike(f"{self.op}.reload: {name}", traits(part), self._traits[name])
+        return list(prepared.values())
 
     def __copy__(self) -> Any:
         return self
@@ -158,12 +186,31 @@ class Linear(_Bound):
         selection, where = select_for(
             "linear", weight.scheme.name, weight.device, problem, platform=platform, **options
         )
-        super().__init__(selection, where, dtype)
+        super().__init__(Binding(selection, where, weight.scheme, weight.device), dtype)
         self._columns, self.rows_out, self._device = columns, rows_out, weight.device
-        binding = Binding(selection, where, weight.scheme, weight.device)
         assert selection.kernel is not None
-        weight = prepare(binding, weight, "weight")
-        self._finish(selection.kernel.load()(binding, weight, bias), weight.device)
+        (weight,) = self._prepare({"weight": weight}, bias=bias)
+        self._finish(selection.kernel.load()(self._binding, weight, bias), weight.device)
+
+    def reload(self, weight: Weight, bias: torch.Tensor | None = None) -> None:
+        """Put a new weight into the memory that the kernel reads: captured graphs compute with it.
+
+        That memory may be the one of the weight that was bound. Calls on other streams must be
+        done. What it takes besides while it works is the prepared new weight.
+
+        Args:
+            weight: Of the shape, scheme, encoding and device of the one that was bound.
+            bias: Of the same kind, if there was one.
+
+        Raises:
+            ArgumentError: Of the kind that fits the fault; nothing was changed.
+        """
+        bias = None if bias is None else bias.detach().contiguous()
+        (ready,) = self._prepare_again({"weight": as_qtensor("linear.reload", weight)}, bias=bias)
+        kernel = self.selection.kernel
+        assert kernel is not None
+        _, new = kernel.load()(self._binding, ready, bias)
+        overwrite("linear.reload", self.tensors, new, self.platform)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for `x` `[..., K]`.
@@ -242,6 +289,7 @@ class FusedMoE(_Bound):
         "_device",
         "_experts",
         "_hidden",
+        "_layer",
         "_lora",
         "_restricted",
     )
@@ -322,15 +370,51 @@ class FusedMoE(_Bound):
         selection, where = select_for(
             "fused_moe", w13.scheme.name, device, problem, platform=platform, **options
         )
-        super().__init__(selection, where, dtype)
+        super().__init__(Binding(selection, where, w13.scheme, device), dtype)
         self._hidden, self._experts, self._device = unpadded_hidden or hidden, experts, device
         self._batched, self._restricted, self._lora = batched, batched or single, lora
         layer = ExpertLayer(how, w13_bias is not None, w2_bias is not None, single, batched)
-        binding = Binding(selection, where, w13.scheme, device)
+        self._layer = layer
         assert selection.kernel is not None
-        w13, w2 = prepare(binding, w13, "w13"), prepare(binding, w2, "w2")
-        launch, read = selection.kernel.load()(binding, w13, w2, layer)
+        weights = {"w13": w13, "w2": w2}
+        w13, w2 = self._prepare(weights, w13_bias=w13_bias, w2_bias=w2_bias)
+        launch, read = selection.kernel.load()(self._binding, w13, w2, layer)
         self._finish((launch, (*read, *biases)), device)
+
+    def reload(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+    ) -> None:
+        """Put new weights into the memory that the kernel reads: captured graphs compute with them.
+
+        That memory may be the one of the weights that were bound. Calls on other streams must be
+        done. What it takes besides while it works are the prepared new weights.
+
+        Args:
+            w13: Of the shape, scheme, encoding and device of the one that was bound.
+            w2: The same.
+            w13_bias: Of the same kind, if there was one.
+            w2_bias: The same.
+
+        Raises:
+            ArgumentError: Of the kind that fits the fault; nothing was changed.
+        """
+        where = "fused_moe.reload"
+        biases = {
+            name: None if bias is None else bias.detach().contiguous()
+            for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias))
+        }
+        weights = {"w13": as_qtensor(where, w13), "w2": as_qtensor(where, w2)}
+        ready = self._prepare_again(weights, **biases)
+        kernel = self.selection.kernel
+        assert kernel is not None
+        _, new = kernel.load()(self._binding, *ready, self._layer)
+        new = (*new, *(bias for bias in biases.values() if bias is not None))
+        overwrite(where, self.tensors, new, self.platform)
 
     def __call__(
         self,

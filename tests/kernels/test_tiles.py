@@ -22,7 +22,9 @@ from hal.ops.tiles import (
 from hal.platforms.tables import device_rows
 
 DEVICES = {
-    f"{platform}:{row.name}": row for platform in ("cuda", "rocm") for row in device_rows(platform)
+    f"{platform}:{row.name}": row
+    for platform in ("cuda", "rocm", "xpu")
+    for row in device_rows(platform)
 }
 
 
@@ -50,6 +52,25 @@ def test_tiles_fit_the_device(name):
                     assert tile.block_m * tile.warps >= 16
                     if "block128" in kind:
                         assert 128 % tile.block_k == 0
+
+
+@pytest.mark.parametrize("kind", list(OPERAND_BYTES))
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "xpu"])
+def test_stages_are_given_up_before_tiles(platform, kind):
+    """Down to two, which is what loads and products need to overlap; the last one goes last."""
+    wide = before = Tile(128, 256, 128, 8, 4)
+    least = Tile(32, 64, 64, 8, 1).shared_memory_bytes(kind, platform=platform)
+    for limit in range(wide.shared_memory_bytes(kind, platform=platform), least, -4096):
+        tile = fit(wide, kind, limit, platform=platform)
+        assert tile.shared_memory_bytes(kind, platform=platform) <= limit
+        if tile.stages > 2:
+            assert (tile.block_m, tile.block_n, tile.block_k) == (128, 256, 128)
+        if tile.stages < 2:
+            assert (tile.block_m, tile.block_n, tile.block_k) == (32, 64, 64)
+        assert tile.stages <= before.stages
+        before = tile
+    assert before.block_k == 64
+    assert before.stages <= 2
 
 
 def h200(rows, **options):

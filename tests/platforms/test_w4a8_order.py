@@ -80,7 +80,13 @@ class Races(TorchDispatchMode):
         return result
 
 
-def run(ordered: bool, outer: int, step: int | None, reorder: int | None) -> set[tuple[str, str]]:
+def run(
+    ordered: bool,
+    outer: int,
+    step: int | None,
+    reorder: int | None,
+    layout: str = "cutlass_w4a8",
+) -> set[tuple[str, str]]:
     """Produce codes, rewrite them in place, reorder them and read them; return the races."""
     model = ModelDevice()
     streams, platform = model.streams[0], ModelPlatform(model, ordered)
@@ -90,7 +96,7 @@ def run(ordered: bool, outer: int, step: int | None, reorder: int | None) -> set
         packed.fill_(0x5A)
         scales.fill_(0.25)
         weight = w4a8_weight(packed, scales, platform=platform, inplace=True, stream=names[0])
-        there = to_layout(weight, "cutlass_w4a8", platform, stream=names[1])
+        there = to_layout(weight, layout, platform, stream=names[1])
         for tensor in (packed, *there.tensors):
             tensor.clone()
     return races.found
@@ -99,9 +105,12 @@ def run(ordered: bool, outer: int, step: int | None, reorder: int | None) -> set
 CHOICES = list(itertools.product((0, 1), (None, 0, 1, 2), (None, 0, 1, 3)))
 
 
+@pytest.mark.parametrize("layout", ["cutlass_w4a8", "int4_planes"])
 @pytest.mark.parametrize(("outer", "step", "reorder"), CHOICES)
-def test_every_access_is_ordered(outer: int, step: int | None, reorder: int | None) -> None:
-    assert run(True, outer, step, reorder) == set()
+def test_every_access_is_ordered(
+    outer: int, step: int | None, reorder: int | None, layout: str
+) -> None:
+    assert run(True, outer, step, reorder, layout) == set()
 
 
 @pytest.mark.parametrize(("step", "reorder"), [(1, None), (None, 2), (1, 2)])

@@ -9,7 +9,7 @@ import pytest
 import shard_worker
 import torch
 
-from hal.quant import SCHEMES, quantize
+from hal.quant import SCHEMES, quantize, w4a8_weight
 
 WORLD = 2
 
@@ -51,3 +51,17 @@ def test_columns_of_two_ranks_are_those_of_the_whole(scheme: str, shards) -> Non
         assert torch.equal(found, wanted[name]), name
         if along_rows:
             assert all(torch.equal(part[name], found) for part in parts)
+
+
+def test_w4a8_experts_of_two_ranks_are_those_of_the_whole(shards) -> None:
+    """w13 is cut along its rows and needs nothing of others, w2 along its columns."""
+    wanted = w4a8_weight(*shard_worker.checkpoint(1, 512, 256)).state_dict()
+    for rank, shard in enumerate(shards):
+        for name, tensor in wanted.items():
+            part = shard_worker.rows_of(tensor, rank, WORLD)
+            assert torch.equal(shard["w13"][name], part), name
+    wanted = w4a8_weight(*shard_worker.checkpoint(2, 256, 512)).state_dict()
+    for name in ("values", "scales"):
+        found = torch.cat([shard["w2"][name] for shard in shards], -1)
+        assert torch.equal(found, wanted[name]), name
+    assert all(torch.equal(s["w2"]["global_scale"], wanted["global_scale"]) for s in shards)

@@ -1,0 +1,150 @@
+"""What platforms resolve differently: which kernel serves, and why the others do not.
+
+One section for each row of the table in docs/moe.md that selection decides; devices that are not
+here are simulated. The other rows are in test_platform_shards.py, test_platform_encodings.py,
+test_platform_activations.py and test_platform_memory.py.
+"""
+
+from __future__ import annotations
+
+import adapter_fakes as fakes
+import pytest
+
+import hal
+from hal.arch import CudaArch
+from hal.platforms.tables import device_rows
+from hal.quant import SCHEMES
+from hal.registry import Level
+from hal.selection import choose, options_from
+
+SIZES = {
+    "tokens": 16, "experts": 8, "top_k": 2, "hidden": 2048, "intermediate": 768,
+    "dtype": "bfloat16", "activation": "silu",
+}  # fmt: skip
+
+
+def select(scheme, platform, **problem):
+    return hal.select("fused_moe", scheme=scheme, platform=platform, **{**SIZES, **problem})
+
+
+def why(selection, kernel):
+    """Return the reasons for which a kernel is out."""
+    return "; ".join(map(str, selection.candidate(kernel).failures))
+
+
+# ------------------------------------------------------------------------------------- int8 W8A8
+WITH_INT8 = ("cuda:rtx-3090", "cuda:h200", "rocm:gfx90a", "rocm:gfx942", "rocm:gfx950",
+             "rocm:gfx1100", "rocm:gfx1201", "xpu:arc-b580", "xpu:max-1550")  # fmt: skip
+WITHOUT_TRITON = ("cuda:t4", "rocm:gfx908")
+
+
+@pytest.mark.parametrize("platform", WITH_INT8)
+def test_int8_is_multiplied_as_int8(platform):
+    selection = select("int8_channel", platform)
+    assert (selection.kernel.name, selection.level) == ("triton_int8", Level.NATIVE)
+
+
+@pytest.mark.parametrize("platform", WITHOUT_TRITON)
+def test_int8_goes_through_torch_where_triton_has_no_product(platform):
+    selection = select("int8_channel", platform)
+    assert selection.kernel.name.startswith("torch_experts")
+    assert "feature triton" in why(selection, "triton_int8")
+
+
+def test_a_single_int8_product_on_sm_75_is_torchs():
+    selection = hal.select("linear", scheme="int8_channel", platform="cuda:t4")
+    assert (selection.kernel.name, selection.level) == ("torch_int_mm", Level.NATIVE)
+    refused = hal.select("linear", scheme="int8_channel", platform="cuda:v100")
+    assert "needs sm_75 or newer" in why(refused, "torch_int_mm")
+
+
+INT8_KERNELS = ("triton_int8", "torch_experts_int8")
+
+
+@pytest.mark.parametrize("platform", ["cuda:h200", "cpu:x86-avx512"])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if SCHEMES[name].weight.format])
+def test_other_activations_than_per_token_are_refused_with_the_reason(scheme, platform):
+    """But static ones, whose one scale is handed in: a scheme of its own."""
+    taken = scheme in ("int8_channel", "int8_static")
+    for kernel in INT8_KERNELS:
+        reasons = why(select(scheme, platform), kernel)
+        needed = f"found {scheme}, needs int8_channel or int8_static"
+        assert (needed in reasons) is not taken, reasons
+
+
+@pytest.mark.parametrize("platform", [*WITH_INT8, "cpu:x86-avx512"])
+def test_int8_batches_are_refused_with_the_reason(platform):
+    selection = select("int8_channel", platform, format="batched")
+    for kernel in INT8_KERNELS:
+        assert "needs format standard (int8 activations are quantized" in why(selection, kernel)
+    assert selection.level in (Level.WEIGHT_ONLY, Level.DEQUANT)
+
+
+# ------------------------------------------------------------------------------------- W8A16-fp8
+@pytest.mark.parametrize("scheme", ["fp8_w8a16_tensor", "fp8_w8a16", "fp8_w8a16_block128"])
+@pytest.mark.parametrize(
+    "platform", ["cuda:rtx-3090", "rocm:gfx90a", "rocm:gfx942", "rocm:gfx1100", "rocm:gfx1201"]
+)
+def test_fp8_weights_alone_are_decoded_in_the_loop(platform, scheme):
+    selection = select(scheme, platform)
+    assert (selection.kernel.name, selection.level) == ("triton_decode", Level.WEIGHT_ONLY)
+    if platform.startswith("rocm"):
+        assert "found rocm, needs cpu or cuda or xpu" in why(selection, "torch_experts_decode")
+
+
+@pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_channel", "fp8_block128"])
+def test_fp8_with_quantized_activations_falls_to_weights_alone_on_an_rtx_3090(scheme):
+    selection = select(scheme, "cuda:rtx-3090")
+    assert (selection.kernel.name, selection.level) == ("triton_decode", Level.WEIGHT_ONLY)
+    assert "Triton's own matrix instruction for e4m3fn" in why(selection, "triton_fp8")
+
+
+# ------------------------------------------------------------------------- families of Blackwell
+@pytest.mark.parametrize("op", ["linear", "fused_moe"])
+@pytest.mark.parametrize("arch", ["sm_110", "sm_120", "sm_121"])
+def test_kernels_of_family_10_are_for_it_alone(op, arch):
+    """Every package is there; what a kernel runs on is only what it names."""
+    spec = fakes.spec_of(f"cuda:{arch}")
+    checked = 0
+    for scheme in SCHEMES:
+        selection = choose(op, scheme, spec, {"dtype": "bfloat16"}, options_from(op))
+        for candidate in selection.candidates:
+            for need in candidate.kernel.requires:
+                names = (*getattr(need, "families", ()), *getattr(need, "names", ()))
+                floor = getattr(need, "floor", None)
+                assert not isinstance(floor, CudaArch) or floor < CudaArch(10, 0), candidate
+                if any(name.startswith("sm_10") for name in names):
+                    named = arch in names or spec.arch.family in names
+                    refused = any(str(failure.code) == "arch" for failure in candidate.failures)
+                    assert refused is not named, candidate
+                    checked += 1
+    assert checked or op == "fused_moe"  # whose kernels name no family yet
+
+
+def test_fp8_through_triton_on_sm_121_is_not_called_native():
+    for op, problem in (("fused_moe", SIZES), ("linear", {"dtype": "bfloat16"})):
+        selection = hal.select(op, scheme="fp8_channel", platform="cuda:gb10", **problem)
+        assert "the device has one; Triton converts, which is emulated" in why(
+            selection, "triton_fp8"
+        )
+        able = [c.kernel for c in selection.candidates if not c.failures]
+        native = [kernel.name for kernel in able if kernel.level is Level.NATIVE]
+        assert not any(name.startswith("triton") for name in native)
+        assert "emulated" not in why(
+            hal.select(op, scheme="fp8_channel", platform="cuda:rtx-3090", **problem), "triton_fp8"
+        )
+
+
+# ----------------------------------------------------------------- sizes that no block divides
+ODD = ((200, 192), (33, 9), (2048, 192), (2880, 2880))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "xpu", "cpu"])
+def test_odd_sizes_need_no_reference(platform):
+    """A shard of 192 columns leaves half a block of 128: tails are masked, so none is refused."""
+    for row in device_rows(platform):
+        for scheme in SCHEMES:
+            for hidden, intermediate in ODD:
+                where = f"{platform}:{row.name}"
+                selection = select(scheme, where, hidden=hidden, intermediate=intermediate)
+                assert selection.level is not Level.REFERENCE, (where, scheme, hidden)
