@@ -170,11 +170,11 @@ def test_the_function():
     assert torch.equal(expert_cases.within(found, counts), expert_cases.within(wanted, counts))
 
 
-def test_the_page_lists_every_kernel_and_what_takes_batches():
+def test_the_page_lists_every_kernel_of_hal_and_what_takes_batches():
     page = (Path(__file__).parents[2] / "docs" / "moe.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
     listed = {row[0]: row[2] for row in rows if len(row) == 4 and row[0] in find_op("fused_moe")}
-    for kernel in find_op("fused_moe").kernels:
+    for kernel in (kernel for kernel in find_op("fused_moe").kernels if not kernel.claimed):
         spec = hal.platform("cpu").device(0)
         context = Context(spec, kernel.schemes[0], {"format": "batched"})
         found = [failure for need in kernel.requires if (failure := need.check(context))]
