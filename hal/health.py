@@ -29,7 +29,13 @@ REMEMBERED = "(seen by hal doctor; run it again after mending)"
 
 _FORM = 1
 _AT_ONCE = 2
-_IMPORT = "import importlib\nimportlib.import_module(arguments[0])\n"
+_IMPORT = """
+import importlib
+from importlib.util import find_spec
+
+names = arguments[0].split("|")
+importlib.import_module(next(filter(find_spec, names), names[0]))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,8 @@ def try_packages(
     """Import packages in children, two at a time, and keep what came of it.
 
     Args:
-        packages: (version, name to import) by distribution name.
+        packages: (version, name to import) by distribution name. Of several names with a `|`
+            between the first is imported that is there.
         torch: Version of the installed torch.
         seconds: Time limit of each.
         done: Called after each, for a progress display.

@@ -40,14 +40,14 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
         "transformers": "transformers",
         "deep-gemm": "deep_gemm",
         "flashinfer-python": "flashinfer",
-        "vllm": "vllm._C",
+        "vllm": "vllm._C|vllm._C_stable_libtorch",  # the latter alone in 0.25.1 for CUDA
         "amd-aiter": "aiter",
         "torchao": "torchao",
         "vllm-xpu-kernels": "vllm_xpu_kernels",
         "nvidia-ml-py": "pynvml",
     }
 )
-"""Every package that hal asks about: the name to import by distribution name."""
+"""Every package that hal asks about: the names of which to import one, by distribution name."""
 
 _TRITONS = tuple(name for name, module in PACKAGES.items() if module == "triton")
 

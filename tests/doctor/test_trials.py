@@ -278,6 +278,19 @@ class TestPackages:
         assert try_kernel_packages(software, 60) == ()
         assert not mark.exists()
 
+    def test_the_first_name_that_is_there_is_imported(self, site: Path) -> None:
+        self.install(site, "acme_new", "print('hello')")
+        self.install(site, "acme_broken", "raise ImportError('undefined symbol')")
+        wanted = {
+            "amd-aiter": ("3.0", "acme_old|acme_new"),
+            "deep-gemm": ("2.0", "acme_broken|acme_new"),
+            "torchao": ("1.0", "acme_old|acme_older"),
+        }
+        failures = {row.package: row.failure for row in try_packages(wanted, None, seconds=20)}
+        assert failures.pop("amd-aiter") == ""
+        assert "undefined symbol" in failures.pop("deep-gemm")
+        assert "acme_old" in failures.pop("torchao")
+
     def test_hanging_ending_and_good_packages(self, site: Path) -> None:
         self.install(site, "torchao", "import time; time.sleep(60)")
         self.install(site, "deep_gemm", "import os; os._exit(3)")
