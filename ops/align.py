@@ -145,7 +145,7 @@ def align_torch(ids: torch.Tensor, experts: int, block: int) -> Alignment:
     signatures=SIGNATURE,
     requires=(
         Needs.feature("triton"),
-        Needs.package("triton", "3.2"),
+        Needs.package("triton", "3.3", "3.2 has no tl.gather"),
         Needs.between("experts", 1, 1025),
     ),
 )

@@ -98,7 +98,7 @@ def moe_signatures(
 
 TRITON = (
     Needs.feature("triton"),
-    Needs.package("triton", "3.2"),
+    Needs.package("triton", "3.3", "slots are aligned with tl.gather"),
     Needs.between("experts", 1, 1025),
     Needs.one_of("activation", *ACTIVATIONS),
 )

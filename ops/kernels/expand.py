@@ -41,7 +41,8 @@ def _expand_kernel(
     SECOND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    PER_BYTE: tl.constexpr = 2 if CODES == "e2m1" or CODES == "int4" or CODES == "uint4" else 1
+    FOUR_BITS: tl.constexpr = (CODES == "int4" or CODES == "uint4") or CODES == "e2m1"
+    PER_BYTE: tl.constexpr = 2 if FOUR_BITS else 1
     PER_WORD: tl.constexpr = 4 * PER_BYTE
     steps = tl.cdiv(k_size, BLOCK_K)
     columns = tl.program_id(0) // steps * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -147,7 +147,7 @@ def _add_eight(
 ):  # fmt: skip
     """Add eight codes a lane, of one word or of two, times x [lanes, 8] to sums."""
     x0, x1, x2, x3, x4, x5, x6, x7 = _columns_of(x)
-    if CODES == "e4m3" or CODES == "e5m2" or CODES == "int8":
+    if (CODES == "e4m3" or CODES == "e5m2") or CODES == "int8":
         sums = _add_bytes(sums, first, x0, x1, x2, x3, nothing, CODES, FNUZ)
         return _add_bytes(sums, second, x4, x5, x6, x7, nothing, CODES, FNUZ)
     else:
@@ -173,6 +173,22 @@ def _load_scales(
 def _halves(x):
     """Return the upper and the lower half of the rows of x [rows, any]."""
     return tl.split(x.reshape(2, x.shape[0] // 2, x.shape[1]).permute(1, 2, 0))
+
+
+@triton.jit
+def _halves_of_scale(scale, SCALE_FORMAT: tl.constexpr):
+    """Return what `_halves` does, of scales if there are any."""
+    if SCALE_FORMAT == "":
+        return scale, scale
+    else:
+        return _halves(scale)
+
+
+@triton.jit
+def _one_above_the_other(upper, lower):
+    """Undo `_halves` of rows [rows, lanes]."""
+    R: tl.constexpr = 2 * upper.shape[0]
+    return tl.join(upper, lower).permute(2, 0, 1).reshape(R, upper.shape[1])
 
 
 @triton.jit
@@ -207,7 +223,7 @@ def _product_of_row(
         even, odd = tl.split(codes.reshape(LANES, 2, 2))
         word0, word2 = tl.split(even)
         word1, word3 = tl.split(odd)
-        if CODES == "e4m3" or CODES == "e5m2" or CODES == "int8":
+        if (CODES == "e4m3" or CODES == "e5m2") or CODES == "int8":
             sums = _add_eight(sums, word0, word1, x0, zero, nothing, CODES, FNUZ)
             sums = _add_eight(sums, word2, word3, x1, zero, nothing, CODES, FNUZ)
         else:
@@ -230,6 +246,109 @@ def _product_of_row(
 
 
 @triton.jit
+def _product_1(
+    codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Return the product of the only row of codes with x for each lane, [1, lanes]."""
+    sums = _product_of_row(
+        codes, scale, zeros_ptr + first_row * stride_sn, stride_sk, first_k, n_groups,
+        first_row < n_rows, x0, x1, x2, x3, nothing,
+        CODES, FNUZ, SCALE_FORMAT, GROUP, HELD, x0.shape[0],
+    )  # fmt: skip
+    return sums[None, :]
+
+
+@triton.jit
+def _product_2(
+    codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Return the products of two rows, [2, lanes]: each half by itself.
+
+    Written for each number of rows: before 3.5 Triton cannot hash a function that calls itself.
+    """
+    upper, lower = _halves(codes)
+    upper_scale, lower_scale = _halves_of_scale(scale, SCALE_FORMAT)
+    upper = _product_1(
+        upper, upper_scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    lower = _product_1(
+        lower, lower_scale, first_row + 1, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    return _one_above_the_other(upper, lower)
+
+
+@triton.jit
+def _product_4(
+    codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Return the products of 4 rows, [4, lanes]."""
+    upper, lower = _halves(codes)
+    upper_scale, lower_scale = _halves_of_scale(scale, SCALE_FORMAT)
+    upper = _product_2(
+        upper, upper_scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    lower = _product_2(
+        lower, lower_scale, first_row + 2, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    return _one_above_the_other(upper, lower)
+
+
+@triton.jit
+def _product_8(
+    codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Return the products of 8 rows, [8, lanes]."""
+    upper, lower = _halves(codes)
+    upper_scale, lower_scale = _halves_of_scale(scale, SCALE_FORMAT)
+    upper = _product_4(
+        upper, upper_scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    lower = _product_4(
+        lower, lower_scale, first_row + 4, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    return _one_above_the_other(upper, lower)
+
+
+@triton.jit
+def _product_16(
+    codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+    x0, x1, x2, x3, nothing,
+    CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Return the products of 16 rows, [16, lanes]."""
+    upper, lower = _halves(codes)
+    upper_scale, lower_scale = _halves_of_scale(scale, SCALE_FORMAT)
+    upper = _product_8(
+        upper, upper_scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    lower = _product_8(
+        lower, lower_scale, first_row + 8, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
+        n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    )  # fmt: skip
+    return _one_above_the_other(upper, lower)
+
+
+@triton.jit
 def _product(
     codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
     x0, x1, x2, x3, nothing,
@@ -242,28 +361,32 @@ def _product(
     there are. Rows are done one by one for the sake of zero points: see `_product_of_row`.
     """
     R: tl.constexpr = codes.shape[0]
-    LANES: tl.constexpr = x0.shape[0]
-    if R > 1:
-        upper, lower = _halves(codes)
-        upper_scale, lower_scale = scale, scale
-        if SCALE_FORMAT != "":
-            upper_scale, lower_scale = _halves(scale)
-        upper = _product(
-            upper, upper_scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k,
-            n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    tl.static_assert(R <= 16, "at most 16 rows")
+    if R == 1:
+        return _product_1(
+            codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+            x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
         )  # fmt: skip
-        lower = _product(
-            lower, lower_scale, first_row + R // 2, n_rows, zeros_ptr, stride_sn, stride_sk,
-            first_k, n_groups, x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+    elif R == 2:
+        return _product_2(
+            codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+            x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
         )  # fmt: skip
-        return tl.join(upper, lower).permute(2, 0, 1).reshape(R, LANES)
+    elif R == 4:
+        return _product_4(
+            codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+            x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+        )  # fmt: skip
+    elif R == 8:
+        return _product_8(
+            codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+            x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
+        )  # fmt: skip
     else:
-        sums = _product_of_row(
-            codes, scale, zeros_ptr + first_row * stride_sn, stride_sk, first_k, n_groups,
-            first_row < n_rows, x0, x1, x2, x3, nothing,
-            CODES, FNUZ, SCALE_FORMAT, GROUP, HELD, LANES,
+        return _product_16(
+            codes, scale, first_row, n_rows, zeros_ptr, stride_sn, stride_sk, first_k, n_groups,
+            x0, x1, x2, x3, nothing, CODES, FNUZ, SCALE_FORMAT, GROUP, HELD,
         )  # fmt: skip
-        return sums[None, :]
 
 
 @triton.jit
@@ -277,7 +400,8 @@ def _gemv_kernel(
     SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    PER_BYTE: tl.constexpr = 2 if CODES == "e2m1" or CODES == "int4" or CODES == "uint4" else 1
+    FOUR_BITS: tl.constexpr = (CODES == "int4" or CODES == "uint4") or CODES == "e2m1"
+    PER_BYTE: tl.constexpr = 2 if FOUR_BITS else 1
     PER_WORD: tl.constexpr = 1 if CODES == "" else 4 * PER_BYTE
     STEP: tl.constexpr = BLOCK_K // PER_WORD
     LANES: tl.constexpr = BLOCK_K // HELD

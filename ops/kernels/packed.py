@@ -295,7 +295,7 @@ def accumulate_packed(
     PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" or CODES == "e5m2" else 2
     STEP: tl.constexpr = tl.int64 if WIDE else tl.int32
     GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
-    PIECE: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    PIECE: tl.constexpr = 4 if A_SCALED else 2
     inner = lane_order(BLOCK_K, LANES, PIECE)
     word = tl.arange(0, BLOCK_K // (4 * PER_BYTE))
     first_k = word * (4 * PER_BYTE)
