@@ -64,12 +64,14 @@ matrix: $(VENV)/.ready-test ## compile and interpret all kernels; write evidence
 	@$(PY) -m hal verify --merge build/interpreted.jsonl build/ran.jsonl
 	@$(PY) benchmarks/linear_matrix.py
 	@$(PY) benchmarks/readme_matrix.py
+	@$(PY) benchmarks/quality.py
 	@$(PY) -m hal matrix --html --output build/matrix.html
 
 golden: $(VENV)/.ready-test ## write the golden tables of selection, and the pages made of it
 	@$(PY) benchmarks/golden_selection.py
 	@$(PY) benchmarks/linear_matrix.py
 	@$(PY) benchmarks/readme_matrix.py
+	@$(PY) benchmarks/quality.py
 
 wheel: $(VENV)/.ready-test ## build dist/*.whl
 	@rm -rf build/lib
