@@ -18,8 +18,8 @@ import torch
 
 from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.ops import Routing
-from hal.ops.bound import FusedMoE as BoundFusedMoE
-from hal.ops.bound import Linear as BoundLinear
+from hal.ops.bound_experts import FusedMoE as BoundFusedMoE
+from hal.ops.bound_linear import Linear as BoundLinear
 from hal.ops.checks import ACTIVATION_DTYPES, stamp
 from hal.ops.expert_layer import Updates
 from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_bias, check_experts

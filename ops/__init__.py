@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # Importing a module is what attaches its kernels; their libraries load when they are bound.
-from hal.ops import adapters, experts, scaled  # noqa: F401
+from hal.ops import adapters, experts, scaled, triton_experts  # noqa: F401
 from hal.ops.align import Alignment, align
 from hal.ops.fused_moe import fused_moe
 from hal.ops.linear import linear
@@ -18,7 +18,8 @@ from hal.ops.quantize_fused import quantize_rms_norm, quantize_swiglu
 from hal.ops.route import Routing, route
 
 if TYPE_CHECKING:
-    from hal.ops.bound import FusedMoE, Linear
+    from hal.ops.bound_experts import FusedMoE
+    from hal.ops.bound_linear import Linear
 
 __all__ = [
     "Alignment",
@@ -36,8 +37,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Linear", "FusedMoE"):
-        import hal.ops.bound
+    if name == "Linear":
+        from hal.ops.bound_linear import Linear
 
-        return getattr(hal.ops.bound, name)
+        return Linear
+    if name == "FusedMoE":
+        from hal.ops.bound_experts import FusedMoE
+
+        return FusedMoE
     raise AttributeError(f"module 'hal.ops' has no attribute {name!r}")

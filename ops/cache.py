@@ -16,7 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hal.config import setting
 from hal.errors import ArgumentError
-from hal.ops.bound import FusedMoE, Linear
+from hal.ops.bound_experts import FusedMoE
+from hal.ops.bound_linear import Linear
 from hal.ops.checks import stamp
 from hal.ops.prepare import Weight
 from hal.quant.tensor import QTensor

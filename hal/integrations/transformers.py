@@ -43,7 +43,7 @@ from hal.integrations.replace import (
     replace_modules,
 )
 from hal.ops import Routing
-from hal.ops.bound import FusedMoE
+from hal.ops.bound_experts import FusedMoE
 from hal.ops.checks import check_gradient, stamp
 from hal.quant.scheme import Scheme, find_scheme
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hal.ops.bound import FusedMoE
+from hal.ops.bound_experts import FusedMoE
 from hal.ops.cases.trial import (
     Case,
     Findings,

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from hal.ops.bound import Linear
+from hal.ops.bound_linear import Linear
 from hal.ops.cases.trial import (
     QUANTIZES,
     TOLERANCE,

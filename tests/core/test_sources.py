@@ -89,6 +89,6 @@ def test_triton_kernels_reach_their_device_functions() -> None:
         "hal.ops.linear:bind_triton_fp8": {"_gemm_kernel", "accumulate", "dot", "choose_tile"},
         "hal.ops.linear:bind_triton_packed": {"accumulate_packed", "gemv", "expand"},
         "hal.ops.scaled:bind_scaled": {"dot_scaled"},
-        "hal.ops.fused_moe:bind_triton_int8": {"align", "combine", "dot"},
+        "hal.ops.triton_experts:bind_triton_int8": {"align", "combine", "dot"},
     }.items():
         assert wanted <= {name for _, name in source_parts(entry)}, entry

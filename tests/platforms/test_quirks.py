@@ -363,7 +363,7 @@ def test_compiled_graphs_see_one_operator(monkeypatch: pytest.MonkeyPatch) -> No
     schema = torch.ops.hal.linear.default._schema
     assert str(schema) == "hal::linear(Tensor x, Tensor[] tensors, int key) -> Tensor"
     weight = hal.ops.Linear(torch.ones(4, 8).bfloat16())
-    monkeypatch.setattr("hal.ops.bound.is_compiling", lambda: True)
+    monkeypatch.setattr("hal.ops.bound_linear.is_compiling", lambda: True)
     seen: list[int] = []
     found = library._find
     monkeypatch.setattr(library, "_find", lambda key: seen.append(key) or found(key))

@@ -1,0 +1,380 @@
+"""Bind a mixture of experts to its weights once and call it many times: `FusedMoE`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from hal.errors import ArgumentError, DTypeError, ShapeError
+from hal.ops.activations import activation_of
+from hal.ops.binding import Binding, select_for
+from hal.ops.bound import READ_BY_CALLS, Bound
+from hal.ops.checks import check_activations, check_gradient, check_same_device, dtype_name
+from hal.ops.expert_layer import ExpertLayer, Updates, check_counts, without_experts
+from hal.ops.prepare import (
+    Weight,
+    activation_dtype,
+    as_qtensor,
+    check_bias,
+    check_experts,
+    require_finite,
+)
+from hal.ops.reload import overwrite
+from hal.ops.route import Routing
+from hal.torch_compat import is_compiling_function
+
+__all__ = ["FusedMoE"]
+
+is_compiling = is_compiling_function()
+COUNT_DTYPES = (torch.int32, torch.int64)
+
+
+class FusedMoE(Bound):
+    """A mixture of experts bound to its weights: `y = bound(x, routing)`.
+
+    What is computed, and what each option does to it, is in docs/moe.md.
+
+    Args:
+        w13: `[experts, 2*intermediate, hidden]`, gate rows before up rows; QTensor or tensor.
+            Without a gate `[experts, intermediate, hidden]`.
+        w2: `[experts, hidden, intermediate]` under the same scheme.
+        w13_bias: `[experts, rows of w13]` float32, bf16 or fp16, in the order of those rows, or
+            None.
+        w2_bias: `[experts, hidden]`, or None.
+        activation: One of `hal.ops.activations.ACTIVATIONS`.
+        gated: Whether w13 has gate and up; else its rows are activated alone.
+        alpha: Factor of `swiglu_oai`, 1.702 by default.
+        limit: Bound of gate and up; None is 7 for `swiglu_oai`, and none for others.
+        interleaved: Whether gate and up rows of w13 alternate, gate first, as gpt-oss stores them.
+        apply_router_weight_on_input: Whether routing weights multiply x and not the output; for
+            one expert a token.
+        unpadded_hidden: Columns of x and of the output, where the weights were padded to more.
+        format: `standard`, or `batched`: called as `bound(x, counts)`.
+        lora: Whether calls may bring low-rank updates; leaves out kernels that cannot add them.
+        dtype: Dtype of the activations; None means that of the weights, or bfloat16.
+        platform: Platform to bind for; None means that of the weights' device.
+        tokens: Typical number of tokens, to choose between measured kernels.
+        top_k: Typical number of experts per token.
+        **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
+
+    Raises:
+        ArgumentError: For weights or options that do not fit together; nothing was changed.
+        NoKernelError: If no kernel can run; carries the table of all candidates.
+    """
+
+    __slots__ = (
+        *READ_BY_CALLS,
+        "_batched",
+        "_device",
+        "_experts",
+        "_hidden",
+        "_layer",
+        "_lora",
+        "_restricted",
+    )
+    op: ClassVar[str] = "fused_moe"
+
+    def __init__(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        activation: str = "silu",
+        gated: bool = True,
+        alpha: float | None = None,
+        limit: float | None = None,
+        interleaved: bool = False,
+        apply_router_weight_on_input: bool = False,
+        unpadded_hidden: int | None = None,
+        format: str = "standard",
+        lora: bool = False,
+        dtype: torch.dtype | None = None,
+        platform: Any = None,
+        tokens: int | None = None,
+        top_k: int | None = None,
+        **options: Any,
+    ) -> None:
+        w13, w2 = as_qtensor("fused_moe", w13), as_qtensor("fused_moe", w2)
+        how = activation_of(
+            "fused_moe", activation, gated=gated, alpha=alpha, limit=limit, interleaved=interleaved
+        )
+        batched, single = format == "batched", apply_router_weight_on_input
+        if single and batched:
+            raise ArgumentError(
+                "fused_moe",
+                found="apply_router_weight_on_input with format=batched",
+                needed="format=standard: whoever makes batches applies the weights",
+            )
+        if lora and batched:
+            raise ArgumentError(
+                "fused_moe",
+                found="lora=True with format=batched",
+                needed="format=standard: rows in batches belong to no token whose adapter is known",
+            )
+        if single and top_k not in (None, 1):
+            raise ArgumentError(
+                "fused_moe",
+                found=f"apply_router_weight_on_input with top_k={top_k}",
+                needed="one expert a token: a row has one weight before the first product",
+            )
+        dtype = activation_dtype("fused_moe", w13, dtype)
+        experts, intermediate, hidden = check_experts(w13, w2, gated)
+        if unpadded_hidden is not None and not 0 < unpadded_hidden <= hidden:
+            raise ShapeError(
+                "fused_moe", found=f"unpadded_hidden={unpadded_hidden}", needed=f"1 to {hidden}"
+            )
+        device = w13.device
+        w13_bias = check_bias("fused_moe: w13_bias", w13_bias, tuple(w13.shape[:2]), device)
+        w2_bias = check_bias("fused_moe: w2_bias", w2_bias, (experts, hidden), device)
+        biases = [bias for bias in (w13_bias, w2_bias) if bias is not None]
+        problem = {
+            "tokens": tokens,
+            "experts": experts,
+            "top_k": top_k,
+            "hidden": hidden,
+            "intermediate": intermediate,
+            "unpadded_hidden": unpadded_hidden,
+            "dtype": str(dtype).removeprefix("torch."),
+            "activation": activation,
+            "gated": gated,
+            "clamped": how.clamped,
+            "interleaved": interleaved,
+            "bias": bool(biases),
+            "format": format,
+            "lora": lora,
+            "apply_router_weight_on_input": single,
+        }
+        selection, where = select_for(
+            "fused_moe", w13.scheme.name, device, problem, platform=platform, **options
+        )
+        super().__init__(Binding(selection, where, w13.scheme, device), dtype)
+        self._hidden, self._experts, self._device = unpadded_hidden or hidden, experts, device
+        self._batched, self._restricted, self._lora = batched, batched or single, lora
+        layer = ExpertLayer(how, w13_bias is not None, w2_bias is not None, single, batched)
+        self._layer = layer
+        assert selection.kernel is not None
+        weights = {"w13": w13, "w2": w2}
+        w13, w2 = self._prepare(weights, w13_bias=w13_bias, w2_bias=w2_bias)
+        launch, read = selection.kernel.load()(self._binding, w13, w2, layer)
+        self._finish((launch, (*read, *biases)), device)
+
+    def reload(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+    ) -> None:
+        """Put new weights into the memory that the kernel reads: captured graphs compute with them.
+
+        That memory may be the one of the weights that were bound. Calls on other streams must be
+        done. What it takes besides while it works are the prepared new weights.
+
+        Args:
+            w13: Of the shape, scheme, encoding and device of the one that was bound.
+            w2: The same.
+            w13_bias: Of the same kind, if there was one.
+            w2_bias: The same.
+
+        Raises:
+            ArgumentError: Of the kind that fits the fault; nothing was changed.
+        """
+        where = "fused_moe.reload"
+        biases = {
+            name: None if bias is None else bias.detach().contiguous()
+            for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias))
+        }
+        weights = {"w13": as_qtensor(where, w13), "w2": as_qtensor(where, w2)}
+        ready = self._prepare_again(weights, **biases)
+        kernel = self.selection.kernel
+        assert kernel is not None
+        _, new = kernel.load()(self._binding, *ready, self._layer)
+        new = (*new, *(bias for bias in biases.values() if bias is not None))
+        overwrite(where, self.tensors, new, self.platform)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        routing: Routing | torch.Tensor,
+        *,
+        shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
+    ) -> torch.Tensor:
+        """Return `[tokens, hidden]` for `x` `[tokens, hidden]`.
+
+        Args:
+            x: Activations; `[experts, capacity, hidden]` if the format is batched.
+            routing: Experts and weights of each token. If the format is batched, `[experts]` int32
+                or int64: how many rows of each expert are there, from 0 to the capacity. Rows
+                beyond are not read, and those of the output are not written: they hold anything.
+            shared: `[tokens, hidden]` of the dtype of x or float32, added in float32 before the
+                sum is rounded: the output of shared experts. Not in batches.
+            updates: Low-rank updates, if bound with `lora=True`, as in `hal.ops.expert_layer`. Not
+                under `torch.compile`, which cannot look into them.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
+        """
+        if not isinstance(routing, Routing):
+            return self._call_batched(x, routing, updates if shared is None else shared)
+        ids = routing.ids
+        if (
+            x.dtype is not self._dtype
+            or x.ndim != 2
+            or x.shape[-1] != self._hidden
+            or x.device != self._device
+            or x.requires_grad
+            or ids.shape[0] != x.shape[0]
+            or ids.device != self._device
+            or routing.weights.requires_grad
+            or (self._restricted and (self._batched or ids.shape[1] != 1))
+            or shared is not None
+            or updates is not None
+        ):
+            self._check(x, routing, shared, updates)
+        weights = routing.weights
+        if is_compiling():
+            result: torch.Tensor = torch.ops.hal.fused_moe(
+                x, ids, weights, list(self.tensors), self.key, shared
+            )
+            return result
+        if ids.numel() and not self._checks:
+            return self._launch(x, ids, weights, self.tensors, shared, updates)
+        return self.run(x, ids, weights, shared, updates)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        shared: torch.Tensor | None = None,
+        updates: Updates | None = None,
+    ) -> torch.Tensor:
+        if self._checks:
+            require_finite("fused_moe", x)
+            Routing(ids=ids, weights=weights).check_values(self._experts)
+        if not ids.numel():
+            return without_experts(x, shared)
+        return self._launch(x, ids, weights, self.tensors, shared, updates)
+
+    def _check(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        shared: torch.Tensor | None,
+        updates: Updates | None,
+    ) -> None:
+        if updates is not None and is_compiling():
+            # Dynamo cannot build hal's errors, and would hide the message.
+            raise ValueError("fused_moe: updates cannot be compiled; call the layer uncompiled")
+        if updates is not None and not self._lora:
+            raise ArgumentError(
+                "fused_moe",
+                found="updates for a layer bound without lora",
+                needed="FusedMoE(..., lora=True), so that the kernel is one that adds them",
+            )
+        if self._batched:
+            raise ArgumentError(
+                "fused_moe",
+                found="a Routing with format=batched",
+                needed="counts [experts] int32, rows of each expert",
+            )
+        dtypes = (str(self._dtype).removeprefix("torch."),)
+        check_activations("fused_moe", x, self._hidden, self._device, dtypes)
+        if x.ndim != 2:
+            raise ShapeError(
+                "fused_moe", found=f"input {list(x.shape)}", needed=f"[tokens, {self._hidden}]"
+            )
+        if routing.tokens != x.shape[0]:
+            raise ShapeError(
+                "fused_moe", found=f"routing of {routing.tokens} tokens", needed=f"{x.shape[0]}"
+            )
+        check_same_device("fused_moe", self._device, ids=routing.ids)
+        check_gradient("fused_moe", routing.weights)
+        if self._restricted and routing.top_k != 1:
+            raise ShapeError(
+                "fused_moe",
+                found=f"top_k={routing.top_k} with apply_router_weight_on_input",
+                needed="one expert a token: a row has one weight before the first product",
+            )
+        if shared is not None:
+            if shared.shape != x.shape:
+                raise ShapeError(
+                    "fused_moe: shared", found=list(shared.shape), needed=list(x.shape)
+                )
+            if dtype_name(shared) not in (*dtypes, "float32"):
+                raise DTypeError(
+                    "fused_moe: shared", found=shared.dtype, needed=f"{dtypes[0]} or float32"
+                )
+            check_same_device("fused_moe", self._device, shared=shared)
+            check_gradient("fused_moe", shared)
+
+    def _call_batched(
+        self, x: torch.Tensor, counts: torch.Tensor, more: torch.Tensor | Updates | None
+    ) -> torch.Tensor:
+        if (
+            not self._batched
+            or x.dtype is not self._dtype
+            or x.ndim != 3
+            or x.shape[0] != self._experts
+            or x.shape[-1] != self._hidden
+            or x.device != self._device
+            or x.requires_grad
+            or counts.dtype not in COUNT_DTYPES
+            or counts.ndim != 1
+            or counts.shape[0] != self._experts
+            or counts.device != self._device
+            or more is not None
+        ):
+            self._check_batched(x, counts, more)
+        if is_compiling():
+            result: torch.Tensor = torch.ops.hal.fused_moe_batched(
+                x, counts, list(self.tensors), self.key
+            )
+            return result
+        return self.run_batched(x, counts)
+
+    def _check_batched(
+        self, x: torch.Tensor, counts: torch.Tensor, more: torch.Tensor | Updates | None
+    ) -> None:
+        if not self._batched:
+            raise ArgumentError(
+                "fused_moe",
+                found=f"{type(counts).__name__} as routing",
+                needed="a Routing(ids=..., weights=...)",
+                cure="counts go with format=batched",
+            )
+        if x.ndim != 3 or x.shape[0] != self._experts:
+            needed = f"[{self._experts}, capacity, {self._hidden}]"
+            raise ShapeError("fused_moe", found=f"input {list(x.shape)}", needed=needed)
+        dtypes = (str(self._dtype).removeprefix("torch."),)
+        check_activations("fused_moe", x, self._hidden, self._device, dtypes)
+        if counts.dtype not in COUNT_DTYPES:
+            raise DTypeError("fused_moe: counts", found=counts.dtype, needed="int32 or int64")
+        if counts.shape != (self._experts,):
+            raise ShapeError(
+                "fused_moe: counts", found=list(counts.shape), needed=f"[{self._experts}]"
+            )
+        check_same_device("fused_moe", self._device, counts=counts)
+        if more is not None:
+            kind = "shared" if isinstance(more, torch.Tensor) else "updates"
+            raise ArgumentError(
+                "fused_moe",
+                found=f"{kind} with format=batched",
+                needed="neither: whoever sums the batches knows the tokens",
+            )
+
+    def run_batched(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if self._checks:
+            check_counts(x, counts)
+        return self._launch(x, counts, self.tensors) if x.numel() else torch.empty_like(x)
+
+    def __repr__(self) -> str:
+        return (
+            f"FusedMoE({self._experts} experts, hidden {self._hidden}, {self.selection.scheme}, "
+            f"{self.kernel} on {self._device})"
+        )

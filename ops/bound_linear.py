@@ -1,0 +1,134 @@
+"""Bind a linear op to its weight once and call it many times: `Linear`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from hal.errors import DTypeError, ShapeError
+from hal.ops.binding import Binding, select_for
+from hal.ops.bound import READ_BY_CALLS, Bound
+from hal.ops.checks import check_activations, check_same_device
+from hal.ops.prepare import Weight, activation_dtype, as_qtensor, require_finite
+from hal.ops.reload import overwrite
+from hal.torch_compat import is_compiling_function
+
+__all__ = ["Linear"]
+
+is_compiling = is_compiling_function()
+
+
+class Linear(Bound):
+    """A linear op bound to its weight: `y = bound(x)`.
+
+    Args:
+        weight: `[N, K]` QTensor, or a bf16 or fp16 tensor for scheme `bf16`.
+        bias: `[N]` of the activations' dtype, or None.
+        dtype: Dtype of the activations; None means that of the weight, or bfloat16.
+        platform: Platform to bind for; None means that of the weight's device.
+        tokens: Typical number of rows, to choose between measured kernels.
+        **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
+
+    Raises:
+        ArgumentError: For a weight or bias that cannot be used; nothing was changed.
+        NoKernelError: If no kernel can run; carries the table of all candidates.
+    """
+
+    __slots__ = (*READ_BY_CALLS, "_columns", "_device", "rows_out")
+    op: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        platform: Any = None,
+        tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        weight = as_qtensor("linear", weight)
+        if len(weight.shape) != 2:
+            raise ShapeError("linear", found=f"weight {list(weight.shape)}", needed="[N, K]")
+        dtype = activation_dtype("linear", weight, dtype)
+        rows_out, columns = weight.shape
+        if bias is not None:
+            bias = bias.detach().contiguous()
+            if tuple(bias.shape) != (rows_out,):
+                raise ShapeError("linear", found=f"bias {list(bias.shape)}", needed=f"[{rows_out}]")
+            if bias.dtype is not dtype:
+                raise DTypeError("linear", found=f"bias of {bias.dtype}", needed=dtype)
+            check_same_device("linear", weight.device, bias=bias)
+        problem = {
+            "tokens": tokens,
+            "in_features": columns,
+            "out_features": rows_out,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bias": bias is not None,
+        }
+        selection, where = select_for(
+            "linear", weight.scheme.name, weight.device, problem, platform=platform, **options
+        )
+        super().__init__(Binding(selection, where, weight.scheme, weight.device), dtype)
+        self._columns, self.rows_out, self._device = columns, rows_out, weight.device
+        assert selection.kernel is not None
+        (weight,) = self._prepare({"weight": weight}, bias=bias)
+        self._finish(selection.kernel.load()(self._binding, weight, bias), weight.device)
+
+    def reload(self, weight: Weight, bias: torch.Tensor | None = None) -> None:
+        """Put a new weight into the memory that the kernel reads: captured graphs compute with it.
+
+        That memory may be the one of the weight that was bound. Calls on other streams must be
+        done. What it takes besides while it works is the prepared new weight.
+
+        Args:
+            weight: Of the shape, scheme, encoding and device of the one that was bound.
+            bias: Of the same kind, if there was one.
+
+        Raises:
+            ArgumentError: Of the kind that fits the fault; nothing was changed.
+        """
+        bias = None if bias is None else bias.detach().contiguous()
+        (ready,) = self._prepare_again({"weight": as_qtensor("linear.reload", weight)}, bias=bias)
+        kernel = self.selection.kernel
+        assert kernel is not None
+        _, new = kernel.load()(self._binding, ready, bias)
+        overwrite("linear.reload", self.tensors, new, self.platform)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N]` for `x` `[..., K]`.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
+        """
+        if (
+            x.dtype is not self._dtype
+            or not x.ndim
+            or x.shape[-1] != self._columns
+            or x.device != self._device
+            or x.requires_grad
+        ):
+            check_activations(
+                "linear", x, self._columns, self._device, (str(self._dtype).removeprefix("torch."),)
+            )
+        if is_compiling():
+            result: torch.Tensor = torch.ops.hal.linear(x, list(self.tensors), self.key)
+            return result
+        if x.ndim == 2 and x.shape[0] and not self._checks:
+            return self._launch(x, self.tensors)
+        return self.run(x)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        if self._checks:
+            require_finite("linear", x)
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.rows_out)
+        out = self._launch(x.reshape(-1, self._columns), self.tensors)
+        return out.reshape(*x.shape[:-1], self.rows_out)
+
+    def __repr__(self) -> str:
+        return (
+            f"Linear({self._columns} -> {self.rows_out}, {self.selection.scheme}, "
+            f"{self.kernel} on {self._device})"
+        )
