@@ -24,7 +24,7 @@ endif
 SCRIPTS := .ci/test .ci/platforms # Python without the ending
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types platforms matrix golden wheel wheel-check clean
+.PHONY: help demo test lint format types platforms matrix matrix-torch golden wheel wheel-check clean
 .PRECIOUS: $(VENV)/.ready-%
 
 help: ## list the targets
@@ -65,6 +65,9 @@ matrix: $(VENV)/.ready-test ## compile and interpret all kernels; write evidence
 	@$(PY) benchmarks/linear_matrix.py
 	@$(PY) benchmarks/readme_matrix.py
 	@$(PY) -m hal matrix --html --output build/matrix.html
+
+matrix-torch: $(VENV)/.ready-test ## the CPU tests under four releases of torch; pulls gigabytes (very slow)
+	@$(PY) benchmarks/torch_matrix.py --jobs $(JOBS) $(ARGS)
 
 golden: $(VENV)/.ready-test ## write the golden tables of selection, and the pages made of it
 	@$(PY) benchmarks/golden_selection.py
