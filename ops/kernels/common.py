@@ -138,14 +138,15 @@ def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
         raise RuntimeError("compile_for needs a process without TRITON_INTERPRET")
     fake = _CompileOnlyDriver(target)
     recorder = _Recorder([], [])
-    previous = driver._active
+    slot = "_active" if hasattr(driver, "_active") else "active"  # the latter before Triton 3.5
+    previous = getattr(driver, slot)
     driver.set_active(fake)
     token = _recorder.set(recorder)
     try:
         yield recorder.compiled
     finally:
         _recorder.reset(token)
-        driver._active = previous
+        setattr(driver, slot, previous)
         for kernel in recorder.kernels:
             kernel.device_caches.pop(fake.device, None)
 
