@@ -36,7 +36,11 @@ BEGIN, END = "<!-- torch releases: make matrix-torch -->\n", "<!-- end of torch 
 NEWEST = "newest"
 FREE_BYTES = 14 << 30
 """Disk that one environment takes at most, with what pip unpacks on the way."""
-TESTS = ("-m", "not interpreter and not serial and not gpu and not slow", "--ignore=tests/packaging")
+TESTS = (
+    "-m",
+    "not interpreter and not serial and not gpu and not slow",
+    "--ignore=tests/packaging",
+)
 """What depends on torch, and not on a device, the machine's speed or the shape of the wheel."""
 
 
@@ -60,9 +64,11 @@ class Release:
         return "torch" if self.torch == NEWEST else f"torch=={self.torch}"
 
 
+OLD_NUMPY = "numpy<2.4"
+"""Triton's interpreter before 3.5 makes scalars of arrays of one element, which 2.4 refuses."""
 RELEASES = (
-    Release("2.6.0", "3.2.0"),
-    Release("2.8.0", "3.4.0", ("intel-extension-for-pytorch==2.8.0",)),
+    Release("2.6.0", "3.2.0", (OLD_NUMPY,)),
+    Release("2.8.0", "3.4.0", ("intel-extension-for-pytorch==2.8.0", OLD_NUMPY)),
     Release("2.10.0", "3.6.0"),
     Release(NEWEST),
 )
