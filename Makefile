@@ -24,7 +24,7 @@ endif
 SCRIPTS := .ci/test .ci/platforms # Python without the ending
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types platforms matrix golden wheel wheel-check clean
+.PHONY: help demo test lint format types platforms matrix matrix-torch golden wheel wheel-check clean
 .PRECIOUS: $(VENV)/.ready-%
 
 help: ## list the targets
@@ -59,6 +59,7 @@ platforms: $(VENV)/.ready-test ## ask hal about every device of its tables
 
 matrix: $(VENV)/.ready-test ## compile and interpret all kernels; write evidence and pages (slow)
 	@$(PY) benchmarks/compile_matrix.py --jobs $(JOBS)
+	@$(PY) -m pytest -q -n $(JOBS) -m matrix tests/kernels
 	@$(PY) -m hal verify --interpreter --output build/interpreted.jsonl
 	@$(PY) -m hal verify --on cpu --output build/ran.jsonl
 	@$(PY) -m hal verify --merge build/interpreted.jsonl build/ran.jsonl
@@ -66,6 +67,9 @@ matrix: $(VENV)/.ready-test ## compile and interpret all kernels; write evidence
 	@$(PY) benchmarks/readme_matrix.py
 	@$(PY) benchmarks/quality.py
 	@$(PY) -m hal matrix --html --output build/matrix.html
+
+matrix-torch: $(VENV)/.ready-test ## the CPU tests under four releases of torch; pulls gigabytes (very slow)
+	@$(PY) benchmarks/torch_matrix.py --jobs $(JOBS) $(ARGS)
 
 golden: $(VENV)/.ready-test ## write the golden tables of selection, and the pages made of it
 	@$(PY) benchmarks/golden_selection.py

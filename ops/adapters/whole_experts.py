@@ -99,6 +99,7 @@ def whole_experts(
         weights: torch.Tensor | None,
         tensors: Tensors,
         shared: torch.Tensor | None = None,
+        updates: None = None,
     ) -> torch.Tensor:
         rows, weights = layer.enter(x, weights, hidden)
         wide = torch.ones(ids.shape, device=x.device) if weights is None else weights.float()

@@ -128,24 +128,35 @@ _recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
+def compile_for(target: GPUTarget | None) -> Iterator[list[Compiled]]:
     """Make launches compile for `target` instead of running; yield the list they append to.
 
     Give the launchers meta tensors (their address 0 counts as aligned, like a real allocation).
     The driver is process-wide in Triton: do not launch from other threads meanwhile.
+
+    Args:
+        target: What to compile for; None for the device that is here, by its own driver.
     """
     if INTERPRETED.value:
         raise RuntimeError("compile_for needs a process without TRITON_INTERPRET")
-    fake = _CompileOnlyDriver(target)
     recorder = _Recorder([], [])
-    previous = driver._active
+    if target is None:
+        token = _recorder.set(recorder)
+        try:
+            yield recorder.compiled
+        finally:
+            _recorder.reset(token)
+        return
+    fake = _CompileOnlyDriver(target)
+    slot = "_active" if hasattr(driver, "_active") else "active"  # the latter before Triton 3.5
+    previous = getattr(driver, slot)
     driver.set_active(fake)
     token = _recorder.set(recorder)
     try:
         yield recorder.compiled
     finally:
         _recorder.reset(token)
-        driver._active = previous
+        setattr(driver, slot, previous)
         for kernel in recorder.kernels:
             kernel.device_caches.pop(fake.device, None)
 

@@ -1,6 +1,7 @@
 """Compile every kernel for every target without its device, and look at what came out.
 
-A failure means that this hardware could not run a kernel which the registry offers on it.
+A failure means that this hardware could not run a kernel which the registry offers on it. All of it
+is marked `matrix` and part of `make matrix`; of it `make test` has what test_sample.py chooses.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def facts(name):
     return target, spec.formats.triton_math
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_cell_compiles_and_fits(name):
     target, formats = facts(name)
@@ -56,6 +57,7 @@ def test_every_cell_compiles_and_fits(name):
             assert OWN_FORMAT[rest[0]] in cell.formats, cell
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["cuda:sm_86", "cuda:sm_90", "rocm:gfx942", "rocm:gfx1201"])
 def test_routing_compiles_without_spilling(name):
     """One or four warps hold a token: 2048 places at most, padding of groups included."""

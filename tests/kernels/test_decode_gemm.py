@@ -380,7 +380,7 @@ def test_tiles_split_k_only_where_programs_are_few():
         replace(TILE, split_k=0)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(INTERPRETED.value, reason="compiling needs a process without TRITON_INTERPRET")
 @pytest.mark.parametrize(
     "name", ["cuda:sm_80", "cuda:sm_90", "cuda:sm_120", "rocm:gfx942", "rocm:gfx1100"]

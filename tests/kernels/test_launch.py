@@ -72,7 +72,7 @@ class RecordingDriver:
 def recording(monkeypatch):
     """Put a recording driver in place of Triton's, and forget what was compiled for it."""
     fake = RecordingDriver()
-    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
     monkeypatch.setattr(common, "_launches", {})
     yield fake
     from hal.ops.kernels import align as align_module
@@ -166,6 +166,8 @@ def test_launches_on_the_device_of_the_tensors(recording):
 def test_says_what_is_missing_without_a_driver(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
+    if not hasattr(driver, "_active"):
+        pytest.skip("needs Triton 3.5: before it a driver is not looked for until it is used")
     monkeypatch.setattr(driver, "_active", None)
     monkeypatch.setattr(driver, "_default", None)
     with pytest.raises(PlatformError, match=r"finds no GPU in this process.*TRITON_INTERPRET=1"):

@@ -176,7 +176,7 @@ def test_wrong_operands(device, generator):
         gemm(a, b[:, :28], out, a_scales=a_scales, **scales, kind=KIND, tile=TILE)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(INTERPRETED.value, reason="compiling needs a process without TRITON_INTERPRET")
 @pytest.mark.parametrize("name", ["cuda:sm_89", "cuda:sm_90", "rocm:gfx942", "rocm:gfx1201"])
 def test_matrix_instructions_are_of_8_bits(name):

@@ -116,7 +116,7 @@ def test_what_does_not_fit(device, generator):
     assert not fits(kind, activations((2, 264), BF16, generator, device), odd)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_nothing_spills_and_the_instruction_is_there(arch):
     # Triton before 3.7 was seen to spill elsewhere on sm_120

@@ -422,7 +422,8 @@ class TestRefusals:
         module = make()
         torch._dynamo.reset()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        with pytest.raises(Exception, match="call it once before compiling it"):
+        # torch before 2.9 says that there was an exception, and not which.
+        with pytest.raises(Exception, match=r"call it once before compiling it|Observed exception"):
             compiled(*arguments(module))
         wanted = run(module)
         assert torch.equal(compiled(*arguments(module)), wanted)

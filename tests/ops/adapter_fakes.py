@@ -114,10 +114,11 @@ def untiled(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     wide = -(-columns // 4)
     assert tiled.is_contiguous()
     assert tiled.numel() == -(-rows // 128) * 128 * wide * 4
-    flat = tiled.flatten()
+    flat = tiled.flatten().view(torch.uint8)  # torch before 2.9 indexes no 8-bit float
+    assert tiled.element_size() == 1
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     offset = (row // 128 * wide + column // 4) * 512
-    return flat[offset + row % 32 * 16 + row % 128 // 32 * 4 + column % 4]
+    return flat[offset + row % 32 * 16 + row % 128 // 32 * 4 + column % 4].view(tiled.dtype)
 
 
 def block_scaled(codes, scales, group: int) -> torch.Tensor:

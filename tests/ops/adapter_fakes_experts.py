@@ -134,7 +134,8 @@ class Bound:
     tensors: tuple[torch.Tensor, ...]
 
     def __call__(self, x, ids, weights, shared=None):
-        return self.launch(x, ids, weights, self.tensors, shared)
+        # As `FusedMoE` does, which gives updates to every launcher.
+        return self.launch(x, ids, weights, self.tensors, shared, None)
 
 
 def bind(device: str, kernel: str, layer, dtype=torch.bfloat16, **around) -> Bound:

@@ -333,7 +333,8 @@ def test_low_rank_updates_restrict_the_candidates():
         batched(torch.zeros(4, 2, 128).bfloat16(), torch.zeros(4).int(), updates=updates)
     bound = bind(layer, lora=True)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="updates cannot be compiled"):
+    # torch before 2.9 says that there was an exception, and not which.
+    with pytest.raises(Exception, match=r"updates cannot be compiled|Observed exception"):
         torch.compile(bound, fullgraph=True, backend="eager")(layer.x, routing, updates=updates)
 
 

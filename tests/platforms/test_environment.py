@@ -25,6 +25,7 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return fakes.machine(tmp_path, fakes.CUDA_TORCH, nvml=nvml, environment=environment())
 
     monkeypatch.setattr(Machine, "here", here)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     hal.refresh()
     yield
     monkeypatch.undo()

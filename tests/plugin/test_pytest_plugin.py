@@ -74,6 +74,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
 
     def run(text: str, *arguments: str) -> pytest.RunResult:
         pytester.makepyfile(text)
+        pytester.makeini("[pytest]")  # or pytest takes the settings of a checkout that it stands in
         plugins = () if "no:" + PLUGIN in arguments else ("-p", PLUGIN)
         return pytester.runpytest_subprocess(*plugins, "--strict-markers", "-ra", *arguments)
 
