@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hal.errors import ArgumentError, PlatformError, ValueRangeError
-from hal.quant.checkpoint.linears import STACKED
+from hal.quant.checkpoint.linears import STACKED, fused_with
 from hal.quant.checkpoint.plan import FolderPlan, plan_folder
 from hal.quant.checkpoint.reader import CONFIG, Checkpoint
 from hal.quant.checkpoint.write import SHARD_BYTES, save
-from hal.quant.scheme import Scheme
+from hal.quant.scheme import Scheme, find_scheme
 
 if TYPE_CHECKING:
+    import torch
+
     from hal.quant.checkpoint.write import Item
+    from hal.quant.quantize import Reduce
 
 __all__ = ["Progress", "quantize_folder"]
 
@@ -42,8 +45,11 @@ def quantize_folder(
     """Write a quantized copy of a model folder, as compressed-tensors, and return what was done.
 
     Each linear gets the bits of `hal.quant.quantize(weight, scheme, platform="cpu")`, on any
-    machine; `hal.quant.checkpoint.linears` says what is no linear. Tokenizer and other small files
-    go along. A run that is killed leaves no target, and the next run removes what it left.
+    machine; `hal.quant.checkpoint.linears` says what is no linear. Scales per matrix are those of
+    all modules that engines fuse (`linears.FUSED`): an engine holds one scale for them, so that
+    vLLM would round fp8 weights twice, and read NVFP4 weights under another's scale. Tokenizer
+    and other small files go along. A run that is killed leaves no target, and the next run
+    removes what it left.
 
     Args:
         source: Folder with config.json and safetensors files in bf16, fp16 or float32.
@@ -86,6 +92,7 @@ def _items(plan: FolderPlan, progress: Progress | None) -> Iterator[tuple[str, I
 
     done, total = 0, plan.bytes_before
     with Checkpoint(plan.source) as checkpoint:
+        shared = _SharedMaxima(plan, checkpoint)
         for tensor in plan.tensors:
             if progress is not None:
                 progress(done, total, tensor.name)
@@ -94,7 +101,9 @@ def _items(plan: FolderPlan, progress: Progress | None) -> Iterator[tuple[str, I
                 yield tensor.name, weight
             else:
                 try:
-                    found = quantize(weight, plan.scheme, platform="cpu")
+                    found = quantize(
+                        weight, plan.scheme, platform="cpu", reduce=shared.reduce_for(tensor.module)
+                    )
                 except ValueRangeError as error:
                     raise ValueRangeError(
                         tensor.name,
@@ -106,6 +115,43 @@ def _items(plan: FolderPlan, progress: Progress | None) -> Iterator[tuple[str, I
             done += tensor.bytes_before
     if progress is not None:
         progress(done, total, "")
+
+
+class _SharedMaxima:
+    """Give modules that engines fuse the largest magnitude of all, where a matrix has one scale."""
+
+    def __init__(self, plan: FolderPlan, checkpoint: Checkpoint) -> None:
+        self._how = find_scheme(plan.scheme).weight
+        self._checkpoint = checkpoint
+        self._quantized = {tensor.module for tensor in plan.quantized}
+        self._maxima: dict[str, torch.Tensor] = {}
+
+    def reduce_for(self, module: str) -> Reduce | None:
+        """Return what makes a matrix's largest magnitude that of all it is fused with."""
+        others = [name for name in fused_with(module) if name in self._quantized - {module}]
+        if "tensor" not in (self._how.granularity, self._how.second) or not others:
+            return None
+        return lambda found: self._joined(module, found, others)
+
+    def _joined(self, module: str, found: torch.Tensor, others: list[str]) -> torch.Tensor:
+        import torch
+
+        self._maxima[module] = found
+        for name in others:
+            if name not in self._maxima:
+                # Read once more, since the first of them to come is written before the others.
+                self._maxima[name] = self._largest(self._checkpoint.tensor(f"{name}.weight"))
+        return torch.stack([found, *(self._maxima[name] for name in others)]).amax(0)
+
+    def _largest(self, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from hal.quant.quantize import SLICE_ELEMENTS
+        from hal.quant.represent import largest
+
+        slices = weight.split(max(SLICE_ELEMENTS // weight.shape[-1], 1))
+        found = [largest(part, self._how) for part in slices]
+        return torch.stack([top for top in found if top is not None]).amax(0)
 
 
 def _require_target(source: Path, target: Path, overwrite: bool) -> None:
