@@ -196,8 +196,8 @@ class Checkpoint(Mapping[str, QTensor]):
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model folder and return its weights, which are read when they are asked for.
 
-    Formats: compressed-tensors, Hugging Face's fine-grained fp8, vLLM's fp8, gpt-oss MXFP4, ModelOpt FP8 and
-    NVFP4, GPTQ and AWQ; `hal.quant.checkpoint.formats.FORMATS` lists them.
+    Formats: compressed-tensors, Hugging Face's fine-grained fp8, vLLM's fp8, gpt-oss MXFP4,
+    ModelOpt FP8 and NVFP4, GPTQ and AWQ; `hal.quant.checkpoint.formats.FORMATS` lists them.
 
     Args:
         path: A folder with config.json and model.safetensors, or shards and their index.
