@@ -56,6 +56,12 @@ def add_quantize(commands: Any) -> None:
         type=_bytes,
         help="most bytes of a file, such as 500M or 5G (default: 2G)",
     )
+    command.add_argument(
+        "--device",
+        metavar="D",
+        default="cpu",
+        help="where to compute, such as cuda or xpu:1; the bits are the same (default: cpu)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     command.add_argument(
         "--dry-run", action="store_true", help="say what becomes of each module, and write nothing"
@@ -84,6 +90,7 @@ def quantize_answer(options: argparse.Namespace) -> dict[str, Any] | list[Sectio
                 shard_bytes=options.shard_size or SHARD_BYTES,
                 overwrite=options.overwrite,
                 progress=progress,
+                device=options.device,
             )
     if options.json:
         return _object(plan, options)

@@ -224,7 +224,8 @@ def _awq(source: Source) -> Pieces:
 
 _CONVERTERS: dict[str, Callable[[Source], Pieces]] = {
     **dict.fromkeys(("float-quantized", "int-quantized", "mxfp8-quantized"), _bytes),
-    **dict.fromkeys(("fine-grained-fp8", "fine-grained-fp8-experts", "modelopt-fp8"), _bytes),
+    **dict.fromkeys(("fine-grained-fp8", "fine-grained-fp8-experts"), _bytes),
+    **dict.fromkeys(("fp8-per-tensor", "modelopt-fp8"), _bytes),
     **dict.fromkeys(("nvfp4-pack-quantized", "mxfp4-pack-quantized", "modelopt-nvfp4"), _fp4),
     "pack-quantized": _packed,
     "gpt-oss-mxfp4": _gpt_oss,

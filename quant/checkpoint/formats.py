@@ -124,6 +124,13 @@ _ROWS = (
         f"{_SOURCE_HF}finegrained_fp8.py; the scale decodes, in spite of its name",
     ),
     Format(
+        "fp8-per-tensor",
+        "fp8",
+        (Part(".weight", ("F8_E4M3",)), Part(".weight_scale", _FLOATS), _INPUT),
+        "https://github.com/vllm-project/vllm, model_executor/layers/quantization/fp8.py, "
+        "Fp8LinearMethod; AutoFP8 wrote such files",
+    ),
+    Format(
         "fine-grained-fp8-experts",
         "fp8",
         (Part("", ("F8_E4M3",)), Part("_scale_inv", (*_FLOATS, *_EXPONENTS))),

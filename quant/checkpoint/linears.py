@@ -26,9 +26,11 @@ from hal.errors import ArgumentError
 __all__ = [
     "EMBEDDING",
     "FLOATS",
+    "FUSED",
     "HEAD",
     "ROUTER",
     "STACKED",
+    "fused_with",
     "ignored_by",
     "kept_as",
     "require_matches",
@@ -43,6 +45,16 @@ _LAST_PARTS = {
     EMBEDDING: ("*embed*", "wte", "wpe", "relative_attention_bias"),
 }
 _ANY_PART = {ROUTER: ("gate", "router", "shared_expert_gate")}
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Last parts of the names of modules that engines load as one, since they read one input.
+
+Source: vLLM 0.25.1, `packed_modules_mapping` of its models, and `expert_params_mapping`.
+"""
 _EXPERTS = ("experts", "*_experts", "block_sparse_moe")
 """Parts of a name under which a matrix for each expert may lie in one tensor."""
 
@@ -57,6 +69,13 @@ def kept_as(module: str) -> str | None:
         if set(parts) & set(names):
             return kind
     return None
+
+
+def fused_with(module: str) -> tuple[str, ...]:
+    """Return the names of the modules that engines load as one with this one, and its own."""
+    parent, dot, last = module.rpartition(".")
+    group = next((names for names in FUSED if last in names), (last,))
+    return tuple(f"{parent}{dot}{name}" for name in group)
 
 
 def why_kept(name: str, dtype: str, shape: Sequence[int]) -> str | None:

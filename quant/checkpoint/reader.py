@@ -196,8 +196,8 @@ class Checkpoint(Mapping[str, QTensor]):
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model folder and return its weights, which are read when they are asked for.
 
-    Formats: compressed-tensors, Hugging Face's fine-grained fp8, gpt-oss MXFP4, ModelOpt FP8 and
-    NVFP4, GPTQ and AWQ; `hal.quant.checkpoint.formats.FORMATS` lists them.
+    Formats: compressed-tensors, Hugging Face's fine-grained fp8, vLLM's fp8, gpt-oss MXFP4,
+    ModelOpt FP8 and NVFP4, GPTQ and AWQ; `hal.quant.checkpoint.formats.FORMATS` lists them.
 
     Args:
         path: A folder with config.json and model.safetensors, or shards and their index.
@@ -225,6 +225,14 @@ def _modules(folder: Folder, recipe: Recipe) -> dict[str, Source]:
             )
         if rule.format == "fine-grained-fp8" and "_scale_inv" in suffixes:
             rule = replace(rule, format="fine-grained-fp8-experts")
+        if rule.format == "fine-grained-fp8" and ".weight_scale" in suffixes:
+            if rule.granularity != "tensor":
+                raise ArgumentError(
+                    where,
+                    found=f"weight_scale beside scales per {rule.granularity}",
+                    needed="weight_scale_inv, or weight_block_size null in the configuration",
+                )
+            rule = replace(rule, format="fp8-per-tensor")
         _require_parts(where, module, rule, suffixes)
         found[module] = Source(folder, module, rule, frozenset(suffixes))
     if recipe.method is not None and not found:

@@ -118,13 +118,17 @@ class _Groups:
         return {name: item.detach().cpu()}
 
     def config(self, ignore: Iterable[str]) -> dict[str, Any]:
-        """Return quantization_config: the most frequent scheme is that of all linear modules."""
+        """Return quantization_config: one scheme is that of all linears, several name their own.
+
+        vLLM matches a fused layer (`qkv_proj`) by its class before it looks at the names of what is
+        fused, so that beside named modules no group may target the class.
+        """
         groups: dict[str, Any] = {}
         ordered = sorted(self.quantized.items(), key=lambda pair: -len(pair[1]))
         named = {name for names in self.quantized.values() for name in names}
         for index, ((scheme, format, symmetric), names) in enumerate(ordered):
             group = config_group(scheme, format, symmetric=symmetric)
-            group["targets"] = sorted(names) if index else ["Linear"]
+            group["targets"] = sorted(names) if len(ordered) > 1 else ["Linear"]
             groups[f"group_{index}"] = group
         formats = {format for _, format, _ in self.quantized}
         return {

@@ -4,7 +4,7 @@ Each case is a folder with config.json, model.safetensors and expected.json: the
 weight as the library itself dequantizes it. `python make_golden.py [DIR]` writes all cases
 whose libraries are installed into golden/ or DIR; the tests of hal need none of them. Made with
 compressed-tensors 0.20.0, transformers 5.24.0, auto-gptq 0.7.1, autoawq 0.2.9 and
-nvidia-modelopt 0.47.0.
+nvidia-modelopt 0.47.0; the cases of vLLM with its 0.25.1.
 
 The code of auto-gptq and autoawq that packs weights is imported without the packages around it,
 which want releases of transformers that are long gone.
@@ -318,6 +318,41 @@ def _(folder):
     config = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
     write(folder, tensors, {"quantization_config": config})
     return {DOWN: Fp8Dequantize(None)._dequantize_one(codes, scale.reshape(1, 1), torch.float32)}
+
+
+def vllm_fp8(folder: Path, activation: str, shapes: dict[str, tuple[int, ...]]) -> Expected:
+    """Files of `quant_method: fp8` with a scale a matrix, as vLLM's Fp8Config reads them."""
+    import read_with_vllm
+
+    if not torch.cuda.is_available():
+        read_with_vllm.stand_in()
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.layers.quantization.utils.w8a8_utils import per_tensor_dequantize
+
+    config = {"quant_method": "fp8", "activation_scheme": activation, "ignored_layers": ["lm_head"]}
+    assert Fp8Config.from_config(config).is_checkpoint_fp8_serialized
+    tensors, expected = {"lm_head.weight": numbers(0, 4, 24)}, {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        weight = numbers(seed, 12, 24).float()
+        scale = weight.abs().max() / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale.reshape(shape)}
+        if activation == "static":
+            tensors[f"{name}.input_scale"] = torch.tensor(0.03125).reshape(shape)
+        # One dimension, since a scale of none would leave the product in fp16.
+        expected[name] = per_tensor_dequantize(codes, scale.reshape(1))
+    write(folder, tensors, {"quantization_config": config})
+    return expected
+
+
+@case("vllm_fp8_static", "vllm")
+def _(folder):
+    return vllm_fp8(folder, "static", {DOWN: (), UP: (1,)})
+
+
+@case("vllm_fp8_dynamic", "vllm")
+def _(folder):
+    return vllm_fp8(folder, "dynamic", {DOWN: (), UP: (1,)})
 
 
 @case("hf_fp8_block_ragged", CT)

@@ -58,6 +58,7 @@ SCALES = [
     ("hf_fp8_block", "down_proj__weight_scale_inv"),
     ("gptq_symmetric", "down_proj__scales"),
     ("awq", "down_proj__scales"),
+    ("vllm_fp8_dynamic", "down_proj__weight_scale"),
 ]
 
 
@@ -71,6 +72,12 @@ def test_values_of_scales(golden, case, suffix, value) -> None:
         pytest.skip("e4m3fn has no infinity")
     copy.change(**{suffix: filled(value)})
     fails(copy, ValueRangeError, rf"model\.safetensors: {DOWN}.*(nan|NaN|-1.0|inf)")
+
+
+def test_one_scale_where_the_configuration_has_blocks(golden) -> None:
+    copy = golden("vllm_fp8_dynamic")
+    copy.settings(weight_block_size=[128, 128])
+    fails(copy, ArgumentError, r"weight_scale beside scales per block128, needed weight_scale_inv")
 
 
 @pytest.mark.parametrize("case", ["ct_mxfp4", "ct_mxfp8"])
@@ -99,6 +106,7 @@ REMOVED = [
     ("ct_int8_static", "down_proj__input_scale", "no .*input_scale"),
     ("hf_fp8_tensor", "down_proj__activation_scale", "no .*activation_scale"),
     ("modelopt_fp8", "down_proj__input_scale", "no .*input_scale"),
+    ("vllm_fp8_static", "down_proj__input_scale", "no .*input_scale"),
     ("gpt_oss_mxfp4", "experts__down_proj_scales", "no .*down_proj_scales"),
     ("gpt_oss_mxfp4", "experts__down_proj_blocks", "no .*down_proj_blocks"),
     ("hf_fp8_experts_ue8m0", "experts__gate_up_proj", "no .*gate_up_proj"),

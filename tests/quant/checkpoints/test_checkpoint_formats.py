@@ -52,6 +52,8 @@ EXPECTED_SCHEMES = {
     "hf_fp8_tensor": "fp8_static",
     "modelopt_fp8": "fp8_static",
     "modelopt_nvfp4": "nvfp4",
+    "vllm_fp8_dynamic": "fp8_tensor",
+    "vllm_fp8_static": "fp8_static",
 }
 
 

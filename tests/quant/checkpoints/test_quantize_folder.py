@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_save_checkpoint import COMES_BACK_AS, GOLDEN, STORABLE
 from test_save_checkpoint import same as assert_same_bits
 
+import hal.runtime
 from hal.errors import (
     ArgumentError,
+    EncodingError,
     PlatformError,
     ShapeError,
     UnknownNameError,
@@ -26,7 +28,8 @@ from hal.errors import (
 )
 from hal.quant import quantize, quantize_folder
 from hal.quant.checkpoint import load, plan_folder
-from hal.quant.checkpoint.linears import EMBEDDING, HEAD, ROUTER, STACKED, why_kept
+from hal.quant.checkpoint.linears import EMBEDDING, HEAD, ROUTER, STACKED, fused_with, why_kept
+from hal.quant.checkpoint.place import require_device
 from hal.quant.scheme import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,18 +74,62 @@ def model(tmp_path):
     return make
 
 
+@pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_w8a16_tensor", "nvfp4", "nvfp4_w4a16"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_fused_modules_have_one_scale(scheme, shards, model, tmp_path) -> None:
+    """Of what an engine loads as one; what is kept, and what lies elsewhere, does not count."""
+    sizes = {"q_proj": 1, "k_proj": 5, "v_proj": 2, "o_proj": 9}
+    generator = torch.Generator().manual_seed(0)
+    found = {
+        f"model.layers.{layer}.attn.{name}.weight": (layer + size)
+        * torch.rand(16, 128, generator=generator).bfloat16()
+        for layer in range(2)
+        for name, size in sizes.items()
+    }
+    quantize_folder(
+        model(found, shards), tmp_path / "m", scheme, ignore=["model.layers.1.attn.k_proj"]
+    )
+    result = load(tmp_path / "m")
+    second = SCHEMES[scheme].weight.second == "tensor"
+
+    def scale(layer: int, name: str) -> float:
+        weight = result[f"model.layers.{layer}.attn.{name}"]
+        return float(weight.global_scale if second else weight.scales)
+
+    def alone(layer: int, name: str) -> float:
+        weight = quantize(found[f"model.layers.{layer}.attn.{name}.weight"], scheme, platform="cpu")
+        return float(weight.global_scale if second else weight.scales)
+
+    close = pytest.approx
+    assert scale(0, "q_proj") == scale(0, "k_proj") == scale(0, "v_proj")
+    assert scale(0, "k_proj") == close(alone(0, "k_proj"), rel=2**-22)
+    assert scale(0, "o_proj") == close(alone(0, "o_proj"), rel=2**-22)
+    assert scale(1, "q_proj") == scale(1, "v_proj") == close(alone(1, "v_proj"), rel=2**-22)
+
+
 @pytest.mark.parametrize("scheme", [name for name in STORABLE if not SCHEMES[name].static])
 def test_a_real_model_in_every_scheme(scheme, tmp_path) -> None:
     target = tmp_path / "m"
     plan = quantize_folder(TINY, target, scheme)
     source = load_file(TINY / "model.safetensors")
+    how = SCHEMES[scheme].weight
+    per_matrix = "tensor" in (how.granularity, how.second)
     with load(target) as checkpoint:
         checkpoint.check(values=True)
         assert set(checkpoint) == {tensor.module for tensor in plan.quantized}
         for module in checkpoint:
             found = checkpoint[module]
             assert found.scheme.name == COMES_BACK_AS.get(scheme, scheme)
-            assert_same_bits(found, quantize(source[f"{module}.weight"], scheme, platform="cpu"))
+            together = [source[f"{name}.weight"].abs().max().float() for name in fused_with(module)]
+            wanted = quantize(
+                source[f"{module}.weight"],
+                scheme,
+                platform="cpu",
+                reduce=lambda found, tops=together: (
+                    torch.stack(tops).amax(0) if per_matrix else found
+                ),
+            )
+            assert_same_bits(found, wanted)
         assert set(checkpoint.plain) == {tensor.name for tensor in plan.kept}
         for name in checkpoint.plain:
             assert torch.equal(checkpoint.tensor(name), source[name])
@@ -393,3 +440,54 @@ def test_memory_is_that_of_one_shard(model, tmp_path) -> None:
     small, large = peak("small", 8 * megabyte), peak("large", 1 << 30)
     assert small < bound < large, (small / megabyte, large / megabyte)
     assert large > 96 * megabyte
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("bogus", ArgumentError, "device: found bogus, needed cpu, cuda, xpu"),
+        ("meta", ArgumentError, "device: found meta"),
+        ("cpu:7", ArgumentError, "found cpu:7, needed an index below 1"),
+        ("mtia", PlatformError, "no platform serves tensors on 'mtia'"),
+    ],
+)
+def test_device_that_is_not_there(device, error, message, model, tmp_path) -> None:
+    with pytest.raises(error, match=message):
+        quantize_folder(model(), tmp_path / "m", "fp8_channel", device=device)
+    assert not (tmp_path / "m").exists()
+
+
+def test_device_of_other_8_bit_floats(model, tmp_path, monkeypatch) -> None:
+    """Checkpoints hold e4m3fn; int4 of such a device is that of any."""
+    platform = hal.runtime.resolve_platform("rocm:mi300x")
+    monkeypatch.setattr(hal.runtime, "platform_for_device_type", lambda kind: platform)
+    with pytest.raises(EncodingError, match=r"device cuda: found e4m3fnuz.*quantize on the CPU"):
+        quantize_folder(model(), tmp_path / "m", "fp8_channel", device="cuda")
+    assert not (tmp_path / "m").exists()
+    require_device("cuda", "int4_w4a16")
+
+
+def test_memory_of_the_device(model, tmp_path, monkeypatch) -> None:
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sys.modules["hal.quant.quantize"], "quantize", full)
+    with pytest.raises(PlatformError, match=r"mlp.up_proj.weight: cpu has too little free memory"):
+        quantize_folder(model(), tmp_path / "m", "fp8_channel", device="cpu")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [name for name in STORABLE if not SCHEMES[name].static])
+def test_the_bits_of_a_device(scheme, tmp_path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+    quantize_folder(TINY, tmp_path / "cpu", scheme)
+    quantize_folder(TINY, tmp_path / "there", scheme, device=device)
+    one, other = (
+        load_file(tmp_path / "cpu" / "model.safetensors"),
+        load_file(tmp_path / "there" / "model.safetensors"),
+    )
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        bits = [t.reshape(-1).view(torch.uint8) for t in (tensor, other[name])]
+        assert torch.equal(*bits), name
