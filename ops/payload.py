@@ -150,11 +150,17 @@ class Payload:
         return self.scheme.operands()[0]
 
 
-def payload_format(scheme: str | Scheme, choice: str = "auto") -> str:
+def payload_format(scheme: str | Scheme, choice: str = "auto", *, read: Operand | None) -> str:
     """Return the format in which activations of experts under `scheme` travel.
 
-    `auto` takes that in which the experts' kernels would quantize them, so that nothing is lost on
-    the way that would not be lost without it, and bf16 where there is none.
+    `auto` takes that in which the experts' kernel quantizes them, so that nothing is lost on the
+    way that would not be lost without it; where the kernel reads activations as given, or in a
+    format that does not travel, bf16.
+
+    Args:
+        scheme: Scheme of the experts.
+        choice: A name of `FORMATS`, or `auto`.
+        read: What the experts' kernel reads as `x`; None where no kernel can run.
 
     Raises:
         UnknownNameError: For an unknown scheme or format.
@@ -164,15 +170,15 @@ def payload_format(scheme: str | Scheme, choice: str = "auto") -> str:
             raise UnknownNameError("format of a payload", choice, ("auto", *FORMATS))
         return choice
     wanted = find_scheme(scheme).activation
+    if wanted.format is None or read is None or read.granularity == "none":
+        return "bf16"
     for name, row in FORMATS.items():
-        if wanted.format is not None and find_scheme(row).activation == wanted:
+        if find_scheme(row).activation == wanted:
             return name
     return "bf16"
 
 
-def workspace(
-    transport: str, payload: Payload, ranks: int, max_tokens: int
-) -> Mapping[str, int]:
+def workspace(transport: str, payload: Payload, ranks: int, max_tokens: int) -> Mapping[str, int]:
     """Return the bytes of every buffer that a transport keeps, by name.
 
     They are sized for the worst case, all ranks with `max_tokens` and every token to every rank,
@@ -202,26 +208,25 @@ def workspace(
 BUFFERS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "all_reduce": {
-            "send": ("one", "row"),
+            "rows": ("one", "row"),
             "receive": ("all", "row"),
             "partial": ("all", "wide"),
         },
         "all_gather": {
-            "send": ("one", "row"),
+            "rows": ("one", "row"),
             "receive": ("all", "row"),
             "partial": ("all", "wide"),
             "sum": ("one", "wide"),
         },
         "all_to_all": {
+            "rows": ("one", "row"),
             "send": ("chosen", "row"),
             "receive": ("all", "row"),
-            "partial": ("all", "half"),
             "returned": ("chosen", "half"),
         },
         "all_to_all_padded": {
-            "send": ("all", "row"),
+            "rows": ("one", "row"),
             "receive": ("all", "row"),
-            "partial": ("all", "half"),
             "returned": ("all", "half"),
         },
     }

@@ -68,23 +68,31 @@ def test_a_row_of_deepseek_v3():
     assert Payload("bf16", 7168, 8).row_bytes == 14336 + 64
 
 
+def read(scheme, *, weight_only=False):
+    return SCHEMES[scheme].operands(weight_only=weight_only)[0]
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_auto_is_what_the_experts_would_quantize_to(scheme):
-    chosen, activation = payload_format(scheme), SCHEMES[scheme].activation
+def test_auto_is_what_the_experts_quantize_to(scheme):
+    chosen = payload_format(scheme, read=read(scheme))
+    activation = SCHEMES[scheme].activation
     if chosen == "bf16":
         served = [SCHEMES[row].activation for row in FORMATS.values()]
         assert activation.format is None or activation not in served
     else:
         assert SCHEMES[FORMATS[chosen]].activation == activation
+    # A kernel that decodes weights alone would compute with what quantization lost.
+    assert payload_format(scheme, read=read(scheme, weight_only=True)) == "bf16"
+    assert payload_format(scheme, read=None) == "bf16"
 
 
 def test_auto_names():
     names = ("bf16", "fp8_block128", "fp8_channel", "int4_w4a16", "mxfp4_w4a8", "nvfp4")
-    assert [payload_format(name) for name in names] == [
+    assert [payload_format(name, read=read(name)) for name in names] == [
         *("bf16", "fp8", "fp8_token", "bf16", "mxfp8", "nvfp4")
     ]
-    assert payload_format("bf16", "nvfp4") == "nvfp4"
-    assert payload_format("fp8_static") == "bf16"  # its scale is the experts' own
+    assert payload_format("bf16", "nvfp4", read=None) == "nvfp4"
+    assert payload_format("fp8_static", read=read("fp8_static")) == "bf16"  # the experts' own scale
 
 
 @given(payloads, st.sampled_from(list(BUFFERS)), st.integers(1, 64), st.integers(0, 4096))
@@ -108,7 +116,7 @@ def test_refuses():
     with pytest.raises(UnknownNameError, match="nvfp4"):
         Payload("nvfp", 64, 2)
     with pytest.raises(UnknownNameError, match="auto"):
-        payload_format("bf16", "outo")
+        payload_format("bf16", "outo", read=None)
     with pytest.raises(ValueRangeError, match="hidden=0"):
         Payload("bf16", 0, 2)
     with pytest.raises(UnknownNameError, match="all_gather"):
