@@ -27,6 +27,7 @@ __all__ = [
     "LayoutError",
     "NoKernelError",
     "PlatformError",
+    "RankError",
     "RegistrationError",
     "SettingError",
     "ShapeError",
@@ -163,6 +164,25 @@ class SimulatedDeviceError(PlatformError):
         super().__init__(
             f"{action}: {device} ({platform}) is simulated, so nothing can run on it; "
             "select, explain and plan work here, and level='reference' computes on the CPU"
+        )
+
+
+class RankError(HalError, RuntimeError):
+    """Report that ranks of a group did not take part in what all of them must do together.
+
+    Nothing that was received may be used, and the group is of no more use: make a new one.
+
+    Attributes:
+        where: What the ranks were doing together.
+        missing: Ranks of the job that did not answer afterwards, or were behind the others.
+        cause: What torch.distributed said.
+    """
+
+    def __init__(self, where: str, *, missing: Iterable[int], found: str, cause: str) -> None:
+        self.where, self.missing, self.cause = where, tuple(missing), cause
+        super().__init__(
+            f"{where}: found {found}, needed every rank; nothing that was received may be used: "
+            f"make a new group of the ranks that are left ({cause})"
         )
 
 

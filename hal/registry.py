@@ -264,6 +264,8 @@ class Op:
         measured: Returns the measured times, read when first needed.
         choices: Values that options may take, by name; what is not here is a whole number.
         at_most: Pairs `(small, large)` of sizes of which the first never exceeds the second.
+        collective: Whether several ranks run it together, so that no device can run it alone:
+            `op_names` leaves it out of what is verified and reported device by device.
     """
 
     name: str
@@ -272,6 +274,7 @@ class Op:
     measured: Callable[[], tuple[Measurement, ...]] = field(default=lambda: ())
     choices: Mapping[str, tuple[str | bool, ...]] = field(default_factory=dict)
     at_most: tuple[tuple[str, str], ...] = ()
+    collective: bool = False
     _kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -475,7 +478,7 @@ def find_op(name: str) -> Op:
     raise UnknownNameError("op", name, _OPS)
 
 
-def op_names() -> tuple[str, ...]:
-    """Return the names of all ops, sorted."""
+def op_names(*, collective: bool = False) -> tuple[str, ...]:
+    """Return the names of the ops that one device runs, or of all ops, sorted."""
     _load()
-    return tuple(sorted(_OPS))
+    return tuple(sorted(name for name, op in _OPS.items() if collective or not op.collective))

@@ -483,8 +483,9 @@ def options_from(
         force = forced.get(op)
         origin = "HAL_KERNEL"
         for name in forced:
-            if name != op and name not in op_names():
-                error = UnknownNameError("op", name, op_names(), "in HAL_KERNEL")
+            known = op_names(collective=True)
+            if name != op and name not in known:
+                error = UnknownNameError("op", name, known, "in HAL_KERNEL")
                 warnings.warn(f"ignored: {error}", stacklevel=3)
     level = Level.parse(minimum) if isinstance(minimum, str) else minimum
     return Options(

@@ -52,6 +52,9 @@ class FusedMoE(Bound):
         unpadded_hidden: Columns of x and of the output, where the weights were padded to more.
         format: `standard`, or `batched`: called as `bound(x, counts)`.
         lora: Whether calls may bring low-rank updates; leaves out kernels that cannot add them.
+        group: A `hal.ops.ExpertParallel`: the weights are those of its `local_experts`, calls take
+            this rank's tokens with the ids of all experts, and every rank calls together
+            (docs/expert-parallel.md).
         dtype: Dtype of the activations; None means that of the weights, or bfloat16.
         platform: Platform to bind for; None means that of the weights' device.
         tokens: Typical number of tokens, to choose between measured kernels.
@@ -75,6 +78,14 @@ class FusedMoE(Bound):
     )
     op: ClassVar[str] = "fused_moe"
 
+    def __new__(cls, *arguments: Any, group: Any = None, **options: Any) -> FusedMoE:
+        """Return the form that exchanges tokens where a group is given: others pay nothing."""
+        if group is None or cls is not FusedMoE:
+            return object.__new__(cls)
+        from hal.ops.parallel_moe import ParallelFusedMoE
+
+        return object.__new__(ParallelFusedMoE)
+
     def __init__(
         self,
         w13: Weight,
@@ -91,6 +102,7 @@ class FusedMoE(Bound):
         unpadded_hidden: int | None = None,
         format: str = "standard",
         lora: bool = False,
+        group: None = None,
         dtype: torch.dtype | None = None,
         platform: Any = None,
         tokens: int | None = None,

@@ -1,0 +1,449 @@
+"""Move tokens to the ranks that hold their experts, and add up what comes back.
+
+    received = dispatch(x, routing)        rows of all ranks that concern experts here
+    partial  = experts(received.x, received.routing)
+    y[t]     = sum over ranks of partial rows of t                      float32, in rank order
+
+Activations travel as they are, or quantized row by row as a scheme's activations are. Where the
+experts would quantize them the same way (`dispatch="auto"` takes care of that), their codes are
+those that the experts compute themselves: what arrives is decoded into the activations' dtype, and
+quantizing that again gives the same codes.
+
+Slots that are not for this rank, and rows that only fill room, have the id -1, which every kernel
+of experts skips. A token none of whose slots is present gets zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hal.errors import ArgumentError, ForcedKernelError, RankError, ShapeError, ValueRangeError
+from hal.ops.binding import select_for
+from hal.ops.checks import (
+    check_activations,
+    check_gradient,
+    check_same_device,
+    dtype_name,
+)
+from hal.ops.payload import Payload, payload_format, workspace
+from hal.ops.placement import Placement, placement_of
+from hal.ops.ranks import Ranks
+from hal.ops.routing import Routing
+from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL, section
+from hal.ops.workspace import Workspace
+from hal.quant.represent import Coded, encoding_of, numbers
+from hal.runtime import current_platform, platform_of
+from hal.selection import choose, options_from
+
+if TYPE_CHECKING:
+    from hal.registry import Operand
+    from hal.selection import Selection
+
+__all__ = ["Dispatched", "ExpertParallel"]
+
+WHERE = "expert_parallel"
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a rank received.
+
+    Attributes:
+        x: `[rows, hidden]` of the activations' dtype.
+        routing: `[rows, top_k]` ids of experts as this rank numbers its own, -1 for those of
+            other ranks, and float32 weights.
+        tokens: How many tokens this rank sent.
+        state: What the transport needs to bring the results back.
+    """
+
+    x: torch.Tensor
+    routing: Routing
+    tokens: int
+    state: Any
+
+
+class ExpertParallel:
+    """The exchange of tokens for layers whose experts are spread over a group of ranks.
+
+    Making one is a collective call, in which all ranks compare their arguments. So are `dispatch`
+    and `combine`: ranks without tokens take part, too.
+
+    Args:
+        group: Process group of torch.distributed; None is the default one.
+        experts: Number of experts of the layer on all ranks together.
+        top_k: Slots of a token.
+        hidden: Columns of the activations.
+        max_tokens: Most tokens of a rank in one call.
+        dispatch: Format in which activations travel, a name of `hal.ops.payload.FORMATS`; `auto`
+            is that in which the kernel chosen for experts under `scheme` quantizes them, else bf16.
+        scheme: Scheme of the experts.
+        dtype: Dtype of the activations.
+        placement: `linear`, `round_robin`, or a `Placement`.
+        tensor_group: Group of the ranks that have the same tokens and each a part of the same
+            experts; `combine` sums over it, too.
+        transport: Transport to insist on, else the best that can run.
+        host_sync: Whether calls may wait for the device to learn how many tokens others have;
+            without that every call takes as long as one of `max_tokens`. Captured graphs need
+            False.
+        column_alignment: See `Payload`.
+        device: Where the tensors are; None is the current platform's device type.
+        platform: Platform to select for; None means that of the device.
+        workspace: Buffers that are shared with other layers.
+        timeout: Seconds that other ranks may let this one wait, where the backend's waiting blocks
+            the host (`hal.ops.ranks`); other backends have the time limit of the group.
+
+    Attributes:
+        selection: Which transport was chosen, with every candidate and its reasons.
+        payload: What travels for a token.
+        automatic: Whether hal chose its format.
+        placement: Which rank holds which experts.
+        rank: Of this process in the group.
+        workspace: The buffers.
+
+    Raises:
+        ArgumentError: For arguments that do not fit together, or are not equal on all ranks.
+        NoKernelError: If no transport can run; carries the table of all candidates.
+        ForcedKernelError: If the one insisted on cannot; names the one that can.
+        RankError: If a rank does not take part. Nothing has been allocated in any of these cases.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        dispatch: str = "auto",
+        scheme: str = "bf16",
+        dtype: torch.dtype = torch.bfloat16,
+        placement: str | Placement = "linear",
+        tensor_group: Any = None,
+        transport: str | None = None,
+        host_sync: bool = True,
+        column_alignment: int = 1,
+        device: torch.device | str | None = None,
+        platform: Any = None,
+        workspace: Workspace | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        if not 0 < top_k <= experts:
+            raise ValueRangeError(WHERE, found=f"top_k={top_k}", needed=f"1 to experts={experts}")
+        if max_tokens < 1:
+            raise ValueRangeError(WHERE, found=f"max_tokens={max_tokens}", needed="1 or more")
+        self.dtype, self.max_tokens, self.host_sync = dtype, max_tokens, host_sync
+        self.device = torch.device(
+            current_platform().torch_device_type if device is None else device
+        )
+        self.automatic = dispatch == "auto"
+        read = self._read_by_experts(scheme, hidden, platform) if self.automatic else None
+        format = payload_format(scheme, dispatch, read=read)
+        self.payload = Payload(format, hidden, top_k, column_alignment)
+        self.ranks = Ranks(group, self.device, timeout)
+        self.rank = self.ranks.rank
+        self.tensor_ranks = None
+        if tensor_group is not None:
+            self.tensor_ranks = Ranks(tensor_group, self.device, timeout)
+        self.placement = placement_of(placement, experts, self.ranks.size)
+        self.selection = self._select(experts, transport, platform)
+        self._quantize = self._quantizer(platform)
+        self._agree(scheme)
+        self.workspace = Workspace() if workspace is None else workspace
+        self.workspace.reserve(self.workspace_bytes(), self.ranks.size, self.device)
+        assert self.selection.kernel is not None
+        self._exchange = self.selection.kernel.load()(self)
+        self._tables()
+
+    @property
+    def experts(self) -> int:
+        """Return the number of experts on all ranks together."""
+        return self.placement.experts
+
+    @property
+    def transport(self) -> str:
+        """Return the name of the transport."""
+        return str(self.selection.kernel and self.selection.kernel.name)
+
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        """Return the experts of this rank in the order that its weights have: `w13[list(...)]`."""
+        return self.placement.held[self.rank]
+
+    def workspace_bytes(self) -> dict[str, int]:
+        """Return the bytes of each buffer that this layer needs."""
+        return dict(workspace(self.transport, self.payload, self.ranks.size, self.max_tokens))
+
+    def dispatch(
+        self, x: torch.Tensor, routing: Routing, *, tokens: Sequence[int] | None = None
+    ) -> Dispatched:
+        """Send tokens to their experts and return what this rank's experts are to compute.
+
+        Args:
+            x: `[tokens, hidden]`.
+            routing: Experts, by the numbers of all ranks together, and weights of each token. Ids
+                outside of them are absent slots.
+            tokens: Tokens of every rank, in order, where the caller knows them: it spares ranks
+                from asking each other, and the host from waiting for the device.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
+            ValueRangeError: For more tokens than `max_tokens`. Others wait for this rank then.
+            RankError: If another rank does not take part.
+        """
+        self._check(x, routing, tokens)
+        n = x.shape[0]
+        physical = self._physical(routing.ids)
+        present = physical >= 0
+        ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
+        if n:
+            self._pack(self._exchange.rows(n), x, physical, routing.weights)
+        with _Abandoning(self.workspace):
+            received, state = self._exchange.dispatch(n, ranks, tokens)
+        rows, ids, weights = self._unpack(received)
+        return Dispatched(rows, Routing(ids=ids, weights=weights), n, state)
+
+    def combine(
+        self,
+        partial: torch.Tensor,
+        dispatched: Dispatched,
+        *,
+        shared: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `[tokens, hidden]`: what all ranks' experts made of the tokens sent.
+
+        Args:
+            partial: `[rows, hidden]`, what the experts here made of `dispatched.x`: the sum over
+                slots, weights applied.
+            dispatched: What `dispatch` returned.
+            shared: `[tokens, hidden]`, the output of shared experts, added in float32. Under a
+                tensor group it must be whole, not a part.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError: Each for its own fault.
+            RankError: If another rank does not take part.
+        """
+        name = dtype_name(dispatched.x)
+        check_activations(f"{WHERE}: combine", partial, self.payload.hidden, self.device, (name,))
+        if partial.shape != dispatched.x.shape:
+            raise ShapeError(
+                f"{WHERE}: combine", found=list(partial.shape), needed=list(dispatched.x.shape)
+            )
+        wanted = (dispatched.tokens, self.payload.hidden)
+        if shared is not None and tuple(shared.shape) != wanted:
+            raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
+        check_same_device(f"{WHERE}: shared", self.device, shared=shared)
+        with _Abandoning(self.workspace):
+            sums: torch.Tensor = self._exchange.combine(partial, dispatched.state)
+            if self.tensor_ranks is not None and sums.numel():
+                self.tensor_ranks.all_reduce(sums)
+        return (sums if shared is None else sums + shared.float()).to(partial.dtype)
+
+    def _read_by_experts(self, scheme: str, hidden: int, platform: Any) -> Operand | None:
+        """Return what the kernel that experts would run here reads as x."""
+        spec = platform_of(self.device, platform).device(self.device.index)
+        problem = {"hidden": hidden, "dtype": dtype_name_of(self.dtype)}
+        kernel = choose("fused_moe", scheme, spec, problem, options_from("fused_moe")).kernel
+        return None if kernel is None else kernel.operand(scheme, "x")
+
+    def _select(self, experts: int, transport: str | None, platform: Any) -> Selection:
+        problem = {
+            "ranks": self.ranks.size,
+            "experts": experts,
+            "top_k": self.payload.top_k,
+            "hidden": self.payload.hidden,
+            "max_tokens": self.max_tokens,
+            "dtype": dtype_name_of(self.dtype),
+            "backend": self.ranks.backend,
+            "host_sync": self.host_sync,
+        }
+        EXPERT_PARALLEL.check(problem)
+        problem |= {name: self.ranks.has(name) for name in COLLECTIVES}
+        try:
+            found, _ = select_for(
+                "expert_parallel",
+                self.payload.format,
+                self.device,
+                problem,
+                platform=platform,
+                force=transport,
+            )
+        except ForcedKernelError as error:
+            able = [c.kernel.name for c in error.selection.candidates if c.can_run]
+            cure = f"without it {able[0]} is taken" if able else "no other can run either"
+            told = str(error).partition("\n")[0]
+            raise ForcedKernelError(f"{told}; {cure}", error.selection) from None
+        return found
+
+    def _quantizer(self, platform: Any) -> Any:
+        how = self.payload.how
+        if how.format is None:
+            self._encoding = "bfloat16"
+            return None
+        scheme, problem = self.payload.scheme.name, {"features": self.payload.hidden}
+        selection, _ = select_for("quantize", scheme, self.device, problem, platform=platform)
+        assert selection.kernel is not None
+        self._encoding = encoding_of(how.format, selection.spec.formats.fp8_encoding)
+        return selection.kernel.load()
+
+    def _agree(self, scheme: str) -> None:
+        payload = self.payload
+        settings = {
+            "experts": self.experts,
+            "top_k": payload.top_k,
+            "hidden": payload.hidden,
+            "max_tokens": self.max_tokens,
+            "dispatch": payload.format,
+            "column_alignment": payload.column_alignment,
+            "scheme": scheme,
+            "dtype": str(self.dtype),
+            "encoding": self._encoding,
+            "placement": [list(mine) for mine in self.placement.held],
+            "transport": self.transport,
+            "host_sync": self.host_sync,
+        }
+        self.ranks.agree(WHERE, settings)
+        if self.tensor_ranks is not None:
+            self.tensor_ranks.agree(f"{WHERE}: tensor_group", settings)
+
+    def _tables(self) -> None:
+        """Put the placement where the tokens are."""
+        copies = self.placement.copies()
+        most = max(map(len, copies))
+        # Short lists are repeated, so that every turn names a copy; the number of copies decides.
+        rows = [[places[turn % len(places)] for turn in range(most)] for places in copies]
+        self._copies = torch.tensor(rows, device=self.device)
+        self._count = torch.tensor([len(places) for places in copies], device=self.device)
+        self._rank_of = torch.tensor(self.placement.rank_of, device=self.device)
+        self._first, self._last = self.placement.offsets[self.rank : self.rank + 2]
+        self._redundant = most > 1
+
+    def _physical(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return `[tokens, top_k]` int64 physical ids; copies of an expert take turns."""
+        absent = (ids < 0) | (ids >= self.experts)
+        expert = ids.long().masked_fill(absent, 0)
+        if not self._redundant:
+            physical = self._copies[:, 0][expert]
+        else:
+            token = torch.arange(ids.shape[0], device=ids.device) + self.rank
+            turn = token.unsqueeze(-1) % self._count[expert]
+            physical = self._copies[expert, turn]
+        return physical.masked_fill(absent, -1)
+
+    def _pack(
+        self, rows: torch.Tensor, x: torch.Tensor, physical: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        parts = self.payload.parts
+        section(rows, parts["ids"], torch.int32).copy_(physical)
+        section(rows, parts["weights"], torch.float32).copy_(weights)
+        codes = section(rows, parts["codes"], torch.uint8)
+        if self._quantize is None:
+            codes.copy_(x.contiguous().view(torch.uint8))
+            return
+        values, scales, *second = self._quantize(x, self._encoding, self.payload.how, None)
+        codes.copy_(values.view(torch.uint8))
+        scales = scales.view(x.shape[0], -1)
+        target = section(rows, parts["scales"], scales.dtype)
+        target[:, : scales.shape[1]].copy_(scales)
+        if target.shape[1] > scales.shape[1]:
+            target[:, scales.shape[1] :].zero_()
+        if second:
+            section(rows, parts["second"], torch.float32).copy_(second[0].unsqueeze(-1))
+
+    def _unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return activations, ids as numbered here, and weights: copies, not views of a buffer."""
+        parts = self.payload.parts
+        physical = section(rows, parts["ids"], torch.int32)
+        here = (physical >= self._first) & (physical < self._last)
+        ids = torch.where(here, physical - self._first, -1)
+        weights = section(rows, parts["weights"], torch.float32).clone()
+        if self._quantize is None:
+            return section(rows, parts["codes"], self.dtype).clone(), ids, weights
+        return self._decode(rows).to(self.dtype), ids, weights
+
+    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
+        from hal.torch_compat import dtype
+
+        payload, parts = self.payload, self.payload.parts
+        how = payload.how
+        stored = torch.uint8 if how.packed else dtype(self._encoding)
+        values = section(rows, parts["codes"], torch.uint8).contiguous().view(stored)
+        stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
+        own = Payload(payload.format, payload.hidden, payload.top_k).scales
+        scales = section(rows, parts["scales"], stored)[:, :own].contiguous()
+        if how.granularity == "token":
+            scales = scales.squeeze(-1)
+        second = None
+        if "second" in parts:
+            second = section(rows, parts["second"], torch.float32).squeeze(-1).contiguous()
+        return numbers(Coded(values, scales, second), how, self._encoding, payload.hidden)
+
+    def _check(self, x: torch.Tensor, routing: Routing, tokens: Sequence[int] | None) -> None:
+        check_activations(WHERE, x, self.payload.hidden, self.device, (dtype_name_of(self.dtype),))
+        if x.ndim != 2:
+            raise ShapeError(
+                WHERE, found=f"input {list(x.shape)}", needed=f"[tokens, {self.payload.hidden}]"
+            )
+        wanted = (x.shape[0], self.payload.top_k)
+        if tuple(routing.ids.shape) != wanted:
+            raise ShapeError(
+                f"{WHERE}: routing", found=list(routing.ids.shape), needed=list(wanted)
+            )
+        check_same_device(f"{WHERE}: routing", self.device, ids=routing.ids)
+        check_gradient(WHERE, routing.weights)
+        if x.shape[0] > self.max_tokens:
+            raise ValueRangeError(
+                WHERE,
+                found=f"{x.shape[0]} tokens",
+                needed=f"at most max_tokens={self.max_tokens}",
+                cure="call it in pieces, the same number of times on every rank",
+            )
+        if tokens is None:
+            return
+        if len(tokens) != self.ranks.size or tokens[self.rank] != x.shape[0]:
+            raise ArgumentError(
+                f"{WHERE}: tokens",
+                found=f"{list(tokens)} on rank {self.rank} with {x.shape[0]} tokens",
+                needed=f"the tokens of each of {self.ranks.size} ranks",
+            )
+        if not 0 <= min(tokens) <= max(tokens) <= self.max_tokens:
+            raise ValueRangeError(
+                f"{WHERE}: tokens", found=list(tokens), needed=f"0 to {self.max_tokens} each"
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("ExpertParallel belongs to a process group; make one in each process")
+
+    def __deepcopy__(self, memo: Any) -> ExpertParallel:
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"ExpertParallel(rank {self.rank} of {self.ranks.size}, {len(self.local_experts)} of "
+            f"{self.experts} experts, {self.payload.format} by {self.transport})"
+        )
+
+
+class _Abandoning:
+    """Take other buffers where a collective failed: it may still write into these."""
+
+    __slots__ = ("workspace",)
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and issubclass(kind, RankError):
+            self.workspace.abandon()
+
+
+def dtype_name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without the `torch.` in front."""
+    return str(dtype).removeprefix("torch.")

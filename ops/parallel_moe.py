@@ -1,0 +1,118 @@
+"""Run a mixture of experts that is spread over the ranks of a group: dispatch, experts, combine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hal.errors import ArgumentError, DTypeError, ShapeError
+from hal.ops.bound_experts import FusedMoE, is_compiling
+from hal.ops.expert_parallel import ExpertParallel
+from hal.ops.prepare import Weight, activation_dtype, as_qtensor, check_experts
+from hal.ops.routing import Routing
+
+__all__ = ["ParallelFusedMoE"]
+
+
+class ParallelFusedMoE(FusedMoE):
+    """What `hal.ops.FusedMoE(..., group=...)` makes.
+
+    Args:
+        w13: Weights of the experts of this rank, in the order of `group.local_experts`.
+        w2: The same. Under a tensor group, both are the part of this rank.
+        group: The exchange.
+        **options: As for `FusedMoE`, but neither batches nor low-rank updates.
+
+    Raises:
+        ArgumentError: For weights or options that do not fit the exchange; nothing was changed.
+    """
+
+    __slots__ = ("group",)
+
+    def __init__(self, w13: Weight, w2: Weight, *, group: Any, **options: Any) -> None:
+        where = "fused_moe: group"
+        if not isinstance(group, ExpertParallel):
+            raise ArgumentError(
+                where,
+                found=type(group).__name__,
+                needed="a hal.ops.ExpertParallel",
+                cure="ExpertParallel(process_group, experts=..., top_k=..., hidden=..., ...)",
+            )
+        for name, value in (("format", "batched"), ("lora", True)):
+            if options.get(name) == value:
+                raise ArgumentError(
+                    where, found=f"{name}={value}", needed="the standard format without updates"
+                )
+        w13, w2 = as_qtensor("fused_moe", w13), as_qtensor("fused_moe", w2)
+        experts, _, hidden = check_experts(w13, w2, options.get("gated", True))
+        mine = group.local_experts
+        if experts != len(mine):
+            raise ShapeError(
+                where,
+                found=f"weights of {experts} experts",
+                needed=f"{len(mine)}, those of rank {group.rank}",
+                cure="w13[list(group.local_experts)]",
+            )
+        columns = options.get("unpadded_hidden") or hidden
+        if columns != group.payload.hidden:
+            raise ShapeError(
+                where, found=f"hidden={columns}", needed=f"{group.payload.hidden} as it travels"
+            )
+        dtype = activation_dtype("fused_moe", w13, options.pop("dtype", None))
+        if dtype is not group.dtype:
+            raise DTypeError(where, found=dtype, needed=f"{group.dtype} as it travels")
+        # Slots of other ranks are absent here, so that a row can have more slots than experts.
+        options.setdefault("top_k", min(group.payload.top_k, experts))
+        super().__init__(w13, w2, dtype=dtype, **options)
+        kernel = self.selection.kernel
+        assert kernel is not None
+        read = kernel.operand(self.selection.scheme, "x")
+        if group.automatic and group.payload.how.format is not None and read.granularity == "none":
+            raise ArgumentError(
+                where,
+                found=f"kernel {kernel.name}, which reads activations as given, behind an exchange "
+                f"that chose {group.payload.format} for a kernel that quantizes them",
+                needed="the same kernel, or a format that is asked for",
+                cure=f'ExpertParallel(dispatch="bf16"), or dispatch="{group.payload.format}"',
+            )
+        self.group = group
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        routing: Routing | torch.Tensor,
+        *,
+        shared: torch.Tensor | None = None,
+        updates: Any = None,
+    ) -> torch.Tensor:
+        """Return `[tokens, hidden]` for this rank's `x` `[tokens, hidden]`.
+
+        Args:
+            x: Activations; ranks without any call with zero tokens.
+            routing: Ids of all experts, and weights.
+            shared: `[tokens, hidden]`, added in float32 to the sum over all ranks.
+            updates: None: the tokens that a rank computes belong to adapters it does not know.
+
+        Raises:
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
+            RankError: If another rank does not take part.
+        """
+        if is_compiling():
+            # Dynamo cannot build hal's errors, and would hide the message.
+            raise ValueError(
+                "fused_moe: an exchange between ranks cannot be compiled; put the layer behind "
+                "torch.compiler.disable"
+            )
+        if not isinstance(routing, Routing) or updates is not None:
+            raise ArgumentError(
+                "fused_moe",
+                found="updates" if isinstance(routing, Routing) else type(routing).__name__,
+                needed="a Routing, and no updates, with group=",
+            )
+        received = self.group.dispatch(x, routing)
+        partial = super().__call__(received.x, received.routing)
+        return self.group.combine(partial, received, shared=shared)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {self.group!r})"

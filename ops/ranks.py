@@ -1,0 +1,239 @@
+"""Do things together with the other ranks of a group, or say which of them did not come.
+
+Every collective is started without waiting and then waited for with a time limit. Where that
+fails, each rank leaves a note in the store of the job, and those of whom none is found within the
+same limit are the missing ones: a rank that works pays nothing for this.
+
+The limit is ours where waiting blocks the host (`HOST_WAITS`). Other backends order the result
+behind their stream and return at once: theirs is the `timeout` of the group, and what they raise
+is taken up here. That path is written for NCCL and has not been run yet.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import ArgumentError, DeviceMismatchError, RankError, ValueRangeError
+from hal.torch_collectives import backend_of, collectives, default_store, require_distributed
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HOST_WAITS", "Ranks"]
+
+HOST_WAITS = frozenset({"gloo"})
+"""Backends whose `Work.wait` blocks the host, and takes a time limit."""
+POLL_SECONDS = 0.02
+
+_made = itertools.count()
+
+
+class Ranks:
+    """One rank's place in a group, and the collectives of that group.
+
+    Args:
+        group: A process group, or None for the default one.
+        device: Where the tensors are that travel.
+        timeout: Seconds that others may let this rank wait.
+
+    Attributes:
+        rank: Of this process in the group.
+        size: Of the group.
+        backend: What moves the tensors, such as `gloo`.
+        broken: What went wrong, once it has; every further call is refused.
+
+    Raises:
+        PlatformError: If there is no process group.
+        DeviceMismatchError: If the group has no backend for the device.
+        ValueRangeError: For a time limit that is not above 0, or if this process is not in the
+            group.
+    """
+
+    def __init__(self, group: Any, device: torch.device, timeout: float) -> None:
+        if not timeout > 0:
+            raise ValueRangeError(
+                "expert_parallel: timeout", found=f"{timeout} seconds", needed="more than 0"
+            )
+        require_distributed()
+        import torch.distributed as distributed
+
+        self.group = distributed.group.WORLD if group is None else group
+        self.device, self.timeout = device, timeout
+        self.rank: int = distributed.get_rank(self.group)
+        self.size: int = distributed.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueRangeError(
+                "expert_parallel: group",
+                found=f"rank {distributed.get_rank()} of the job, which is not in the group",
+                needed="a call by the ranks of the group alone",
+            )
+        self.backend = backend_of(self.group, device.type)
+        if not self.backend:
+            raise DeviceMismatchError(
+                "expert_parallel: group",
+                found=f"no backend for tensors on {device.type}",
+                needed="one",
+                cure="pass device=, or init_process_group with a backend for that device",
+            )
+        self.broken = ""
+        self._names: list[int] = distributed.get_process_group_ranks(self.group)
+        self._store = default_store()
+        self._limit = (timedelta(seconds=timeout),) if self.backend in HOST_WAITS else ()
+        self._calls = 0
+        self._abandoned: list[Any] = []
+        members = "-".join(map(str, self._names))
+        self._key = f"hal/expert_parallel/{members}/{next(_made)}"
+        self._do = collectives()
+
+    def all_gather(self, out: torch.Tensor, given: torch.Tensor) -> None:
+        """Fill `out` `[size * n, ...]` with everyone's `[n, ...]`."""
+        self._run("all_gather", self._do.all_gather, out, given)
+
+    def reduce_scatter(self, out: torch.Tensor, given: torch.Tensor) -> None:
+        """Fill `out` `[n, ...]` with the sum over ranks of its part of `[size * n, ...]`."""
+        self._run("reduce_scatter", self._do.reduce_scatter, out, given)
+
+    def all_reduce(self, given: torch.Tensor) -> None:
+        """Replace a tensor with its sum over ranks."""
+        self._run("all_reduce", self._do.all_reduce, given)
+
+    def all_to_all(
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> None:
+        """Send parts of `given` to the ranks in order; `sent` and `received` count their rows."""
+        splits = () if sent is None or received is None else (list(received), list(sent))
+        self._run("all_to_all", self._do.all_to_all, out, given, *splits)
+
+    def has(self, collective: str) -> bool:
+        """Tell whether the backend has a collective, by trying it on a few bytes on every rank.
+
+        Ranks must ask for the same ones in the same order: all of them take part, and what one
+        lacks none has.
+        """
+        import torch
+
+        given = torch.zeros(self.size, dtype=torch.float32, device=self.device)
+        tries: Mapping[str, Callable[[], Any]] = {
+            "all_gather": lambda: self._do.all_gather(
+                given.new_empty(self.size), given[:1], group=self.group, async_op=True
+            ),
+            "reduce_scatter": lambda: self._do.reduce_scatter(
+                given.new_empty(1), given, group=self.group, async_op=True
+            ),
+            "all_to_all": lambda: self._do.all_to_all(
+                torch.empty_like(given), given, group=self.group, async_op=True
+            ),
+        }
+        works = 1.0
+        try:
+            tries[collective]().wait(*self._limit)
+        except (RuntimeError, NotImplementedError) as error:
+            if not _says_unsupported(error):
+                raise self._failure(f"trial of {collective}", error) from error
+            works = 0.0
+        flag = given.new_full((1,), works)
+        self.all_reduce(flag)
+        return int(flag.item()) == self.size
+
+    def agree(self, where: str, settings: Mapping[str, Any]) -> None:
+        """Raise on every rank unless all of them bring equal settings.
+
+        Raises:
+            ArgumentError: Naming the first setting that differs, and whose it is.
+        """
+        import torch
+
+        told = json.dumps(settings, sort_keys=True).encode()
+        length = torch.tensor([len(told)], dtype=torch.int64, device=self.device)
+        lengths = length.new_empty(self.size)
+        self.all_gather(lengths, length)
+        most = int(lengths.max())
+        mine = torch.zeros(most, dtype=torch.uint8, device=self.device)
+        mine[: len(told)] = torch.tensor(list(told), dtype=torch.uint8, device=self.device)
+        everyone = mine.new_empty(self.size * most)
+        self.all_gather(everyone, mine)
+        sizes, texts = lengths.tolist(), everyone.view(self.size, most).cpu()
+        for rank, (size, text) in enumerate(zip(sizes, texts, strict=True)):
+            theirs = json.loads(bytes(text[:size].tolist()))
+            own = json.loads(told)
+            for name in own:
+                if theirs.get(name) != own[name]:
+                    raise ArgumentError(
+                        f"{where}: {name}",
+                        found=f"{own[name]} on rank {self._names[self.rank]} and "
+                        f"{theirs.get(name)} on rank {self._names[rank]}",
+                        needed="the same on all ranks of the group",
+                    )
+
+    def _run(self, what: str, start: Callable[..., Any], *arguments: Any) -> None:
+        if self.broken:
+            raise RankError(
+                "expert_parallel",
+                missing=(),
+                found="a call after ranks had failed",
+                cause=self.broken,
+            )
+        self._calls += 1
+        work = None
+        try:
+            work = start(*arguments, group=self.group, async_op=True)
+            work.wait(*self._limit)
+        except RuntimeError as error:
+            # What was started may still write: its tensors are kept, and never used again.
+            self._abandoned.append((work, arguments))
+            raise self._failure(what, error) from error
+
+    def _failure(self, what: str, error: Exception) -> RankError:
+        cause = " ".join(str(error).split())
+        self.broken = cause[:200]
+        found, missing = self._roll_call()
+        return RankError(
+            f"expert_parallel: {what}", missing=missing, found=found, cause=cause[:200]
+        )
+
+    def _roll_call(self) -> tuple[str, tuple[int, ...]]:
+        """Return who is missing, in words and as ranks of the job.
+
+        Others notice a failure at most one time limit later than this rank does.
+        """
+        keys = [f"{self._key}/{rank}" for rank in range(self.size)]
+        deadline = time.monotonic() + self.timeout + 1
+        try:
+            self._store.set(keys[self.rank], str(self._calls))
+            while not (done := self._store.check(keys)) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            here = [r for r, key in enumerate(keys) if done or self._store.check([key])]
+            calls = {r: int(self._store.get(keys[r])) for r in here}
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[:100]
+            return f"ranks that cannot be told: the store of the job does not answer ({text})", ()
+        gone = [self._names[rank] for rank in range(self.size) if rank not in calls]
+        behind = [self._names[rank] for rank in here if calls[rank] < max(calls.values())]
+        if gone:
+            return f"no answer from rank {_listed(gone)} within {self.timeout:g} s", tuple(gone)
+        if behind:
+            most = max(calls.values())
+            return f"rank {_listed(behind)} stopped before call {most}, which others made", tuple(
+                behind
+            )
+        return "all ranks, but not the connection between them", ()
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _says_unsupported(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, NotImplementedError) or any(
+        words in text for words in ("not support", "unsupported", "not implemented", "no backend")
+    )

@@ -1,0 +1,148 @@
+"""Give every rank the rows of all ranks, in fixed room, and sum what comes back in three ways.
+
+Every rank sends as many rows as the rank with the most tokens has, or `max_tokens` where nothing
+may wait for the device; rows beyond a rank's own are zero and carry the id -1.
+
+| transport | back | bytes in per rank, of `ranks - 1` others |
+|---|---|---|
+| all_reduce | float32 sums of everything | twice the float32 rows of all |
+| all_gather | float32 sums of own rows, by reduce-scatter | float32 rows |
+| all_to_all_padded | rows in 16 bits, summed here in the order of ranks | 16-bit rows |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hal.needs import Code, Needs
+from hal.ops.transports import BACKENDS, EXPERT_PARALLEL, SIGNATURES, Setup, collective, section
+from hal.registry import Level
+
+if TYPE_CHECKING:
+    import torch
+
+ANYWHERE = (Needs.package("torch"), Needs.one_of("backend", *BACKENDS, code=Code.RANK))
+
+
+class _State(NamedTuple):
+    tokens: int
+    room: int
+
+
+class _Gathered:
+    """Rows of all ranks on every rank."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.ranks, self.payload, self.workspace = setup.ranks, setup.payload, setup.workspace
+
+    def rows(self, tokens: int) -> torch.Tensor:
+        return self._rows("rows", self.setup.max_tokens)[:tokens]
+
+    def dispatch(
+        self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
+    ) -> tuple[torch.Tensor, _State]:
+        import torch
+
+        room = self._room(tokens, counts)
+        rows = self._rows("rows", room)
+        # Rows of an earlier call are still there.
+        rows[tokens:].zero_()
+        section(rows[tokens:], self.payload.parts["ids"], torch.int32).fill_(-1)
+        received = self._rows("receive", self.ranks.size * room)
+        if room:
+            self.ranks.all_gather(received, rows)
+        return received, _State(tokens, room)
+
+    def _room(self, tokens: int, counts: Sequence[int] | None) -> int:
+        """Return how many rows every rank sends."""
+        import torch
+
+        if counts is not None:
+            return max(counts)
+        if not self.setup.host_sync:
+            return self.setup.max_tokens
+        mine = torch.tensor([tokens], dtype=torch.int64, device=self.ranks.device)
+        everyone = mine.new_empty(self.ranks.size)
+        self.ranks.all_gather(everyone, mine)
+        return int(everyone.max())
+
+    def _rows(self, name: str, count: int) -> torch.Tensor:
+        width = self.payload.row_bytes
+        return self.workspace.take(name, count * width).view(count, width)
+
+    def _wide(self, name: str, count: int) -> torch.Tensor:
+        import torch
+
+        hidden = self.payload.hidden
+        flat = self.workspace.take(name, count * hidden * 4).view(torch.float32)
+        return flat.view(count, hidden)
+
+
+class _AllReduce(_Gathered):
+    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+        sums = self._wide("partial", partial.shape[0]).copy_(partial)
+        if state.room:
+            self.ranks.all_reduce(sums)
+        first = self.ranks.rank * state.room
+        return sums[first : first + state.tokens].clone()
+
+
+class _ReduceScatter(_Gathered):
+    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+        wide = self._wide("partial", partial.shape[0]).copy_(partial)
+        sums = self._wide("sum", state.room)
+        if state.room:
+            self.ranks.reduce_scatter(sums, wide)
+        return sums[: state.tokens].clone()
+
+
+class _Returned(_Gathered):
+    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+        flat = self.workspace.take("returned", partial.numel() * partial.element_size())
+        returned = flat.view(partial.dtype).view(partial.shape)
+        if state.room:
+            self.ranks.all_to_all(returned, partial.contiguous())
+        by_rank = returned.view(self.ranks.size, state.room, self.payload.hidden)
+        by_rank = by_rank[:, : state.tokens]
+        sums = by_rank[0].float()
+        for rows in by_rank[1:]:
+            sums += rows
+        return sums
+
+
+@EXPERT_PARALLEL.kernel(
+    "all_reduce",
+    level=Level.REFERENCE,
+    band="reference",
+    signatures=SIGNATURES,
+    requires=ANYWHERE,
+)
+def bind_all_reduce(setup: Setup) -> Any:
+    """Gather all rows everywhere and sum all results everywhere: the definition."""
+    return _AllReduce(setup)
+
+
+@EXPERT_PARALLEL.kernel(
+    "all_gather",
+    level=Level.NATIVE,
+    band="portable",
+    signatures=SIGNATURES,
+    requires=(*ANYWHERE, collective("all_gather"), collective("reduce_scatter")),
+)
+def bind_all_gather(setup: Setup) -> Any:
+    """Gather all rows everywhere and reduce-scatter the results in float32."""
+    return _ReduceScatter(setup)
+
+
+@EXPERT_PARALLEL.kernel(
+    "all_to_all_padded",
+    level=Level.NATIVE,
+    band="portable",
+    signatures=SIGNATURES,
+    requires=(*ANYWHERE, collective("all_gather"), collective("all_to_all")),
+)
+def bind_all_to_all_padded(setup: Setup) -> Any:
+    """Gather all rows everywhere, return 16-bit rows in fixed room and sum them in rank order."""
+    return _Returned(setup)

@@ -1,0 +1,86 @@
+"""Keep the buffers through which the tokens of expert-parallel layers travel.
+
+One workspace may serve many layers, of unlike formats, sizes and numbers of experts: rows carry
+their own ids, so that layers share nothing but bytes. It holds the largest buffer of each name that
+a layer asked for, and grows only when a layer is made, never in a call. Make the layers before the
+first call: a layer that makes it grow later gives the others new memory, too, and graphs that were
+captured with the old one keep that alive through `retired`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hal.errors import ArgumentError, DeviceMismatchError
+from hal.ops.payload import union
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Buffers by name, on one device and for one size of group.
+
+    Attributes:
+        retired: Buffers that calls have used and that were too small for a later layer.
+    """
+
+    def __init__(self) -> None:
+        self.retired: list[torch.Tensor] = []
+        self._held: dict[str, torch.Tensor] = {}
+        self._used: set[str] = set()
+        self._ranks: int | None = None
+        self._device: torch.device | None = None
+
+    def reserve(self, sizes: Mapping[str, int], ranks: int, device: torch.device) -> None:
+        """Make every buffer at least as large as a layer needs it.
+
+        Raises:
+            ArgumentError: If the workspace serves a group of another size; see `reset`.
+            DeviceMismatchError: If it is on another device.
+        """
+        import torch
+
+        if self._ranks not in (None, ranks):
+            raise ArgumentError(
+                "expert_parallel: workspace",
+                found=f"a group of {ranks} ranks",
+                needed=f"{self._ranks} as for the layers before",
+                cure="give each group a workspace, or call reset() where the old group is gone",
+            )
+        if self._device not in (None, device):
+            raise DeviceMismatchError(
+                "expert_parallel: workspace", found=device, needed=self._device
+            )
+        held = {name: buffer.numel() for name, buffer in self._held.items()}
+        for name, size in union((held, sizes)).items():
+            if size > held.get(name, -1):
+                fresh = torch.zeros(size, dtype=torch.uint8, device=device)
+                if name in self._used:
+                    self.retired.append(self._held[name])
+                self._held[name] = fresh
+        self._ranks, self._device = ranks, device
+
+    def take(self, name: str, size: int) -> torch.Tensor:
+        """Return the first `size` bytes of a buffer."""
+        self._used.add(name)
+        return self._held[name][:size]
+
+    def abandon(self) -> None:
+        """Replace every buffer: a collective that failed may still write into the old ones."""
+        import torch
+
+        self._held = {name: torch.zeros_like(buffer) for name, buffer in self._held.items()}
+        self._used.clear()
+
+    def reset(self) -> None:
+        """Forget the size of the group, so that layers of a new group can be made."""
+        self._ranks = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers, retired ones included."""
+        return sum(buffer.numel() for buffer in (*self._held.values(), *self.retired))

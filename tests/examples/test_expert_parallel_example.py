@@ -1,0 +1,51 @@
+"""The example as a person runs it: processes under torchrun give what one process gives."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("torch", "transformers"):
+    pytest.importorskip(package)
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "expert_parallel.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        (2, ("--bytes", "1030")),  # three windows: one process is idle in the second call
+        (4, ("--bytes", "1030", "--scheme", "int8_channel", "--transport", "all_gather")),
+    ],
+)
+def test_processes_score_what_one_process_scores(processes, arguments, tmp_path):
+    done = subprocess.run(
+        [*TORCHRUN, str(processes), str(EXAMPLE), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [float(number) for number in re.findall(r"([\d.]+) bits per byte", done.stdout)]
+    assert len(found) == 2
+    assert 1 < found[0] < 3
+    assert found[0] == pytest.approx(found[1], abs=0.002)
+    assert f"{processes} processes" in done.stdout
+    assert "of 1027 bytes" in done.stdout
+    assert ("int8 by all_gather" if processes == 4 else "bf16 by all_to_all") in done.stdout
+
+
+def test_refuses_with_a_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--bytes", "1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--bytes: found 1, needed 2 to" in done.stderr

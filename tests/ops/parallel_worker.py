@@ -1,0 +1,151 @@
+"""Run cases of expert parallelism as one rank of a group: RANK WORLD STORE OUT."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+from parallel_cases import (
+    EXPERTS,
+    HIDDEN,
+    MAX_TOKENS,
+    TOP_K,
+    Case,
+    cases,
+    inputs,
+    local_weights,
+    placement_of,
+    tokens_of,
+)
+
+from hal.errors import HalError
+from hal.ops import ExpertParallel, FusedMoE, Workspace
+
+
+class Layers:
+    """Layers by what they are made of: routings share one."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.workspaces = {world: Workspace(), 2: Workspace()}
+        self.made: dict = {}
+        self.pairs = [None, None]
+        if world == 4:
+            # Rank r holds part r % 2 of the experts of rank r // 2 of its group.
+            self.pairs = [
+                [distributed.new_group(pair) for pair in pairs]
+                for pairs in ([(0, 2), (1, 3)], [(0, 1), (2, 3)])
+            ]
+
+    def of(self, case: Case) -> FusedMoE:
+        names = ("transport", "format", "placement", "scheme", "host_sync", "tensor", "force")
+        key = tuple(getattr(case, name) for name in names)
+        if key not in self.made:
+            self.made[key] = self.make(case)
+        return self.made[key]
+
+    def make(self, case: Case) -> FusedMoE:
+        ranks, groups = self.world, {}
+        if case.tensor:
+            ranks = 2
+            groups = {
+                "group": self.pairs[0][self.rank % 2],
+                "tensor_group": self.pairs[1][self.rank // 2],
+            }
+        group = ExpertParallel(
+            **groups,
+            **sizes(),
+            dispatch=case.format,
+            scheme=case.scheme,
+            placement=placement_of(case.placement, ranks),
+            transport=case.transport,
+            host_sync=case.host_sync,
+            workspace=self.workspaces[ranks],
+            timeout=20,
+        )
+        assert group.transport == case.transport
+        part = (self.rank % 2, 2) if case.tensor else ()
+        pair = local_weights(case, group.local_experts, *part)
+        return FusedMoE(*pair, group=group, force=case.force)
+
+
+def sizes() -> dict:
+    return {
+        "experts": EXPERTS,
+        "top_k": TOP_K,
+        "hidden": HIDDEN,
+        "max_tokens": MAX_TOKENS,
+        "device": "cpu",
+    }
+
+
+def run(layers: Layers, case: Case) -> dict:
+    rank = layers.rank // 2 if case.tensor else layers.rank
+    layer = layers.of(case)
+    x, routing = inputs(case.routing, rank)
+    if case.told:
+        told = [tokens_of(case.routing, each) for each in range(layers.world)]
+        received = layer.group.dispatch(x, routing, tokens=told)
+        partial = FusedMoE.__call__(layer, received.x, received.routing)
+        return {"y": layer.group.combine(partial, received)}
+    shared = torch.full((len(x), HIDDEN), 0.25) if case.placement == "arbitrary" else None
+    y = layer(x, routing, shared=shared)
+    again = layer(x, routing, shared=shared)
+    received = layer.group.dispatch(x, routing)
+    layer.group.combine(received.x, received)
+    return {
+        "y": y,
+        "same_bits": torch.equal(y.view(torch.int16), again.view(torch.int16)),
+        "rows": len(received.x),
+        "present": int((received.routing.ids >= 0).sum()),
+        "strange": int((received.routing.ids >= len(layer.group.local_experts)).sum()),
+    }
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """Return what unlike arguments of ranks lead to; the group is of use afterwards."""
+    changes = {
+        "hidden": {"hidden": HIDDEN + rank},
+        "dispatch": {"dispatch": "fp8" if rank else "bf16"},
+        "placement": {"placement": "round_robin" if rank else "linear"},
+    }
+    found = {}
+    for name, change in changes.items():
+        try:
+            ExpertParallel(**{**sizes(), **change})
+        except HalError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def main(rank: int, world: int, store: str, out: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world
+    )
+    layers = Layers(rank, world)
+    with torch.inference_mode():
+        for case in cases(world):
+            layers.of(case)  # all of them first, so that the workspace grows before any call
+        found = {str(case): run(layers, case) for case in cases(world)}
+        found["refusals"] = refusals(rank)
+        found["after refusals"] = run(layers, Case("all_gather"))
+    found["workspace"] = {
+        "held": layers.workspaces[world].nbytes,
+        "retired": len(layers.workspaces[world].retired),
+        "needed": [
+            layer.group.workspace_bytes()
+            for layer in layers.made.values()
+            if layer.group.workspace is layers.workspaces[world]
+        ],
+    }
+    torch.save(found, f"{out}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,172 @@
+"""A rank that dies or comes too late is named by the others, in time, and they can go on."""
+
+from __future__ import annotations
+
+import parallel_failure_worker
+import pytest
+import torch
+from parallel_cases import EXPERTS, HIDDEN, Case, inputs, local_weights
+from test_expert_parallel import error_of, spawn
+
+from hal.errors import (
+    ArgumentError,
+    ForcedKernelError,
+    HalError,
+    NoKernelError,
+    PlatformError,
+    ShapeError,
+    ValueRangeError,
+)
+from hal.ops import ExpertParallel, FusedMoE, Placement, Routing, Workspace
+from hal.ops.transports import EXPERT_PARALLEL
+from hal.registry import op_names
+from hal.selection import select
+
+distributed = pytest.importorskip("torch.distributed")
+SIZES = {"experts": EXPERTS, "top_k": 2, "hidden": HIDDEN, "max_tokens": 8, "device": "cpu"}
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_lost_rank_is_named_and_the_others_go_on(how, tmp_path):
+    lost = (2,) if how == "dies" else ()
+    told = spawn(parallel_failure_worker.__file__, 3, tmp_path, how, lost=lost)
+    alone = FusedMoE(*local_weights(Case("all_gather"), tuple(range(EXPERTS))))
+    for rank, result in enumerate(told[:2]):
+        assert "no answer from rank 2 within 2 s" in result["error"], result["error"]
+        assert "make a new group" in result["error"]
+        assert result["missing"] == [2]
+        # One limit to notice, one and a second to hear of the others, and a slow machine.
+        assert result["seconds"] < 2 * parallel_failure_worker.SECONDS + 1 + 3
+        assert "a call after ranks had failed" in result["again"]
+        wanted = alone(*inputs("ragged", rank))
+        assert error_of(result["y"], wanted) < 0.005
+    if how == "sleeps":
+        assert told[2]["error"], "the rank that was late must not believe its result"
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_there_must_be_a_group():
+    with pytest.raises(PlatformError, match="init_process_group"):
+        ExpertParallel(**SIZES)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"top_k": 6}, ValueRangeError, "top_k=6, needed 1 to experts=5"),
+        ({"max_tokens": 0}, ValueRangeError, "max_tokens=0"),
+        ({"timeout": 0.0}, ValueRangeError, "more than 0"),
+        ({"dispatch": "fp7"}, HalError, "unknown format of a payload 'fp7'"),
+        ({"scheme": "fp8_chanel"}, HalError, "fp8_channel"),
+        ({"transport": "all_to_most"}, HalError, "unknown kernel of expert_parallel"),
+        ({"placement": Placement.linear(5, 5)}, ValueRangeError, "5 experts over 1 ranks"),
+        ({"dtype": torch.float32}, HalError, "unknown dtype of fused_moe 'float32'"),
+        ({"transport": "all_to_all", "host_sync": False}, ForcedKernelError, "host_sync"),
+    ],
+)
+def test_refuses_before_anything_is_allocated(change, kind, words, group):
+    workspace = Workspace()
+    with pytest.raises(kind, match=words):
+        ExpertParallel(**{**SIZES, **change}, workspace=workspace)
+    assert workspace.nbytes == 0
+
+
+def test_a_refused_transport_names_what_runs_without_it(group):
+    with pytest.raises(ForcedKernelError, match="without it all_gather is taken"):
+        ExpertParallel(**SIZES, transport="all_to_all", host_sync=False)
+
+
+def test_calls_are_checked(group):
+    layer = ExpertParallel(**SIZES)
+    x, ids = torch.zeros(3, HIDDEN).bfloat16(), torch.zeros(3, 2, dtype=torch.int64)
+    routing = Routing(ids=ids, weights=torch.ones(3, 2))
+    sent = layer.dispatch(x, routing)
+    more = Routing(ids=ids.repeat(3, 1), weights=torch.ones(9, 2))
+    calls = {
+        "input": (ShapeError, lambda: layer.dispatch(x[:, 1:], routing)),
+        "needed float16|needed bfloat16": (HalError, lambda: layer.dispatch(x.half(), routing)),
+        "routing": (ShapeError, lambda: layer.dispatch(x[:2], routing)),
+        "at most max_tokens=8": (ValueRangeError, lambda: layer.dispatch(x.repeat(3, 1), more)),
+        "tokens of each": (ArgumentError, lambda: layer.dispatch(x, routing, tokens=[4])),
+        "combine": (ShapeError, lambda: layer.combine(x[:0], sent)),
+        "shared": (ShapeError, lambda: layer.combine(sent.x, sent, shared=x[:1])),
+    }
+    for words, (kind, call) in calls.items():
+        with pytest.raises(kind, match=words):
+            call()
+
+
+def test_layers_are_checked(group):
+    layer = ExpertParallel(**SIZES)
+    w13, w2 = local_weights(Case("all_gather"), tuple(range(EXPERTS)))
+    cases = {
+        "needed 5, those of rank 0": lambda: FusedMoE(w13[:4], w2[:4], group=layer),
+        "hal.ops.ExpertParallel": lambda: FusedMoE(w13, w2, group=distributed.group.WORLD),
+        "format=batched": lambda: FusedMoE(w13, w2, group=layer, format="batched"),
+        "lora=True": lambda: FusedMoE(w13, w2, group=layer, lora=True),
+        "as it travels": lambda: FusedMoE(w13, w2, group=layer, unpadded_hidden=HIDDEN - 1),
+    }
+    for words, make in cases.items():
+        with pytest.raises(ArgumentError, match=words):
+            make()
+
+
+def test_a_workspace_serves_groups_of_one_size():
+    workspace = Workspace()
+    workspace.reserve({"rows": 64}, 2, torch.device("cpu"))
+    workspace.take("rows", 16).fill_(7)
+    workspace.reserve({"rows": 32, "send": 16}, 2, torch.device("cpu"))
+    assert workspace.take("rows", 1).item() == 7  # nothing smaller takes its place
+    with pytest.raises(ArgumentError, match="a group of 3 ranks"):
+        workspace.reserve({"rows": 1}, 3, torch.device("cpu"))
+    workspace.reserve({"rows": 128}, 2, torch.device("cpu"))
+    assert [buffer.numel() for buffer in workspace.retired] == [64]
+    assert workspace.nbytes == 128 + 16 + 64
+
+
+def test_no_device_runs_it_alone():
+    assert "expert_parallel" in op_names(collective=True)
+    assert "expert_parallel" not in op_names()
+
+
+PROBLEM = {"ranks": 8, "experts": 256, "top_k": 8, "hidden": 7168, "max_tokens": 512}
+HAS = {"all_gather": True, "reduce_scatter": True, "all_to_all": True, "host_sync": True}
+
+
+@pytest.mark.parametrize(
+    ("lacks", "chosen"),
+    [
+        ({}, "all_to_all"),
+        ({"host_sync": False}, "all_gather"),
+        ({"all_to_all": False}, "all_gather"),
+        ({"host_sync": False, "reduce_scatter": False}, "all_to_all_padded"),
+        ({"all_gather": False, "all_to_all": False}, "all_reduce"),
+        ({"reduce_scatter": False, "all_to_all": False}, "all_reduce"),
+    ],
+)
+@pytest.mark.parametrize("platform", ["cuda:h200", "rocm:mi300x", "xpu:b580", "cpu:avx512"])
+@pytest.mark.parametrize("format", ["bf16", "fp8", "nvfp4"])
+def test_what_is_chosen_where_a_collective_is_missing(lacks, chosen, platform, format):
+    backend = {"cuda": "nccl", "rocm": "nccl", "xpu": "xccl", "cpu": "gloo"}
+    problem = {**PROBLEM, **HAS, **lacks, "backend": backend[platform.partition(":")[0]]}
+    selection = select("expert_parallel", scheme=format, platform=platform, **problem)
+    assert selection.kernel is not None
+    assert selection.kernel.name == chosen
+    for name in ("all_gather", "reduce_scatter", "all_to_all"):
+        told = str(selection.candidate("all_gather").failures)
+        if name in lacks and name != "all_to_all":
+            assert name in told
+    assert len(selection.candidates) == len(EXPERT_PARALLEL.kernels)
+
+
+def test_no_transport_is_an_error_with_reasons():
+    lacking = {**HAS, "all_to_all": False, "reduce_scatter": False}
+    with pytest.raises(NoKernelError, match="level native or above"):
+        select("expert_parallel", scheme="bf16", platform="cpu", minimum="native", **lacking)
