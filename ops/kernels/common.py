@@ -284,6 +284,14 @@ def converts_fp8(dtype: torch.dtype) -> bool:
     return False
 
 
+def has_pairs() -> bool:
+    """Say whether the current device has the instructions of `pairs`, or interprets them."""
+    if INTERPRETED.value:
+        return True
+    target = current_target()
+    return bool(target.backend == "cuda" and target.arch >= 80)
+
+
 def is_fp8(dtype: torch.dtype) -> bool:
     """Say whether `dtype` is one of torch's 8-bit floats."""
     return dtype.is_floating_point and dtype.itemsize == 1

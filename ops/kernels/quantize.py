@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from hal.ops.activations import Activation
-from hal.ops.kernels.common import converts_fp8, is_fp8, launch
+from hal.ops.kernels.common import converts_fp8, has_pairs, is_fp8, launch
 from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
+from hal.ops.kernels.quantize_pairs import are_words, quantize_pairs
 from hal.ops.kernels.source import (
     beyond_count,
     gated_tile,
@@ -216,6 +217,16 @@ def quantize(
     else:
         values, encoding = stored_values(values)
     addend, top_exponent = exponent_rule("e2m1" if packed else "e4m3fn")
+    capacity = row_capacity(rows, counts)
+    alpha, limit = (gate.alpha, gate.limit) if gate else (1.0, 0.0)
+    if per_word == 8 and _by_pairs(x, norm, gate):
+        quantize_pairs(
+            x, values, scales, groups=groups, warps=warps, addend=addend,
+            top_exponent=top_exponent, scale_floor=scale_floor, encoding=encoding, norm=norm,
+            gate=gate_options(gate), alpha=alpha, limit=limit, counts=counts, capacity=capacity,
+            second=second,
+        )  # fmt: skip
+        return
     residual, total = (norm.residual, norm.total) if norm else (None, None)
     launch(
         _quantize_kernel, (rows, triton.cdiv(n_groups, groups)),
@@ -228,7 +239,7 @@ def quantize(
         0 if total is None else total.stride(0), values.stride(0),
         scales.stride(0), scales.stride(1),
         quant_max, scale_floor, norm.epsilon if norm else 0.0,
-        gate.alpha if gate else 1.0, gate.limit if gate else 0.0, row_capacity(rows, counts),
+        alpha, limit, capacity,
         GROUPS=groups, WIDTH=width, NORM=norm is not None, RESIDUAL=residual is not None,
         **gate_options(gate), COUNTED=counts is not None,
         CODEC=codec, PER_WORD=per_word, ENCODING=encoding,
@@ -239,6 +250,13 @@ def quantize(
 def row_capacity(rows: int, counts: torch.Tensor | None) -> int:
     """Return how many of the rows an expert has."""
     return 1 if counts is None else rows // counts.numel()
+
+
+def _by_pairs(x: torch.Tensor, norm: Norm | None, gate: Activation | None) -> bool:
+    """Tell whether rows can be taken two numbers at a time, by instructions for both."""
+    if not has_pairs() or (gate is not None and gate.gated and gate.interleaved):
+        return False
+    return are_words(x, *((norm.weight, norm.residual, norm.total) if norm else ()))
 
 
 def _as_words(values: torch.Tensor, columns: int) -> tuple[torch.Tensor, int]:

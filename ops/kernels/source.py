@@ -59,6 +59,17 @@ def activate(gate, alpha, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gate_numbers(gate, up, alpha, limit, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr):
+    """Return activation(gate) * up, f32. CLAMPED: as in `gated_tile`."""
+    if CLAMPED:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    if ACTIVATION == "swiglu_oai":
+        up += 1.0
+    return activate(gate, alpha, ACTIVATION) * up
+
+
+@triton.jit
 def gated_tile(
     row_ptr, columns, inside, width, alpha, limit,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
@@ -85,12 +96,7 @@ def gated_tile(
         gate = tl.load(row_ptr + columns, mask=inside, other=0.0)
         up = tl.load(row_ptr + width + columns, mask=inside, other=0.0)
     gate, up = gate.to(tl.float32), up.to(tl.float32)
-    if CLAMPED:
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    if ACTIVATION == "swiglu_oai":
-        up += 1.0
-    return activate(gate, alpha, ACTIVATION) * up
+    return gate_numbers(gate, up, alpha, limit, ACTIVATION, CLAMPED)
 
 
 @triton.jit

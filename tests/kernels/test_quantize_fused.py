@@ -55,6 +55,11 @@ def awkward(shape, dtype, device, generator):
     return x.to(dtype)
 
 
+def in_pairs(x, how):
+    """Say whether x is what `quantize_pairs` takes."""
+    return how.packed and x.dtype is torch.bfloat16 and x.shape[1] % 8 == 0
+
+
 def assert_same(found, wanted):
     """Compare all bits; where a scale is NaN the codes count for nothing, the kernels' are zero."""
     assert len(found) == len(wanted)
@@ -165,6 +170,11 @@ def test_gate(device, generator, shape, dtype, interleaved, scheme, encoding):
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     gate = Activation(interleaved=interleaved)
     silu_and_mul(gate_up, out, gate)
+    if INTERPRETED.value and in_pairs(out, how) and not interleaved:
+        # The interpreter would truncate what pairs round.
+        wide = torch.empty(rows, columns, device=device)
+        silu_and_mul(gate_up.float(), wide, gate)
+        out = wide.to(dtype)
     found = swiglu_triton(gate_up, gate, encoding, how)
     assert_same(found, quantize_triton(out, encoding, how))
     wanted = gated(gate_up, gate)

@@ -1,0 +1,134 @@
+"""Work on words that hold two bf16 numbers: one instruction for both.
+
+Each function is one instruction of PTX (from sm_80 on), and says the same in integers and float32
+where kernels are interpreted, so that tests there see what devices compute. The low half of a word
+is the number that comes first in memory.
+
+Source: PTX ISA, half-precision floating-point instructions (.bf16x2), prmt and lop3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hal.ops.kernels.common import INTERPRETED
+
+SIZES = tl.constexpr(0x7FFF7FFF)
+"""The bits of a word that are not signs."""
+MINUS_ZEROS = tl.constexpr(0x80008000 - (1 << 32))
+
+
+@triton.jit
+def low_number(word):
+    """Return the first number of a word, f32."""
+    return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_number(word):
+    """Return the second number of a word, f32."""
+    return (word & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_bits(x):
+    """Return the bf16 nearest to x (f32), ties to even, in the upper half of an int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFF0000, nearest)
+
+
+@triton.jit
+def round_pair(low, high):
+    """Return two f32 numbers as the bf16 ones nearest to them, ties to even."""
+    if INTERPRETED:
+        return rounded_bits(high) | ((rounded_bits(low) >> 16) & 0xFFFF)
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def fma_pair(x, y, z):
+    """Return x * y + z, rounded once."""
+    if INTERPRETED:
+        # The product is exact in float32; the sum is rounded twice, which matters to nothing but
+        # sums within 2^-24 of a tie.
+        low = low_number(x) * low_number(y) + low_number(z)
+        high = high_number(x) * high_number(y) + high_number(z)
+        return round_pair(low, high)
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def multiply_pair(x, y):
+    """Return x * y, rounded once."""
+    return fma_pair(x, y, tl.full(x.shape, MINUS_ZEROS, tl.int32))
+
+
+@triton.jit
+def largest_pair(x, y):
+    """Return the larger of numbers without signs; NaN is larger than any."""
+    if INTERPRETED:
+        high = tl.maximum(x & -0x10000, y & -0x10000)
+        return high | tl.maximum(x & 0xFFFF, y & 0xFFFF)
+    return tl.inline_asm_elementwise(
+        "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def smallest_pair(x, y):
+    """Return the smaller of numbers without signs that are no NaN."""
+    if INTERPRETED:
+        high = tl.minimum(x & -0x10000, y & -0x10000)
+        return high | tl.minimum(x & 0xFFFF, y & 0xFFFF)
+    return tl.inline_asm_elementwise(
+        "min.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _chosen_byte(x, y, CHOICE: tl.constexpr):
+    """Return byte CHOICE % 8 of x and y, or from 8 on, 255 where its top bit is set, else 0."""
+    NUMBER: tl.constexpr = CHOICE % 8
+    word = x if NUMBER < 4 else y
+    byte = (word >> (8 * (NUMBER % 4))) & 0xFF
+    if CHOICE >= 8:
+        byte = (byte >> 7) * 0xFF
+    return byte
+
+
+@triton.jit
+def choose_bytes(x, y, CHOICE: tl.constexpr):
+    """Return four bytes of two words, named by the hexadecimal digits of CHOICE, lowest first.
+
+    Digits 0 to 3 are bytes of x, 4 to 7 of y; with 8 added, their top bits eight times.
+    """
+    if INTERPRETED:
+        low = _chosen_byte(x, y, CHOICE % 16) | (_chosen_byte(x, y, CHOICE // 16 % 16) << 8)
+        high = _chosen_byte(x, y, CHOICE // 256 % 16) | (_chosen_byte(x, y, CHOICE // 4096) << 8)
+        return low | (high << 16)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [x, y, tl.full(x.shape, CHOICE, tl.int32)],
+        tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def choose_bits(x, y, MASK: tl.constexpr):
+    """Return the bits of x where MASK has ones, and those of y elsewhere."""
+    return (x & MASK) | (y & ~MASK)
+
+
+@triton.jit
+def four_words(words):
+    """Return the words [a, b, 4] that a thread loads at once as four tensors [a, b]."""
+    words = tl.reshape(words, (words.shape[0], words.shape[1], 2, 2))
+    even, odd = tl.split(words)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth

@@ -1,0 +1,192 @@
+"""Compare what works on two bf16 numbers at once with torch, bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from hal.ops.activations import Activation
+from hal.ops.kernels import quantize as quantize_module
+from hal.ops.kernels.common import has_pairs, launch
+from hal.ops.kernels.pairs import (
+    choose_bits,
+    choose_bytes,
+    fma_pair,
+    four_words,
+    high_number,
+    largest_pair,
+    low_number,
+    multiply_pair,
+    round_pair,
+    smallest_pair,
+)
+from hal.ops.kernels.quantize import Norm
+from hal.ops.quantize import launch_triton, quantize_reference, quantize_triton
+from hal.quant import SCHEMES
+
+
+@pytest.fixture(autouse=True)
+def _needs_pairs(device):
+    if not has_pairs():
+        pytest.skip("this device has no instructions for pairs")
+
+
+@triton.jit
+def _pairs_kernel(x_ptr, y_ptr, z_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x, y, z = tl.load(x_ptr + at), tl.load(y_ptr + at), tl.load(z_ptr + at)
+    tl.store(out_ptr + at, fma_pair(x, y, z))
+    tl.store(out_ptr + SIZE + at, multiply_pair(x, y))
+    tl.store(out_ptr + 2 * SIZE + at, largest_pair(x & 0x7FFF7FFF, y & 0x7FFF7FFF))
+    tl.store(out_ptr + 3 * SIZE + at, smallest_pair(x & 0x7FFF7FFF, y & 0x7FFF7FFF))
+    third = low_number(x) / 3.0
+    tl.store(out_ptr + 4 * SIZE + at, round_pair(third, high_number(x) * 1.00390625))
+    tl.store(out_ptr + 5 * SIZE + at, choose_bytes(x, y, 0xFBD9))
+    tl.store(out_ptr + 6 * SIZE + at, choose_bytes(x, y, 0x6240))
+    tl.store(out_ptr + 7 * SIZE + at, choose_bits(x, y, 0x0F0F0F0F))
+
+
+@triton.jit
+def _fours_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    part, at = tl.arange(0, 4)[None, None, :], tl.arange(0, SIZE)[:, None, None]
+    side = tl.arange(0, 2)[None, :, None]
+    w0, w1, w2, w3 = four_words(tl.load(x_ptr + at * 8 + side * 4 + part))
+    place = tl.arange(0, SIZE)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(out_ptr + place, w0)
+    tl.store(out_ptr + 2 * SIZE + place, w1)
+    tl.store(out_ptr + 4 * SIZE + place, w2)
+    tl.store(out_ptr + 6 * SIZE + place, w3)
+
+
+def bytes_of(words):
+    return words.view(torch.uint8).reshape(-1, 4)
+
+
+def test_operations(device, generator):
+    """Numbers of 16 binades, so that sums lie far from ties and are rounded once in float32 too."""
+    x, y, z = (
+        torch.randn(2048, generator=generator, device=device)
+        * torch.exp2(torch.randint(-8, 8, (2048,), generator=generator, device=device))
+        for _ in range(3)
+    )
+    x, y, z = (part.bfloat16() for part in (x, y, z))
+    out = torch.empty(8, 1024, dtype=torch.int32, device=device)
+    a, b, c = (part.view(torch.int32) for part in (x, y, z))
+    launch(_pairs_kernel, (1,), a, b, c, out, SIZE=1024)
+    numbers = out.view(torch.bfloat16)
+    exact = x.double() * y.double() + z.double()
+    away = (exact.float().view(torch.int32) & 0xFFFF).sub(0x8000).abs() > 4
+    assert away.double().mean() > 0.99
+    assert torch.equal(numbers[0][away], exact.float().bfloat16()[away])
+    assert torch.equal(numbers[1], (x.float() * y.float()).bfloat16())
+    assert torch.equal(numbers[2], torch.maximum(x.abs(), y.abs()))
+    assert torch.equal(numbers[3], torch.minimum(x.abs(), y.abs()))
+    assert torch.equal(numbers[4][1::2], (x.float() * 1.00390625).bfloat16()[1::2])
+    third = (x.double() / 3).float().bfloat16()
+    assert torch.equal(numbers[4][::2], third[::2])
+    left, right = bytes_of(a), bytes_of(b)
+    negative = torch.stack((left[:, 1], right[:, 1], left[:, 3], right[:, 3]), -1) >= 128
+    assert torch.equal(bytes_of(out[5]), negative.to(torch.uint8) * 255)
+    chosen = torch.stack((left[:, 0], right[:, 0], left[:, 2], right[:, 2]), -1)
+    assert torch.equal(bytes_of(out[6]), chosen)
+    assert torch.equal(out[7], (a & 0x0F0F0F0F) | (b & ~0x0F0F0F0F))
+
+
+def test_ties_zeros_and_nan(device):
+    """Sums halfway between two numbers, zeros with signs, and what is no number."""
+    nan, inf = float("nan"), float("inf")
+    cases = [
+        (1.0, 0.25, 96.0, 96.0), (1.0, 0.75, 96.0, 97.0), (1.0, 0.254, 96.0, 96.5),
+        (1.0, 0.2490234375, 96.0, 96.0), (0.0, 1.0, -0.0, 0.0), (-0.0, 1.0, -0.0, -0.0),
+        (nan, 1.0, 0.0, nan), (inf, 1.0, 1.0, inf), (2.0**-120, 2.0**-10, 0.0, 2.0**-130),
+    ]  # fmt: skip
+    cases += [(1.0, 0.0, 0.0, 0.0)] * (32 - len(cases))
+    x, y, z, wanted = torch.tensor(cases, device=device).T.contiguous().bfloat16()
+    out = torch.empty(8, 16, dtype=torch.int32, device=device)
+    launch(
+        _pairs_kernel, (1,), *(part.contiguous().view(torch.int32) for part in (x, y, z)), out,
+        SIZE=16,
+    )  # fmt: skip
+    found = out[0].view(torch.bfloat16)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit()[4:6].cpu(), torch.tensor([False, True]))
+    assert out[2].view(torch.bfloat16)[6].isnan()
+    assert out[2].view(torch.bfloat16)[7] == inf
+
+
+def test_four_words(device):
+    x = torch.arange(128, dtype=torch.int32, device=device)
+    out = torch.empty(4, 16, 2, dtype=torch.int32, device=device)
+    launch(_fours_kernel, (1,), x, out, SIZE=16)
+    assert torch.equal(out, x.reshape(16, 2, 4).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_numbers_next_to_ties(device, generator, scheme):
+    """Divisors of all kinds, and the numbers of bf16 on either side of every tie of theirs."""
+    how = SCHEMES[scheme].activation
+    rows, blocks = 64, 16
+    x = torch.rand(rows, blocks, 16, generator=generator, device=device) + 1
+    x *= torch.exp2(torch.randint(-12, 1, (rows, blocks, 1), generator=generator, device=device))
+    x = x.flatten(1).bfloat16().float()
+    x[:, 0] = 2688 * (1 + torch.rand(rows, generator=generator, device=device))
+    x = x.bfloat16().float()
+    _, scales, *second = quantize_reference(x, "e2m1", how)
+    if second:
+        steps = (scales.float() * second[0][:, None]).repeat_interleave(16, 1)
+    else:
+        steps = torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
+    near = steps * ties.repeat(37)[: x.shape[1]]
+    bits = near.bfloat16().view(torch.int16)
+    for offset in (-1, 0, 1):
+        beside = (bits + offset).view(torch.bfloat16)
+        # Two numbers of each block stay, the largest among them.
+        largest = x.reshape(rows, -1, 16).amax(-1, keepdim=True) == x.reshape(rows, -1, 16)
+        kept = torch.where(largest.flatten(1), x.bfloat16(), beside)
+        kept[:, 5::7] *= -1
+        found, wanted = (
+            quantize(kept, "e2m1", how) for quantize in (quantize_triton, quantize_reference)
+        )
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_what_is_taken_in_pairs(device, generator, scheme, monkeypatch):
+    """Rows of bf16 in whole words are; all else goes the other way, with the same codes."""
+    how = SCHEMES[scheme].activation
+    taken = []
+    pairs = quantize_module.quantize_pairs
+    monkeypatch.setattr(
+        quantize_module, "quantize_pairs", lambda x, *a, **k: (taken.append(x), pairs(x, *a, **k))
+    )
+    wide = torch.randn(6, 528, generator=generator, device=device).bfloat16()
+    weight = torch.ones(256, dtype=torch.bfloat16, device=device)
+    gate = wide[:, :512].contiguous()
+    inside = [
+        (wide[:, :256], {}),
+        (wide[:, 2:258], {}),
+        (wide[:, :256], {"norm": Norm(weight, 1e-6)}),
+        (gate, {"gate": Activation()}),
+        (gate[:, :256], {"gate": Activation("relu2", gated=False)}),
+    ]
+    outside = [
+        (wide[:, 1:257], {}),
+        (wide[:, :252], {}),
+        (wide[:, :256].half(), {}),
+        (wide[:, :256].float(), {}),
+        (gate, {"gate": Activation(interleaved=True)}),
+    ]
+    for expected, cases in ((1, inside), (0, outside)):
+        for x, before in cases:
+            taken.clear()
+            features = 256 if before else x.shape[1]
+            found = launch_triton(x, "e2m1", how, features, **before)
+            assert len(taken) == expected, (x.shape, x.dtype, before)
+            if not before:
+                wanted = quantize_reference(x, "e2m1", how)
+                for one, other in zip(found, wanted, strict=True):
+                    assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
