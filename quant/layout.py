@@ -17,6 +17,7 @@ of other libraries read, and `rows+kernel` names both, one after the other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,8 @@ __all__ = ["LAYOUTS", "Arguments", "Layout", "kernel_arguments", "register_layou
 
 LAYOUTS: dict[str, Layout] = {}
 """Every layout by name."""
+PARTS = 16
+"""In how many parts the codes of experts are rewritten: each part takes its own memory anew."""
 
 
 class Arguments(NamedTuple):
@@ -98,9 +101,13 @@ def to_layout(
         _require_memory(weight, layout, there)
     where = platform_of(weight.device, platform)
     with where.ordered(weight.tensors, stream=stream):
-        found: dict[str, Any] = _canonical(weight, here)
-        for name in there.parts.keys() & found.keys():
-            found[name] = _stored(weight, name, found[name], there, layout)
+        found: dict[str, Any] = weight.state_of()
+        # What can be refused comes first, into new memory; then the codes, which may be rewritten.
+        for name in (here.parts.keys() | there.parts.keys()) & found.keys() - {"values"}:
+            tensor = _canonical(weight, name, weight.shape, found[name], here)
+            found[name] = _stored(weight, name, weight.shape, tensor, there, layout)
+        if "values" in here.parts or "values" in there.parts:
+            found["values"] = _codes(weight, here, there, layout, inplace=inplace)
         for name, old in weight.state_of().items():
             if found[name] is old:
                 # A later step in place must not reach the other weight.
@@ -181,28 +188,62 @@ def _require_memory(weight: QTensor, layout: str, form: Form) -> None:
             )
 
 
-def _canonical(weight: QTensor, form: Form) -> dict[str, torch.Tensor]:
-    """Return the tensors of a weight in layout canonical; those that are so already as they are."""
-    found = weight.state_of()
-    how = weight.scheme.weight
-    for name in form.parts.keys() & found.keys():
-        shape = matrix_shape(name, how, form.spread, weight.shape)
-        part = form.parts[name]
-        matrix = part.inverse(found[name].reshape(part.stored_shape(shape)), shape)
-        tensor = tensor_of(name, matrix, how, form.spread)
-        found[name] = tensor if tensor.is_contiguous() else copy(tensor)
-    return found
+def _codes(weight: QTensor, here: Form, there: Form, layout: str, *, inplace: bool) -> torch.Tensor:
+    """Return the codes of a weight as another form stores them, a few matrices at a time.
+
+    All matrices at once would take the memory of two more weights while they are rewritten.
+    """
+    import torch
+
+    old, how = weight.values, weight.scheme.weight
+    matrices = math.prod(weight.shape[:-2])
+    step = -(-matrices // PARTS)
+    checked = "values" in there.parts and there.parts["values"].checks
+    if len(weight.shape) == 2 or matrices == 0 or (inplace and checked):
+        found = _canonical(weight, "values", weight.shape, old, here)
+        return _stored(weight, "values", weight.shape, found, there, layout)
+    shape = there.stored_shape("values", how, weight.shape)
+    wanted = there.dtype_of("values", old.dtype)
+    result = old if inplace else torch.empty(shape, dtype=wanted, device=old.device)
+    lead = len(weight.shape) - 2
+    flat, into = old.flatten(0, lead - 1), result.view(-1, *shape[lead:])
+    for first in range(0, matrices, step):
+        part = flat[first : first + step]
+        some = (len(part), *weight.shape[lead:])
+        found = _canonical(weight, "values", some, part, here)
+        into[first : first + step].copy_(_stored(weight, "values", some, found, there, layout))
+    return result
+
+
+def _canonical(
+    weight: QTensor, name: str, weights: tuple[int, ...], tensor: torch.Tensor, form: Form
+) -> torch.Tensor:
+    """Return a tensor of matrices `weights` in layout canonical; itself if it is so already."""
+    if name not in form.parts:
+        return tensor
+    how, part = weight.scheme.weight, form.parts[name]
+    shape = matrix_shape(name, how, form.spread, weights)
+    matrix = part.inverse(tensor.reshape(part.stored_shape(shape)), shape)
+    found = tensor_of(name, matrix, how, form.spread)
+    return found if found.is_contiguous() else copy(found)
 
 
 def _stored(
-    weight: QTensor, name: str, tensor: torch.Tensor, form: Form, layout: str
+    weight: QTensor,
+    name: str,
+    weights: tuple[int, ...],
+    tensor: torch.Tensor,
+    form: Form,
+    layout: str,
 ) -> torch.Tensor:
-    """Return a canonical tensor of a weight as a form stores it."""
+    """Return a canonical tensor of matrices `weights` as a form stores it."""
+    if name not in form.parts:
+        return tensor
     part = form.parts[name]
     part.check(f"layout {layout}: {name}", tensor)
     how = weight.scheme.weight
-    stored = part.forward(matrix_of(name, tensor, how, form.spread, weight.shape))
-    return stored.view(form.stored_shape(name, how, weight.shape))
+    stored = part.forward(matrix_of(name, tensor, how, form.spread, weights))
+    return stored.view(form.stored_shape(name, how, weights))
 
 
 def _transpose(matrix: torch.Tensor) -> torch.Tensor:

@@ -185,6 +185,11 @@ class Part:
         view = self.order.argument if self.view is None else self.view
         return view(stored, shape)
 
+    @property
+    def checks(self) -> bool:
+        """Whether there are elements that cannot be rewritten."""
+        return self.code is not None and self.code.bad is not None
+
     def check(self, where: str, tensor: torch.Tensor) -> None:
         """Raise ValueRangeError if an element of `tensor` cannot be rewritten; synchronises."""
         if self.code is None or self.code.bad is None or tensor.device.type == "meta":
