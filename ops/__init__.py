@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # Importing a module is what attaches its kernels; their libraries load when they are bound.
-from hal.ops import adapters, experts, scaled, triton_experts  # noqa: F401
+from hal.ops import adapters, experts, scaled, scaled_experts, triton_experts  # noqa: F401
 from hal.ops.align import Alignment, align
 from hal.ops.fused_moe import fused_moe
 from hal.ops.linear import linear
