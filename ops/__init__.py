@@ -10,7 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Importing a module is what attaches its kernels; their libraries load when they are bound.
-from hal.ops import adapters, experts, scaled, transports, triton_experts  # noqa: F401
+from hal.ops import (  # noqa: F401
+    adapters,
+    experts,
+    scaled,
+    scaled_experts,
+    transports,
+    triton_experts,
+)
 from hal.ops.align import Alignment, align
 from hal.ops.fused_moe import fused_moe
 from hal.ops.linear import linear

@@ -23,6 +23,8 @@ __all__ = ["cells_of", "facts_of", "fault_of", "kind_of", "specialization_of"]
 
 _SCALED = re.compile(r"block_scale|kind::mx|_scale_f32|mfma_scale|v_mfma_scale|scale_vec")
 """Matrix instructions that take the scales of groups."""
+_SCALED_ROWS = {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "mxfp4_w4a8": "mxfp8", "nvfp4": "nvfp4"}
+"""Which cell quantizes the rows of a product under scales per group."""
 
 
 def kind_of(kernel: Kernel, scheme: Scheme) -> str:
@@ -64,6 +66,11 @@ def cells_of(kernel: Kernel, scheme: str, *, ptx: bool = False) -> tuple[str, ..
 
 def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     kind = kind_of(kernel, scheme)
+    if kernel.name.startswith("triton_scaled") and kernel.op == "fused_moe":
+        before = _SCALED_ROWS[kind]
+        products = (f"scaled_experts/{kind}/{size}" for size in ("few", "many", "ragged"))
+        quantized = (f"quantize/{before}/plain", f"quantize/{before}/gate")
+        return (*products, "align/few", "align/many", "combine", *quantized)
     if kernel.name.startswith("triton_scaled"):
         return tuple(f"scaled/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
     if kernel.op == "linear":
@@ -130,7 +137,7 @@ def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: in
             found = ", ".join(cell.instructions) or "none"
             return f"{cell.name}: no matrix instruction of {OWN_FORMAT[kind]}, found {found}"
         scaled = any(_SCALED.search(name) for name in cell.instructions)
-        if product == "scaled" and kernel.level is Level.NATIVE and not scaled:
+        if product in ("scaled", "scaled_experts") and kernel.level is Level.NATIVE and not scaled:
             found = ", ".join(cell.instructions) or "none"
             return f"{cell.name}: no matrix instruction with scales, found {found}"
     return ""

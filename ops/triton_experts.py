@@ -162,10 +162,7 @@ def bind_products(
     *,
     read: Callable[[QTensor], tuple[torch.Tensor, ...]] = row_scales,
 ) -> Bound:
-    import torch
-
     from hal.ops.align import align_triton
-    from hal.ops.kernels.combine import combine
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
@@ -253,6 +250,21 @@ def bind_products(
             updates.second(wide, y, None)
         return y
 
+    return enter_and_combine(layer, experts, hidden, products), (*read13, *read2)
+
+
+def enter_and_combine(
+    layer: ExpertLayer, experts: int, hidden: int, products: Callable[..., torch.Tensor]
+) -> Launch:
+    """Return the launcher around `products`, in the format of the layer.
+
+    `products(x, ids, tensors, counts, updates)` returns `[slots, hidden]`, in which rows of absent
+    slots may hold anything.
+    """
+    import torch
+
+    from hal.ops.kernels.combine import combine
+
     def launch(
         x: torch.Tensor,
         ids: torch.Tensor,
@@ -277,7 +289,7 @@ def bind_products(
         y = products(rows.reshape(-1, hidden), ids, tensors, counts)
         return y.view(rows.shape)[..., : x.shape[-1]].contiguous()
 
-    return launch_batched if layer.batched else launch, (*read13, *read2)
+    return launch_batched if layer.batched else launch
 
 
 def _gate_and_quantize(

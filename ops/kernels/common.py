@@ -43,12 +43,39 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def _scaled_numbers(codes, scales, FORMAT: tl.constexpr):
+    """Return codes [rows, items] times scales [rows, groups] as float32 [rows, k]."""
+    if FORMAT == "e2m1":
+        pair = tl.join(codes & 0xF, codes >> 4).reshape(codes.shape[0], 2 * codes.shape[1])
+        wide = pair.to(tl.int32)
+        exponent = (wide >> 1) & 3
+        bits = ((exponent + 126) << 23) | ((wide & 1) << 22)
+        half = (wide & 1).to(tl.float32) * 0.5
+        magnitude = tl.where(exponent == 0, half, bits.to(tl.float32, bitcast=True))
+        x = tl.where(wide > 7, -magnitude, magnitude)
+    else:
+        x = codes.to(tl.float32)
+    if scales.dtype == tl.uint8:
+        wide = scales.to(tl.int32)
+        bits = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
+        number = bits.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        number = scales.to(tl.float32)
+    x = x.reshape(x.shape[0], scales.shape[1], x.shape[1] // scales.shape[1])
+    return (x * number[:, :, None]).reshape(x.shape[0], x.shape[1] * x.shape[2])
+
+
+@triton.jit
 def dot_scaled(a, a_scale, A: tl.constexpr, b, b_scale, B: tl.constexpr, acc):
     """Return `acc + a @ b` in float32, formats A and B ("e4m3", "e2m1") under scales per group.
 
-    The interpreter cannot run it.
+    The interpreter has no such product: it multiplies the numbers in float32.
     """
-    return tl.dot_scaled(a, a_scale, A, b, b_scale, B, acc)
+    if INTERPRETED:
+        wide = _scaled_numbers(a, a_scale, A)
+        return dot(wide, tl.trans(_scaled_numbers(tl.trans(b), b_scale, B)), acc)
+    else:
+        return tl.dot_scaled(a, a_scale, A, b, b_scale, B, acc)
 
 
 @triton.jit

@@ -314,23 +314,35 @@ def _rows(target: Target, *, kind: str, tokens: int) -> None:
     mma_rows(_empty(tokens, k), weight, _empty(tokens, n), kind=kind, warps=warps)
 
 
-def _scaled(target: Target, *, kind: str, tokens: int, n: int, k: int) -> None:
+def _scaled(target: Target, *, kind: str, tokens: int, n: int, k: int, grouped: bool) -> None:
     from hal.ops.kernels.scaled import SCALED_KINDS, scaled_gemm
+    from hal.ops.kernels.scaled_experts import scaled_experts
     from hal.ops.scaled import scaled_tile
 
     spec = SCALED_KINDS[kind]
-    given: dict[str, Any] = {"out": _empty(tokens, n), "bias": _empty(n)}
-    for name, rows, fmt in (("a", tokens, spec.a), ("b", n, spec.b)):
+    experts = (EXPERTS,) if grouped else ()
+    slots = tokens * TOP_K if grouped else tokens
+    given: dict[str, Any] = {"out": _empty(slots, n), "bias": _empty(*experts, n)}
+    for name, shape, fmt in (("a", (tokens,), spec.a), ("b", (*experts, n), spec.b)):
         packed = fmt == "e2m1"
         stored = "uint8" if packed else "float8_e4m3fn"
-        given[name] = _empty(rows, -(-k // 2) if packed else k, dtype=stored)
+        given[name] = _empty(*shape, -(-k // 2) if packed else k, dtype=stored)
         stored = "uint8" if spec.group == 32 else "float8_e4m3fn"
-        given[f"{name}_scales"] = _empty(rows, -(-k // spec.group), dtype=stored)
+        given[f"{name}_scales"] = _empty(*shape, -(-k // spec.group), dtype=stored)
     if spec.group == 16:
         given["a_second"] = _empty(tokens, dtype="float32")
-        given["b_second"] = _empty(dtype="float32")
-    tile = scaled_tile(tokens, n, spec.b == "e2m1", target.arch, target.compute_units)
-    scaled_gemm(**given, k=k, kind=kind, tile=tile)
+        given["b_second"] = _empty(*experts, dtype="float32")
+    rows = -(-slots // EXPERTS) if grouped else tokens
+    tile = scaled_tile(rows, n, spec.b == "e2m1", target.arch, target.compute_units)
+    if not grouped:
+        scaled_gemm(**given, k=k, kind=kind, tile=tile)
+        return
+    blocks = -(-slots // tile.block_m) + min(slots, EXPERTS)
+    scaled_experts(
+        **given, k=k, kind=kind, tile=tile, top_k_divisor=TOP_K,
+        sorted_slots=_empty(blocks * tile.block_m, dtype="int32"),
+        block_experts=_empty(blocks, dtype="int32"), n_padded=_empty(1, dtype="int32"),
+    )  # fmt: skip
 
 
 def _align(tokens: int, experts: int = EXPERTS) -> None:
@@ -426,7 +438,10 @@ _CASES: dict[str, Callable[[Target], None]] = {
         )
     },
     **{
-        f"scaled/{kind}/{size}": partial(_scaled, kind=kind, tokens=tokens, n=n, k=k)
+        f"{op}/{kind}/{size}": partial(
+            _scaled, kind=kind, tokens=tokens, n=n, k=k, grouped=op == "scaled_experts"
+        )
+        for op in ("scaled", "scaled_experts")
         for kind in ("mxfp8", "mxfp4", "mxfp4_w4a8", "nvfp4")
         for size, tokens, n, k in (
             ("few", FEW, 2 * INTERMEDIATE, HIDDEN),

@@ -5,7 +5,7 @@
 
 Groups are 32 elements under e8m0 bytes, or 16 under e4m3 (nvfp4). Where an architecture has no such
 instruction Triton converts both operands to bf16, which is exact but for products of scales that
-bf16 cannot hold. The interpreter cannot run `tl.dot_scaled`.
+bf16 cannot hold.
 
 Source: OCP Microscaling Formats 1.0, section 6; PTX ISA, tcgen05.mma .block_scale and mma
 .block_scale; CDNA4 ISA, V_MFMA_SCALE_F32_*_F8F6F4.
@@ -48,33 +48,28 @@ def _load(ptrs, inside, left, EVEN_K: tl.constexpr, OTHER: tl.constexpr):
     return tl.load(ptrs, mask=inside[:, None] & items[None, :], other=OTHER)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _scaled_kernel(
-    a_ptr, b_ptr, out_ptr, a_scales_ptr, b_scales_ptr, a_second_ptr, b_second_ptr, bias_ptr,
-    n_rows, n_columns, steps, items_a, items_b, n_groups,
-    stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
-    stride_asm, stride_ask, stride_bsn, stride_bsk,
-    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, SECOND: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+@triton.jit
+def accumulate_scaled(
+    a_ptr, b_ptr, a_scales_ptr, b_scales_ptr, rows, columns, row_inside, column_inside,
+    steps, items_a, items_b, n_groups,
+    stride_am, stride_ak, stride_bn, stride_bk, stride_asm, stride_ask, stride_bsn, stride_bsk,
+    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    EVEN_K: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Return the product [BLOCK_M, BLOCK_N] f32 of rows of a and of b, under their scales.
+
+    The pointers are those of the matrices' first codes and scales; items are those of one row.
+    SWAP computes the transpose: few tokens then form the short side of the instruction.
+    """
     PER_A: tl.constexpr = 2 if A == "e2m1" else 1
     PER_B: tl.constexpr = 2 if B == "e2m1" else 1
     # Codes outside are zero: their scale must only be no NaN.
     NO_SCALE: tl.constexpr = 127 if GROUP == 32 else 0.0
-    row_tile, column_tile = program_tile(
-        tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N), GROUP_M
-    )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inner_a = tl.arange(0, BLOCK_K // PER_A)
     inner_b = tl.arange(0, BLOCK_K // PER_B)
     groups = tl.arange(0, BLOCK_K // GROUP)
-    row_inside = rows < n_rows
-    column_inside = columns < n_columns
     if WIDE:
-        rows = rows.to(tl.int64)
-        columns = columns.to(tl.int64)
         inner_a = inner_a.to(tl.int64)
         inner_b = inner_b.to(tl.int64)
         groups = groups.to(tl.int64)
@@ -100,7 +95,35 @@ def _scaled_kernel(
         b_ptrs += BLOCK_K // PER_B * stride_bk
         a_scale_ptrs += BLOCK_K // GROUP * stride_ask
         b_scale_ptrs += BLOCK_K // GROUP * stride_bsk
-    result = tl.trans(acc) if SWAP else acc
+    return tl.trans(acc) if SWAP else acc
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _scaled_kernel(
+    a_ptr, b_ptr, out_ptr, a_scales_ptr, b_scales_ptr, a_second_ptr, b_second_ptr, bias_ptr,
+    n_rows, n_columns, steps, items_a, items_b, n_groups,
+    stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
+    stride_asm, stride_ask, stride_bsn, stride_bsk,
+    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, SECOND: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = program_tile(
+        tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N), GROUP_M
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < n_rows
+    column_inside = columns < n_columns
+    if WIDE:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    result = accumulate_scaled(
+        a_ptr, b_ptr, a_scales_ptr, b_scales_ptr, rows, columns, row_inside, column_inside,
+        steps, items_a, items_b, n_groups,
+        stride_am, stride_ak, stride_bn, stride_bk, stride_asm, stride_ask, stride_bsn, stride_bsk,
+        A, B, GROUP, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if SECOND:
         second = tl.load(a_second_ptr + rows, mask=row_inside, other=0.0) * tl.load(b_second_ptr)
         result *= second[:, None]
@@ -136,8 +159,8 @@ def scaled_gemm(
     """
     spec = SCALED_KINDS[kind]
     m, n = a.shape[0], b.shape[0]
-    _check_operand(kind, "a", spec.a, spec.group, k, a, a_scales)
-    _check_operand(kind, "b", spec.b, spec.group, k, b, b_scales)
+    check_operand(kind, "a", spec.a, spec.group, k, a, a_scales)
+    check_operand(kind, "b", spec.b, spec.group, k, b, b_scales)
     if out.shape != (m, n):
         raise ValueError(f"{kind}: out is {list(out.shape)}, must be [{m}, {n}]")
     if bias is not None and (bias.shape != (n,) or bias.stride(0) != 1):
@@ -167,7 +190,7 @@ def scaled_gemm(
     )  # fmt: skip
 
 
-def _check_operand(
+def check_operand(
     kind: str,
     name: str,
     fmt: str,
@@ -177,15 +200,15 @@ def _check_operand(
     scales: torch.Tensor,
 ) -> None:
     """Raise ValueError unless codes and scales are those of `k` elements a row."""
-    rows = codes.shape[0]
+    rows = list(codes.shape[:-1])
     dtype, items = (torch.uint8, -(-k // 2)) if fmt == "e2m1" else (torch.float8_e4m3fn, k)
-    if codes.dtype != dtype or codes.shape != (rows, items):
+    if codes.dtype != dtype or list(codes.shape) != [*rows, items]:
         raise ValueError(
             f"{kind}: {name} is {codes.dtype} {list(codes.shape)}, must be {dtype} [rows, {items}]"
         )
     dtype, items = (torch.uint8 if group == 32 else torch.float8_e4m3fn), -(-k // group)
-    if scales.dtype != dtype or scales.shape != (rows, items):
+    if scales.dtype != dtype or list(scales.shape) != [*rows, items]:
         raise ValueError(
             f"{kind}: {name}_scales is {scales.dtype} {list(scales.shape)}, must be {dtype} "
-            f"[{rows}, {items}]"
+            f"{[*rows, items]}"
         )

@@ -1,7 +1,7 @@
 """Compile products under scales per group for every architecture that they are registered for.
 
-Numbers need a device (tests/ops/test_contract.py and test_scaled_binders.py): Triton's interpreter
-has no `tl.dot_scaled`.
+Triton's interpreter has no `tl.dot_scaled`: it multiplies decoded numbers, which proves which
+operands are read (tests/ops/test_expert_binders.py); the instruction's own numbers need a device.
 """
 
 from __future__ import annotations
@@ -73,6 +73,62 @@ def test_native_products_have_their_own_instruction(name):
             assert "kind::mxf4nvf4.block_scale.scale_vec::4X" in cell.instructions[0]
         assert cell.spilled_bytes == 0, cell
         assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+def test_native_products_of_experts_have_the_same_instruction(name):
+    import triton
+
+    if not version_at_least(triton.__version__, "3.7"):
+        pytest.skip(f"Triton {triton.__version__}: the kernels need 3.7")
+    target = target_of(name)
+    names = [
+        f"scaled_experts/{kind}/{size}"
+        for kind in sorted(native_kinds(name))
+        for size in ("few", "many", "ragged")
+    ]
+    for cell in compile_cells(target, names, timeout_s=280):
+        assert not cell.error, cell
+        assert cell.instructions, cell
+        for instruction in cell.instructions:
+            assert any(own in instruction for own in SCALED_INSTRUCTIONS), cell
+        # Rows that are gathered take a register each for their address.
+        assert cell.spilled_bytes <= 128, cell
+        assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
+
+
+def test_experts_are_registered_where_the_linear_product_is():
+    for kernel in KERNELS:
+        linear, experts = (find_op(op).find(kernel) for op in ("linear", "fused_moe"))
+        assert set(linear.schemes) == set(experts.schemes)
+        assert linear.level is experts.level is Level.NATIVE
+        for name in (*DEVICES, *OTHERS):
+            spec = device_spec(*name.split(":"))
+            able = []
+            for op, sizes in (
+                ("linear", {"in_features": 2048}),
+                ("fused_moe", {"hidden": 2048, "intermediate": 768, "experts": 8}),
+            ):
+                candidate = choose(op, linear.schemes[0], spec, sizes).candidate(kernel)
+                able.append(not any("sm_" in failure.needed for failure in candidate.failures))
+            assert able[0] == able[1], (kernel, name)
+    odd = choose("fused_moe", "mxfp8", device_spec("cuda", "b200"), {"intermediate": 720})
+    assert "multiple of 32" in "; ".join(map(str, odd.candidate("triton_scaled").failures))
+
+
+@pytest.mark.slow
+def test_the_emulated_product_of_experts_compiles_for_sm_90():
+    kernel, target = find_op("fused_moe").find("triton_scaled_emulated"), target_of("cuda:sm_90")
+    names = [
+        f"scaled_experts/{kind}/{size}"
+        for kind in kernel.schemes
+        for size in ("few", "many", "ragged")
+    ]
+    for cell in compile_cells(target, names, timeout_s=280):
+        assert not cell.error, cell
+        assert all("wgmma" in found and "bf16" in found for found in cell.instructions), cell
+        assert cell.shared_memory_bytes <= target.shared_memory_bytes
 
 
 def test_conversion_to_bf16_is_seen_where_there_is_no_instruction():

@@ -14,7 +14,6 @@ import hal
 from hal.ops.activations import activation_of
 from hal.ops.binding import Binding
 from hal.ops.expert_layer import ExpertLayer
-from hal.ops.fused_moe import FUSED_MOE
 from hal.quant import to_layout
 from hal.selection import choose, options_from
 
@@ -33,6 +32,16 @@ RUNS = [(kernel, scheme, case) for case in BY_NAME for kernel, scheme in (
     ("triton_fp8", "fp8_static"), ("triton_packed", "mxfp4_w4a16"),
     ("triton_w4a8", "int4_w4a8_fp8"),
 )]  # fmt: skip
+SCALED = [
+    ("triton_scaled", "mxfp8"),
+    ("triton_scaled", "mxfp4"),
+    ("triton_scaled_mixed", "mxfp4_w4a8"),
+    ("triton_scaled_nvfp4", "nvfp4"),
+]
+RUNS += [(*how, name) for how in SCALED for name in ("gpt-oss", "padded", "nemotron")]
+RUNS += [("triton_scaled_emulated", "mxfp8", "gpt-oss")]
+DEVICES = {kernel: "cuda:b200" for kernel, _ in SCALED}
+QUANTIZING = ("triton_fp8", "triton_int8", "triton_w4a8", "triton_scaled_emulated", *DEVICES)
 
 
 def bind(kernel, layer, *, format="standard"):
@@ -40,7 +49,7 @@ def bind(kernel, layer, *, format="standard"):
     options = dict(layer.case.options)
     options.pop("unpadded_hidden", None)
     on_input = options.pop("apply_router_weight_on_input", False)
-    platform = hal.platform("cuda:h100")
+    platform = hal.platform(DEVICES.get(kernel, "cuda:h100"))
     problem = {"dtype": "bfloat16", "tokens": 16, "format": format, "bias": bool(layer.biases)}
     selection = choose(
         "fused_moe", layer.w13.scheme.name, platform.device(0), problem,
@@ -66,7 +75,7 @@ def test_against_float64(kernel, scheme, name):
     launch, tensors = bind(kernel, layer)
     found = launch(layer.x, layer.ids, layer.weights, tensors, layer.shared)
     # gate, up and h are truncated to bf16 on the way, which moves codes of h by a step.
-    quantized = FUSED_MOE.find(kernel).level == 4 and scheme != "bf16"
+    quantized = kernel in QUANTIZING
     assert found.shape == layer.x.shape
     assert expert_cases.error(found, layer, quantized) < (0.06 if quantized else 0.03)
     alone = torch.zeros_like(layer.x[-1]) if layer.shared is None else layer.shared[-1]
@@ -82,6 +91,7 @@ def test_against_float64(kernel, scheme, name):
         ("triton_fp8", "fp8_block128"),
         ("triton_decode", "int8_channel"),
         ("triton_w4a8", "int4_w4a8_fp8"),
+        *SCALED,
     ],
 )
 def test_batches_against_float64(kernel, scheme, name):
@@ -91,7 +101,7 @@ def test_batches_against_float64(kernel, scheme, name):
     out = launch(x, counts, tensors)
     assert out.shape == x.shape
     found = expert_cases.within(out, counts).double()
-    quantized = kernel in ("triton_fp8", "triton_w4a8")
+    quantized = kernel in QUANTIZING
     wanted = expert_cases.expected_batches(layer, x, counts, quantized, rounded=True)
     assert float((found - wanted).norm() / wanted.norm()) < (0.06 if quantized else 0.03)
 
@@ -111,7 +121,12 @@ class Doubled:
 
 @pytest.mark.parametrize(
     ("kernel", "scheme"),
-    [("triton_fp8", "fp8_channel"), ("triton_fp8", "fp8_static"), ("triton_packed", "nvfp4_w4a16")],
+    [
+        ("triton_fp8", "fp8_channel"),
+        ("triton_fp8", "fp8_static"),
+        ("triton_packed", "nvfp4_w4a16"),
+        *SCALED,
+    ],
 )
 def test_low_rank_updates(kernel, scheme):
     case = expert_cases.Case("plain", expert_cases.silu)
@@ -123,5 +138,5 @@ def test_low_rank_updates(kernel, scheme):
         return expert_cases.silu(2 * gate, 2 * up)
 
     wanted = replace(layer, case=expert_cases.Case("twice", twice))
-    quantized = kernel == "triton_fp8"
+    quantized = kernel in QUANTIZING
     assert expert_cases.error(found / 2, wanted, quantized) < (0.06 if quantized else 0.03)

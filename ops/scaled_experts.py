@@ -1,0 +1,151 @@
+"""Run experts whose two operands both have scales per group, in their own formats.
+
+The schemes mxfp8, mxfp4, mxfp4_w4a8 and nvfp4: rows are quantized once before the first product,
+and again, in the launch that applies the activation, before the second. Where the product is one
+instruction, and why elsewhere not, is told in `hal.ops.scaled`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hal.needs import Needs
+from hal.ops.binding import Binding, Tensors
+from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates
+from hal.ops.fused_moe import FUSED_MOE, moe_signatures
+from hal.ops.quantize import activation_encoding
+from hal.ops.scaled import EMITS, TENSOR_MEMORY, scaled_tile
+from hal.ops.triton_experts import TRITON, Bound, enter_and_combine
+from hal.registry import Level
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.quant.tensor import QTensor
+
+_WHOLE = "rows of codes begin at 16 bytes, else loads spill"
+ROWS = (
+    Needs.package("torch"),
+    *TRITON,
+    *(
+        need
+        for size in ("hidden", "intermediate")
+        for need in (Needs.between(size, 1, 32768), Needs.multiple_of(size, 32, _WHOLE))
+    ),
+)
+
+
+@FUSED_MOE.kernel(
+    "triton_scaled",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures("mxfp8", "mxfp4"),
+    requires=(
+        Needs.package("triton", "3.7"),
+        *ROWS,
+        Needs.exactly(*TENSOR_MEMORY, "sm_120", "gfx950"),
+    ),
+    claimed=True,
+)
+@FUSED_MOE.kernel(
+    "triton_scaled_mixed",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures("mxfp4_w4a8"),
+    requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "gfx950")),
+    claimed=True,
+)
+@FUSED_MOE.kernel(
+    "triton_scaled_nvfp4",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures("nvfp4"),
+    requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
+    claimed=True,
+)
+@FUSED_MOE.kernel(
+    "triton_scaled_emulated",
+    level=Level.EMULATED,
+    band="tuned",
+    signatures=moe_signatures("mxfp8", "mxfp4", "mxfp4_w4a8"),
+    requires=(Needs.package("triton", "3.6"), *ROWS, Needs.exactly("sm_90")),
+)
+def bind_scaled_experts(
+    binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
+) -> Bound:
+    """Sort tokens by expert, quantize in groups, multiply codes and scales in Triton."""
+    from hal.ops.align import align_triton
+    from hal.ops.kernels.scaled_experts import scaled_experts
+    from hal.ops.kernels.swiglu import silu_and_mul
+    from hal.ops.quantize import launch_triton, quantize_triton
+
+    experts, columns, hidden = w13.shape
+    intermediate = w2.shape[2]
+    scheme, how = w13.scheme, w13.scheme.activation
+    encoding, packed = activation_encoding(scheme, w13.encoding), scheme.weight.packed
+    arch, units = binding.spec.arch.name, binding.spec.compute_units or 64
+    width, both = len(w13.tensors), len(w13.tensors) + len(w2.tensors)
+    activation = layer.activation
+
+    def product(
+        coded: tuple[torch.Tensor, ...],
+        weight: Tensors,
+        out: torch.Tensor,
+        places: tuple[torch.Tensor, ...],
+        top_k: int,
+        k: int,
+        rows: int,
+        bias: torch.Tensor | None,
+    ) -> None:
+        a, a_scales, *a_second = coded
+        b, b_scales, *b_second = weight
+        scaled_experts(
+            a,
+            a_scales,
+            b,
+            b_scales,
+            out,
+            *places,
+            top_k_divisor=top_k,
+            k=k,
+            kind=scheme.name,
+            tile=scaled_tile(rows, out.shape[1], packed, arch, units),
+            bias=bias,
+            a_second=a_second[0] if a_second else None,
+            b_second=b_second[0] if b_second else None,
+        )
+
+    def products(
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        tensors: Tensors,
+        counts: torch.Tensor | None = None,
+        updates: Updates | None = None,
+    ) -> torch.Tensor:
+        """Return `[slots, hidden]`; rows of absent slots hold anything."""
+        top_k, slots = ids.shape[1], ids.numel()
+        rows = -(-slots // experts)
+        # The rows of a tile depend on the rows alone: both products read one alignment.
+        block = scaled_tile(rows, columns, packed, arch, units).block_m
+        places = align_triton(ids, experts, block)
+        bias13, bias2 = layer.biases(tensors)
+        coded = launch_triton(x, encoding, how, hidden, counts=counts)
+        gate_up, y = x.new_empty(slots, columns), x.new_empty(slots, hidden)
+        product(coded, tensors[:width], gate_up, places, top_k, hidden, rows, bias13)
+        wide = None
+        if updates is None:
+            coded = launch_triton(
+                gate_up, encoding, how, intermediate, gate=activation, counts=counts
+            )
+        else:
+            updates.first(x, gate_up, None)
+            wide = x.new_empty(slots, intermediate)
+            silu_and_mul(gate_up, wide, activation, counts)
+            coded = quantize_triton(wide, encoding, how)
+        product(coded, tensors[width:both], y, places, 1, intermediate, rows, bias2)
+        if updates is not None and wide is not None:
+            updates.second(wide, y, None)
+        return y
+
+    launch = enter_and_combine(layer, experts, hidden, products)
+    return launch, (*w13.tensors, *w2.tensors)
