@@ -16,7 +16,7 @@ to 37% short, most at 128 tokens, and up to 2% too long.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -125,8 +125,10 @@ def collective_us(name: str, size: float, machine: Machine) -> float | None:
     if not others:
         return 0.0
     outside = machine.ranks - machine.ranks // machine.nodes
-    parts = ((size * (others - outside) / others, machine.link),)
-    parts += ((size * outside / others, machine.network),)
+    parts = (
+        (size * (others - outside) / others, machine.link),
+        (size * outside / others, machine.network),
+    )
     longest = 0.0
     for part, rate in parts:
         if part and rate is None:
@@ -159,13 +161,25 @@ def predict(
     back = rows * payload.combine_bytes * (part if transport == "all_to_all" else 1)
     if BUFFERS[transport].get("partial") is not None:  # sums travel in float32
         back = rows * payload.hidden * FLOAT32_BYTES
-    ways = []
-    for names, size in zip(WAYS[transport], (there, back), strict=True):
-        sizes = [8 * machine.ranks, size] if transport == "all_to_all" else [size] * len(names)
-        times = [
-            collective_us(n, s, machine) for n, s in zip(names, sizes[-len(names) :], strict=True)
-        ]
-        ways.append(None if None in times else sum(t for t in times if t is not None))
-    double = len(WAYS[transport][1])
-    total = sum(buffers.values())
-    return Prediction(transport, payload.format, round(there), round(back * double), *ways, total)
+    there_by, back_by = WAYS[transport]
+    sizes = (8.0 * machine.ranks, there) if transport == "all_to_all" else (there,)
+    return Prediction(
+        transport,
+        payload.format,
+        round(there),
+        round(back * len(back_by)),
+        _in_turn(there_by, sizes, machine),
+        _in_turn(back_by, (back,) * len(back_by), machine),
+        sum(buffers.values()),
+    )
+
+
+def _in_turn(names: Sequence[str], sizes: Sequence[float], machine: Machine) -> float | None:
+    """Return the microseconds of collectives one after the other; None if one is not known."""
+    total = 0.0
+    for name, size in zip(names, sizes, strict=True):
+        time = collective_us(name, size, machine)
+        if time is None:
+            return None
+        total += time
+    return total
