@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hal import __version__
 from hal.errors import HalError, SettingError, UnknownNameError
 from hal.matrix_command import add_matrix
+from hal.plan_command import add_plan
 from hal.quantize_command import add_quantize
 from hal.verify_command import add_verify
 
@@ -200,6 +201,18 @@ def _verify(options: argparse.Namespace) -> int:
     return status
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from hal.plan_command import plan_answer
+    from hal.render import to_text
+
+    answer = plan_answer(options)
+    if isinstance(answer, dict):
+        _write_json(answer)
+    else:
+        _write(to_text(answer, color=_color()))
+    return OK
+
+
 def _matrix(options: argparse.Namespace) -> int:
     from hal.matrix_command import matrix_answer
 
@@ -213,6 +226,7 @@ COMMANDS = {
     "doctor": _doctor,
     "quantize": _quantize,
     "matrix": _matrix,
+    "plan-ep": _plan,
     "verify": _verify,
 }
 
@@ -273,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_quantize(commands)
     add_matrix(commands)
+    add_plan(commands, [shared])
     add_verify(commands)
     return parser
 

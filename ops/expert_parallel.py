@@ -33,9 +33,9 @@ from hal.ops.payload import Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
 from hal.ops.ranks import Ranks
 from hal.ops.routing import Routing
-from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL, section
+from hal.ops.rows import Rows
+from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL
 from hal.ops.workspace import Workspace
-from hal.quant.represent import Coded, encoding_of, numbers
 from hal.runtime import current_platform, platform_of
 from hal.selection import choose, options_from
 
@@ -151,7 +151,7 @@ class ExpertParallel:
             self.tensor_ranks = Ranks(tensor_group, self.device, timeout)
         self.placement = placement_of(placement, experts, self.ranks.size)
         self.selection = self._select(experts, transport, platform)
-        self._quantize = self._quantizer(platform)
+        self._rows = Rows(self.payload, self.device, platform)
         self._agree(scheme)
         self.workspace = Workspace() if workspace is None else workspace
         self.workspace.reserve(self.workspace_bytes(), self.ranks.size, self.device)
@@ -201,7 +201,7 @@ class ExpertParallel:
         present = physical >= 0
         ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
         if n:
-            self._pack(self._exchange.rows(n), x, physical, routing.weights)
+            self._rows.pack(self._exchange.rows(n), x, physical, routing.weights)
         with _Abandoning(self.workspace):
             received, state = self._exchange.dispatch(n, ranks, tokens)
         rows, ids, weights = self._unpack(received)
@@ -279,17 +279,6 @@ class ExpertParallel:
             raise ForcedKernelError(f"{told}; {cure}", error.selection) from None
         return found
 
-    def _quantizer(self, platform: Any) -> Any:
-        how = self.payload.how
-        if how.format is None:
-            self._encoding = "bfloat16"
-            return None
-        scheme, problem = self.payload.scheme.name, {"features": self.payload.hidden}
-        selection, _ = select_for("quantize", scheme, self.device, problem, platform=platform)
-        assert selection.kernel is not None
-        self._encoding = encoding_of(how.format, selection.spec.formats.fp8_encoding)
-        return selection.kernel.load()
-
     def _agree(self, scheme: str) -> None:
         payload = self.payload
         settings = {
@@ -301,7 +290,7 @@ class ExpertParallel:
             "column_alignment": payload.column_alignment,
             "scheme": scheme,
             "dtype": str(self.dtype),
-            "encoding": self._encoding,
+            "encoding": self._rows.encoding,
             "placement": [list(mine) for mine in self.placement.held],
             "transport": self.transport,
             "host_sync": self.host_sync,
@@ -334,53 +323,11 @@ class ExpertParallel:
             physical = self._copies[expert, turn]
         return physical.masked_fill(absent, -1)
 
-    def _pack(
-        self, rows: torch.Tensor, x: torch.Tensor, physical: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        parts = self.payload.parts
-        section(rows, parts["ids"], torch.int32).copy_(physical)
-        section(rows, parts["weights"], torch.float32).copy_(weights)
-        codes = section(rows, parts["codes"], torch.uint8)
-        if self._quantize is None:
-            codes.copy_(x.contiguous().view(torch.uint8))
-            return
-        values, scales, *second = self._quantize(x, self._encoding, self.payload.how, None)
-        codes.copy_(values.view(torch.uint8))
-        scales = scales.view(x.shape[0], -1)
-        target = section(rows, parts["scales"], scales.dtype)
-        target[:, : scales.shape[1]].copy_(scales)
-        if target.shape[1] > scales.shape[1]:
-            target[:, scales.shape[1] :].zero_()
-        if second:
-            section(rows, parts["second"], torch.float32).copy_(second[0].unsqueeze(-1))
-
     def _unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return activations, ids as numbered here, and weights: copies, not views of a buffer."""
-        parts = self.payload.parts
-        physical = section(rows, parts["ids"], torch.int32)
+        x, physical, weights = self._rows.unpack(rows, self.dtype)
         here = (physical >= self._first) & (physical < self._last)
-        ids = torch.where(here, physical - self._first, -1)
-        weights = section(rows, parts["weights"], torch.float32).clone()
-        if self._quantize is None:
-            return section(rows, parts["codes"], self.dtype).clone(), ids, weights
-        return self._decode(rows).to(self.dtype), ids, weights
-
-    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
-        from hal.torch_compat import dtype
-
-        payload, parts = self.payload, self.payload.parts
-        how = payload.how
-        stored = torch.uint8 if how.packed else dtype(self._encoding)
-        values = section(rows, parts["codes"], torch.uint8).contiguous().view(stored)
-        stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
-        own = Payload(payload.format, payload.hidden, payload.top_k).scales
-        scales = section(rows, parts["scales"], stored)[:, :own].contiguous()
-        if how.granularity == "token":
-            scales = scales.squeeze(-1)
-        second = None
-        if "second" in parts:
-            second = section(rows, parts["second"], torch.float32).squeeze(-1).contiguous()
-        return numbers(Coded(values, scales, second), how, self._encoding, payload.hidden)
+        return x, torch.where(here, physical - self._first, -1), weights
 
     def _check(self, x: torch.Tensor, routing: Routing, tokens: Sequence[int] | None) -> None:
         check_activations(WHERE, x, self.payload.hidden, self.device, (dtype_name_of(self.dtype),))

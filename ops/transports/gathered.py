@@ -139,7 +139,7 @@ def bind_all_gather(setup: Setup) -> Any:
 @EXPERT_PARALLEL.kernel(
     "all_to_all_padded",
     level=Level.NATIVE,
-    band="portable",
+    band="tuned",
     signatures=SIGNATURES,
     requires=(*ANYWHERE, collective("all_gather"), collective("all_to_all")),
 )

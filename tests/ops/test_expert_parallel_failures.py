@@ -79,7 +79,7 @@ def test_refuses_before_anything_is_allocated(change, kind, words, group):
 
 
 def test_a_refused_transport_names_what_runs_without_it(group):
-    with pytest.raises(ForcedKernelError, match="without it all_gather is taken"):
+    with pytest.raises(ForcedKernelError, match="without it all_to_all_padded is taken"):
         ExpertParallel(**SIZES, transport="all_to_all", host_sync=False)
 
 
@@ -144,7 +144,8 @@ HAS = {"all_gather": True, "reduce_scatter": True, "all_to_all": True, "host_syn
     ("lacks", "chosen"),
     [
         ({}, "all_to_all"),
-        ({"host_sync": False}, "all_gather"),
+        ({"host_sync": False}, "all_to_all_padded"),
+        ({"host_sync": False, "all_to_all": False}, "all_gather"),
         ({"all_to_all": False}, "all_gather"),
         ({"host_sync": False, "reduce_scatter": False}, "all_to_all_padded"),
         ({"all_gather": False, "all_to_all": False}, "all_reduce"),

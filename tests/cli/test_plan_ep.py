@@ -1,0 +1,107 @@
+"""`hal plan-ep` against counted routings and against what was measured on two H200."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from hal.cli import main
+from hal.errors import ValueRangeError
+from hal.ops.parallel_plan import Machine, chance, collective_us, predict
+from hal.ops.payload import BUFFERS, FORMATS, Payload
+from hal.ops.transports import EXPERT_PARALLEL
+
+H200 = Machine(2, link=450e9)
+TOKENS = (1, 16, 128, 512, 2048, 8192)
+MEASURED_US = {
+    "all_gather": (8.8, 10.1, 26.0, 49.7, 141, 486),
+    "reduce_scatter": (8.6, 10.1, 23.5, 47.3, 149, 514),
+    "all_to_all": (10.0, 11.9, 20.0, 46.1, 124, 420),
+}
+"""NCCL on two H200 under CUDA graphs, bf16, hidden 7168."""
+
+
+@pytest.mark.parametrize("name", MEASURED_US)
+def test_predicted_times_are_near_those_measured(name):
+    for tokens, measured in zip(TOKENS, MEASURED_US[name], strict=True):
+        predicted = collective_us(name, tokens * 7168 * 2, H200)
+        assert predicted is not None
+        assert -0.40 < predicted / measured - 1 < 0.05, tokens
+
+
+@pytest.mark.parametrize(("experts", "held", "top_k"), [(6, 3, 2), (7, 2, 3), (5, 5, 1), (8, 1, 8)])
+def test_the_chance_is_that_of_all_choices(experts, held, top_k):
+    choices = list(itertools.combinations(range(experts), top_k))
+    hit = sum(min(choice) < held for choice in choices)
+    assert chance(experts, held, top_k) == pytest.approx(hit / len(choices))
+
+
+def test_bytes_of_two_ranks():
+    payload = Payload("fp8", 7168, 8)
+    sizes = {"experts": 256, "tokens": 128, "most": 512}
+    gathered = predict("all_gather", payload, H200, **sizes)
+    assert gathered.dispatch_bytes == 128 * payload.row_bytes
+    assert gathered.combine_bytes == 128 * 7168 * 4
+    sent = predict("all_to_all", payload, H200, **sizes)
+    assert 0.99 * 128 * payload.row_bytes < sent.dispatch_bytes < 128 * payload.row_bytes
+    assert predict("all_reduce", payload, H200, **sizes).combine_bytes == 2 * 128 * 7168 * 4
+    assert sent.workspace_bytes > 2 * 512 * payload.row_bytes
+
+
+def test_more_ranks_spare_bytes_by_all_to_all():
+    payload, machine = Payload("fp8", 7168, 8), Machine(64, 8, 450e9, 50e9)
+    sizes = {"experts": 256, "tokens": 128, "most": 128}
+    sent, gathered = (predict(t, payload, machine, **sizes) for t in ("all_to_all", "all_gather"))
+    # Of 64 ranks a token reaches 8 at most.
+    assert sent.dispatch_bytes < gathered.dispatch_bytes * 8 / 63 * 1.02
+    assert sent.dispatch_us < gathered.dispatch_us
+    unknown = predict("all_to_all", payload, Machine(64, 8, 450e9), **sizes)
+    assert unknown.dispatch_us is None
+    assert unknown.dispatch_bytes == sent.dispatch_bytes
+    alone = predict("all_gather", payload, Machine(1), **sizes)
+    assert (alone.dispatch_bytes, alone.dispatch_us) == (0, 0.0)
+
+
+ASK = ["plan-ep", "--ranks", "8", "--hidden", "7168", "--experts", "256", "--top-k", "8"]
+
+
+def test_the_command_lists_every_transport_and_format(capsys):
+    assert main([*ASK, "--platform", "cuda:h200", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = {kernel.name for kernel in EXPERT_PARALLEL.kernels}
+    assert set(BUFFERS) == names
+    assert {(row["transport"], row["format"]) for row in told["layers"]} == {
+        (transport, format) for transport in names for format in FORMATS
+    }
+    assert told["machine"]["link"] == 450e9
+
+
+def test_the_text_fits_a_terminal_and_says_what_is_not_known(capsys):
+    assert main([*ASK, "--platform", "cuda:h200", "--nodes", "2", "--format", "fp8"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "network unknown" in text
+    assert "all_to_all_padded" in text
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--nodes", "3"],
+        ["--format", "fp9"],
+        ["--link", "0"],
+        ["--tokens", "9", "--max-tokens", "8"],
+        ["--top-k", "300"],
+        ["--ranks", "512"],
+    ],
+)
+def test_what_cannot_be_is_refused(more, capsys):
+    assert main([*ASK, "--platform", "cuda:h200", *more]) == 2
+    assert "found" in (told := capsys.readouterr().err) or "unknown" in told
+
+
+def test_ranks_must_divide_over_nodes():
+    with pytest.raises(ValueRangeError, match="8 ranks on 3 nodes"):
+        Machine(8, 3)
