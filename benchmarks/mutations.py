@@ -98,7 +98,8 @@ MUTATIONS = (
     ),
     Mutation(
         "activation: gate and up exchanged", "ops/activations.py",
-        "else rows.chunk(2, -1)", "else rows.chunk(2, -1)[::-1]", "tests/ops/test_expert_options.py",
+        "else rows.chunk(2, -1)", "else rows.chunk(2, -1)[::-1]",
+        "tests/ops/test_expert_options.py",
     ),
     Mutation(
         "evidence: an earlier row replaces a later one", "hal/evidence.py",
