@@ -27,6 +27,7 @@ __all__ = [
     "assumed",
     "build_matrix",
     "columns",
+    "evidence_word",
     "schemes_of",
 ]
 
@@ -134,7 +135,7 @@ class Matrix:
         """Return the number of cells by what their evidence is, best first."""
         found: dict[str, int] = {}
         for cell in (cell for row in self.rows.values() for cell in row):
-            word = "none" if cell.standing is None else str(cell.standing).partition(" (")[0]
+            word = evidence_word(cell)
             found[word] = found.get(word, 0) + 1
         return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
 
@@ -191,6 +192,11 @@ class Matrix:
         else:
             plain["failures"] = [str(failure) for failure in candidate.failures]
         return plain
+
+
+def evidence_word(cell: Cell) -> str:
+    """Return how far a cell is known to work, such as `ran` or `compiled, earlier source`."""
+    return "none" if cell.standing is None else str(cell.standing).partition(" (")[0]
 
 
 def _row(row: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ __all__ = ["add_matrix", "matrix_answer"]
 _EPILOG = """\
   hal matrix                                  all of it, a letter a cell
   hal matrix --op linear --platform rocm      one op, on AMD's architectures
+  hal matrix --summary                        the number of cells by evidence
   hal matrix --html --output matrix.html      one page that needs nothing else
 Filters may be repeated. Evidence comes from `hal verify`; docs/matrix.md says what it means.
 """
@@ -39,6 +40,9 @@ def add_matrix(commands: Any) -> None:
     form = command.add_mutually_exclusive_group()
     for name in ("json", "markdown", "html"):
         form.add_argument(f"--{name}", action="store_true", help=f"print {name.upper()}")
+    form.add_argument(
+        "--summary", action="store_true", help="print the number of cells by evidence"
+    )
 
 
 def matrix_answer(options: argparse.Namespace, *, color: bool = False) -> str:
@@ -64,6 +68,10 @@ def matrix_answer(options: argparse.Namespace, *, color: bool = False) -> str:
         from hal.matrix_page import matrix_page
 
         text = matrix_page(matrix)
+    elif options.summary:
+        from hal.matrix_text import matrix_summary
+
+        text = matrix_summary(matrix)
     else:
         from hal.matrix_text import matrix_markdown, matrix_text
 

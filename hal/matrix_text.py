@@ -6,11 +6,18 @@ import textwrap
 from collections.abc import Sequence
 
 from hal.evidence_book import LETTERS
-from hal.matrix import Cell, Column, Matrix
+from hal.matrix import Cell, Column, Matrix, evidence_word
 from hal.registry import Level
 from hal.render import WIDTH, styled
 
-__all__ = ["MARKS", "matrix_markdown", "matrix_text", "small_matrix", "used_letters"]
+__all__ = [
+    "MARKS",
+    "matrix_markdown",
+    "matrix_summary",
+    "matrix_text",
+    "small_matrix",
+    "used_letters",
+]
 
 MARKS = {
     Level.NATIVE: " ",
@@ -157,6 +164,22 @@ def matrix_markdown(matrix: Matrix) -> str:
             parts.append(f"| `{scheme}` | {drawn} |")
         parts.append("")
     return "\n".join([*parts, *_legend(matrix)]) + "\n"
+
+
+def matrix_summary(matrix: Matrix) -> str:
+    """Return the number of cells by what their evidence is, for each platform and for `native`."""
+    words = list(matrix.counts())
+    lines = [f"{'cells of':<10}{'level':<10}{'number':>8}  evidence"]
+    for platform in dict.fromkeys(column.platform for column in matrix.columns):
+        mine = [c for row in matrix.rows.values() for c in row if c.column.platform == platform]
+        native = [cell for cell in mine if cell.selection.level is Level.NATIVE]
+        for name, cells in (("all", mine), ("native", native)):
+            found = {word: sum(evidence_word(cell) == word for cell in cells) for word in words}
+            told = ", ".join(f"{count} {word}" for word, count in found.items() if count)
+            first, *rest = textwrap.wrap(told or "none", WIDTH - 30) or [""]
+            lines.append(f"{platform:<10}{name:<10}{len(cells):>8}  {first}")
+            lines += [" " * 30 + part for part in rest]
+    return "\n".join(lines) + "\n"
 
 
 def small_matrix(matrix: Matrix) -> str:

@@ -185,7 +185,8 @@ def compile_for(target: GPUTarget | None) -> Iterator[list[Compiled]]:
         _recorder.reset(token)
         setattr(driver, slot, previous)
         for kernel in recorder.kernels:
-            kernel.device_caches.pop(fake.device, None)
+            caches = "device_caches" if hasattr(kernel, "device_caches") else "cache"  # Triton 3.2
+            getattr(kernel, caches).pop(fake.device, None)
 
 
 class _Launches:

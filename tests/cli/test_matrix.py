@@ -123,6 +123,16 @@ class TestText:
         assert answer.status == 2
         assert "a folder of evidence" in answer.err
 
+    def test_the_summary_counts_every_cell_once(self, hal) -> None:
+        lines = hal("matrix", "--summary", "--op", "linear").out.splitlines()
+        full = build_matrix(["linear"])
+        cells = [cell for row in full.rows.values() for cell in row]
+        rows = [line.split() for line in lines[1:] if not line.startswith(" ")]
+        assert sum(int(row[2]) for row in rows if row[1] == "all") == len(cells)
+        native = sum(str(cell.selection.level) == "native" for cell in cells)
+        assert sum(int(row[2]) for row in rows if row[1] == "native") == native
+        assert max(map(len, lines)) <= 80
+
     def test_json_tells_the_reasons(self, hal) -> None:
         found = hal("matrix", "--op", "linear", "--scheme", "fp8_channel", "--platform",
                     "rocm:gfx90a", "--json").json  # fmt: skip

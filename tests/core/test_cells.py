@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from hal.evidence_book import Book
-from hal.matrix import assumed
+from hal.matrix import assumed, build_matrix
 from hal.ops.cells import cells_of, facts_of, fault_of, kind_of, specialization_of
 from hal.ops.kernels.crosscompile import Cell
 from hal.platforms.tables import device_spec
 from hal.quant.scheme import find_scheme
-from hal.registry import find_op
+from hal.registry import Level, find_op
 from hal.selection import Options, choose
 
 TARGETS = (
@@ -92,3 +92,30 @@ def test_every_triton_kernel_that_a_compiled_target_offers_has_compiled() -> Non
                         if not any(r.passed and r.level in ("ran", "compiled") for r in rows):
                             missing.append(f"{name} {kernel} {scheme}")
     assert missing == [], "run make matrix"
+
+
+NOT_COMPILED = {
+    ("torch_int_mm", "sm_75"),
+    ("torch_int_mm_zeros", "sm_75"),
+    ("torch_scaled_mm_unit", "sm_121"),
+}
+"""Products of torch's own libraries, on devices that no Triton kernel of the scheme serves."""
+
+
+def test_every_native_product_that_is_chosen_has_compiled_or_run() -> None:
+    """On CUDA and ROCm, at the newest source that is known of; on sm_90 it has run."""
+    matrix = build_matrix(["linear", "fused_moe"], platforms=["cuda", "rocm"])
+    native = [
+        cell for row in matrix.rows.values() for cell in row if cell.selection.level is Level.NATIVE
+    ]
+    assert len(native) > 100
+    weaker = set()
+    for cell in native:
+        needed = ("ran",) if cell.column.arch == "sm_90" else ("ran", "compiled")
+        kernel, scheme = cell.selection.kernel, cell.selection.scheme
+        assert kernel is not None
+        rows = matrix.book.rows(kernel, scheme, cell.column.arch)
+        known = [row for row in rows if row.level in needed]
+        if not known or not known[0].passed:
+            weaker.add((kernel.name, cell.column.arch))
+    assert weaker == NOT_COMPILED, "run make matrix, and hal verify on an H200"

@@ -1,0 +1,42 @@
+"""`benchmarks/mutations.py`: what it would break is there to be broken, and the page is its own."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from mutations import BEGIN, END, MUTATIONS, PAGE, ROOT, Mutation, mutate, table
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_every_mutation_changes_a_file_that_still_parses(mutation: Mutation, tmp_path) -> None:
+    path = tmp_path / mutation.path
+    path.parent.mkdir(parents=True)
+    path.write_text((ROOT / mutation.path).read_text(encoding="utf-8"), encoding="utf-8")
+    before = mutate(tmp_path, mutation)
+    after = path.read_text(encoding="utf-8")
+    assert after != before
+    if path.suffix == ".py":
+        ast.parse(after)
+    assert (ROOT / mutation.check).exists()
+
+
+def test_a_text_that_is_no_longer_there_is_named(tmp_path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    gone = Mutation("gone", "a.py", "y = 1", "y = 2", "tests")
+    with pytest.raises(ValueError, match=r"a\.py: found no 'y = 1' \(gone\)"):
+        mutate(tmp_path, gone)
+
+
+def test_the_page_names_mutations_that_there_are() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    shown = text.partition(BEGIN)[2].partition(END)[0]
+    rows = [line.split(" | ") for line in shown.splitlines()[2:]]
+    names = [row[0].removeprefix("| ") for row in rows]
+    assert names in ([], [mutation.name for mutation in MUTATIONS]), "run benchmarks/mutations.py"
+    tests = [row[2].strip("| `") for row in rows]
+    assert not rows or shown == table(list(zip(MUTATIONS, tests, strict=True)))
