@@ -87,9 +87,14 @@ class Bound:
             pass
         self.platform.wait(self.tensors)
 
-    def _prepare(self, weights: dict[str, QTensor], **biases: torch.Tensor | None) -> list[QTensor]:
+    def _prepare(
+        self, weights: dict[str, QTensor], inplace: bool, **biases: torch.Tensor | None
+    ) -> list[QTensor]:
         """Return the weights as the kernel reads them, and remember of what kind all are."""
-        prepared = {name: prepare(self._binding, part, name) for name, part in weights.items()}
+        prepared = {
+            name: prepare(self._binding, part, name, inplace=inplace)
+            for name, part in weights.items()
+        }
         self._traits = {name: traits(part) for name, part in (*prepared.items(), *biases.items())}
         return list(prepared.values())
 

@@ -18,10 +18,12 @@ from hal.ops.prepare import (
     as_qtensor,
     check_bias,
     check_experts,
+    put_back_on_failure,
     require_finite,
 )
 from hal.ops.reload import overwrite
 from hal.ops.route import Routing
+from hal.quant.tensor import QTensor
 from hal.torch_compat import is_compiling_function
 
 __all__ = ["FusedMoE"]
@@ -55,6 +57,8 @@ class FusedMoE(Bound):
         group: A `hal.ops.ExpertParallel`: the weights are those of its `local_experts`, calls take
             this rank's tokens with the ids of all experts, and every rank calls together
             (docs/expert-parallel.md).
+        inplace: Reorder a `QTensor` in its own memory where the kernel reads another layout of the
+            same size, and tag it so, instead of taking that memory once more.
         dtype: Dtype of the activations; None means that of the weights, or bfloat16.
         platform: Platform to bind for; None means that of the weights' device.
         tokens: Typical number of tokens, to choose between measured kernels.
@@ -103,12 +107,14 @@ class FusedMoE(Bound):
         format: str = "standard",
         lora: bool = False,
         group: None = None,
+        inplace: bool = False,
         dtype: torch.dtype | None = None,
         platform: Any = None,
         tokens: int | None = None,
         top_k: int | None = None,
         **options: Any,
     ) -> None:
+        inplace = inplace and isinstance(w13, QTensor) and isinstance(w2, QTensor)
         w13, w2 = as_qtensor("fused_moe", w13), as_qtensor("fused_moe", w2)
         how = activation_of(
             "fused_moe", activation, gated=gated, alpha=alpha, limit=limit, interleaved=interleaved
@@ -169,8 +175,9 @@ class FusedMoE(Bound):
         self._layer = layer
         assert selection.kernel is not None
         weights = {"w13": w13, "w2": w2}
-        w13, w2 = self._prepare(weights, w13_bias=w13_bias, w2_bias=w2_bias)
-        launch, read = selection.kernel.load()(self._binding, w13, w2, layer)
+        with put_back_on_failure(weights, where):
+            w13, w2 = self._prepare(weights, inplace, w13_bias=w13_bias, w2_bias=w2_bias)
+            launch, read = selection.kernel.load()(self._binding, w13, w2, layer)
         self._finish((launch, (*read, *biases)), device)
 
     def reload(

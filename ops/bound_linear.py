@@ -73,7 +73,7 @@ class Linear(Bound):
         super().__init__(Binding(selection, where, weight.scheme, weight.device), dtype)
         self._columns, self.rows_out, self._device = columns, rows_out, weight.device
         assert selection.kernel is not None
-        (weight,) = self._prepare({"weight": weight}, bias=bias)
+        (weight,) = self._prepare({"weight": weight}, inplace=False, bias=bias)
         self._finish(selection.kernel.load()(self._binding, weight, bias), weight.device)
 
     def reload(self, weight: Weight, bias: torch.Tensor | None = None) -> None:

@@ -6,13 +6,17 @@ needs it has been chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 
 from hal.errors import ArgumentError, DTypeError, EncodingError, ShapeError, ValueRangeError
 from hal.ops.binding import Binding
 from hal.ops.checks import ACTIVATION_DTYPES, check_same_device, dtype_name
+from hal.protocol import Platform
 from hal.quant.calibrate import require_scale
-from hal.quant.layout import to_layout
+from hal.quant.layout import keeps_memory, to_layout
 from hal.quant.quantize import bind_encoding
 from hal.quant.scheme import SCHEMES
 from hal.quant.tensor import QTensor
@@ -24,6 +28,7 @@ __all__ = [
     "check_bias",
     "check_experts",
     "prepare",
+    "put_back_on_failure",
     "require_finite",
 ]
 
@@ -114,8 +119,11 @@ def check_bias(
     return bias.detach().contiguous()
 
 
-def prepare(binding: Binding, weight: QTensor, name: str) -> QTensor:
-    """Return the weight in the encoding and layout that the chosen kernel reads."""
+def prepare(binding: Binding, weight: QTensor, name: str, *, inplace: bool = False) -> QTensor:
+    """Return the weight in the encoding and layout that the chosen kernel reads.
+
+    inplace: Reorder it in its own memory, where the layout leaves it its size.
+    """
     kernel = binding.selection.kernel
     assert kernel is not None
     where = f"{kernel}: {name}"
@@ -127,9 +135,23 @@ def prepare(binding: Binding, weight: QTensor, name: str) -> QTensor:
             require_input_scale(where, weight)
         weight = bind_encoding(weight, binding.spec.formats.fp8_encoding, where=where)
     operand = kernel.operand(scheme, name)
-    weight = to_layout(weight, operand.layout, platform)
+    inplace = inplace and keeps_memory(weight, operand.layout)
+    weight = to_layout(weight, operand.layout, platform, inplace=inplace)
     weight.require(where, layout=operand.layout, encodings=operand.formats)
     return weight
+
+
+@contextmanager
+def put_back_on_failure(weights: Mapping[str, QTensor], platform: Platform) -> Iterator[None]:
+    """Bring weights that were reordered in place back into their layout if the body raises."""
+    layouts = {name: weight.layout for name, weight in weights.items()}
+    try:
+        yield
+    except BaseException:
+        for name, layout in layouts.items():
+            if weights[name].layout != layout:
+                to_layout(weights[name], layout, platform, inplace=True)
+        raise
 
 
 def require_input_scale(where: str, weight: QTensor) -> None:

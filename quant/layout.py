@@ -33,7 +33,15 @@ if TYPE_CHECKING:
     from hal.quant.scheme import Scheme
     from hal.quant.tensor import QTensor
 
-__all__ = ["LAYOUTS", "Arguments", "Layout", "kernel_arguments", "register_layout", "to_layout"]
+__all__ = [
+    "LAYOUTS",
+    "Arguments",
+    "Layout",
+    "keeps_memory",
+    "kernel_arguments",
+    "register_layout",
+    "to_layout",
+]
 
 LAYOUTS: dict[str, Layout] = {}
 """Every layout by name."""
@@ -80,7 +88,7 @@ def to_layout(
         weight: A quantized weight in any layout.
         layout: Name of the wanted layout.
         platform: Platform whose ordering primitives to use; None means that of the weight.
-        inplace: Rewrite the memory of `weight`, which must not be read as the old layout again.
+        inplace: Rewrite the memory of `weight`, whose tag then says so too.
         stream: Stream to work on; what the caller's stream does next waits for it.
 
     Raises:
@@ -115,6 +123,9 @@ def to_layout(
             elif inplace:
                 found[name] = old.copy_(found[name])
     result = replace(weight, layout=layout, **found)
+    if inplace:
+        # Whoever holds the weight holds what its memory has become.
+        object.__setattr__(weight, "layout", layout)
     # New memory belongs to the body's stream; from here on it is the caller's, and ordered.
     with where.ordered(result.tensors):
         return result
@@ -166,6 +177,17 @@ def find_layout(name: str) -> Layout:
 def form_of(weight: QTensor) -> Form:
     """Return how a weight is stored."""
     return find_layout(weight.layout).form_of(*_kind(weight))
+
+
+def keeps_memory(weight: QTensor, layout: str) -> bool:
+    """Tell whether `to_layout` can bring a weight into a layout in place."""
+    there = find_layout(layout).form_of(*_kind(weight))
+    try:
+        _require_memory(weight, weight.layout, form_of(weight))
+        _require_memory(weight, layout, there)
+    except LayoutError:
+        return False
+    return True
 
 
 def _kind(weight: QTensor) -> tuple[Scheme, str, tuple[int, ...]]:

@@ -1,0 +1,143 @@
+"""Binding experts in place: the memory that it takes, and what becomes of the weights given."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hal.errors import ValueRangeError
+from hal.ops import FusedMoE
+from hal.platforms.base import DeviceRecord
+from hal.platforms.cpu import CpuPlatform
+from hal.platforms.ordering import HostOrdering
+from hal.platforms.tables import device_spec
+from hal.quant import quantize
+from hal.quant.layout import LAYOUTS, PARTS, keeps_memory, to_layout
+from hal.software import find_software
+
+SCHEME, KERNEL, LAYOUT = "int4_w4a8_fp8", "triton_w4a8", "int4_planes"
+EXPERTS, HIDDEN, INTERMEDIATE = 32, 256, 128
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of memory that lives at once, of tensors made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, call, types, arguments=(), keywords=None):
+        found = call(*arguments, **(keywords or {}))
+        given = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((arguments, keywords))
+            if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self._count(leaf, given)
+        return found
+
+    def _count(self, tensor, given):
+        place = tensor.untyped_storage().data_ptr()
+        if place in given and place not in self.alive:
+            return
+        held = self.alive.setdefault(place, [0, tensor.untyped_storage().nbytes()])
+        if not held[0]:
+            self.now += held[1]
+            self.most = max(self.most, self.now)
+        held[0] += 1
+        weakref.finalize(tensor, self._drop, place)
+
+    def _drop(self, place):
+        held = self.alive[place]
+        held[0] -= 1
+        if not held[0]:
+            self.now -= held[1]
+            del self.alive[place]
+
+
+def weights():
+    generator = torch.Generator().manual_seed(5)
+    shapes = (EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
+    return [quantize(torch.randn(s, generator=generator).bfloat16(), SCHEME) for s in shapes]
+
+
+def matrices(weight):
+    """Return each expert's weight as one of its own."""
+    state = weight.state_of()
+    for index in range(len(weight.values)):
+        own = {name: tensor[index].contiguous() for name, tensor in state.items()}
+        yield replace(weight, logical_shape=weight.shape[1:], **own)
+
+
+def bind(w13, w2, **options):
+    """Bind for an H100 whose tensors lie on the CPU; nothing is launched."""
+    record = DeviceRecord(device_spec("cuda", "h100", find_software()), 0)
+    platform = CpuPlatform([record], HostOrdering())
+    return FusedMoE(w13, w2, platform=platform, force=KERNEL, **options)
+
+
+def test_the_memory_is_that_of_the_weights():
+    w13, w2 = weights()
+    wanted = [to_layout(weight, LAYOUT, "cpu").values for weight in (w13, w2)]
+    own = {weight.values.data_ptr() for weight in (w13, w2)}
+    bound = bind(w13, w2, inplace=True)
+    assert own <= {tensor.data_ptr() for tensor in bound.tensors}
+    assert (w13.layout, w2.layout) == (LAYOUT, LAYOUT)
+    assert torch.equal(w13.values, wanted[0])
+    assert torch.equal(w2.values, wanted[1])
+
+
+def test_weights_so_bound_can_be_bound_again():
+    w13, w2 = weights()
+    first = bind(w13, w2, inplace=True)
+    before = w13.values.clone()
+    second = bind(w13, w2, inplace=True)
+    assert torch.equal(w13.values, before)
+    assert first.tensors[0].data_ptr() == second.tensors[0].data_ptr()
+
+
+@pytest.mark.parametrize(("inplace", "most"), [(True, 0.3), (False, 1.3)])
+def test_peak_of_memory(inplace, most):
+    w13, w2 = weights()
+    whole = w13.nbytes + w2.nbytes
+    with Peak() as peak:
+        bound = bind(w13, w2, inplace=inplace)
+    assert bound.kernel == KERNEL
+    assert inplace or peak.most >= w13.values.nbytes + w2.values.nbytes
+    assert peak.most <= most * whole, peak.most / whole
+
+
+def test_a_weight_that_cannot_be_bound_leaves_the_other_as_it_was():
+    w13, w2 = weights()
+    kept = w13.values.clone()
+    w2.global_scale[3] = float("nan")
+    with pytest.raises(ValueRangeError, match="w2"):
+        bind(w13, w2, inplace=True)
+    assert (w13.layout, w2.layout) == ("canonical", "canonical")
+    assert torch.equal(w13.values, kept)
+
+
+@pytest.mark.parametrize("experts", [1, 2, PARTS - 1, PARTS, PARTS + 1, 3 * PARTS + 5])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_parts_of_any_number_of_experts(experts, inplace):
+    weight = quantize(torch.randn(experts, 32, 64).bfloat16(), SCHEME)
+    each = [to_layout(part, LAYOUT, "cpu").values for part in matrices(weight)]
+    kept = weight.values.clone()
+    there = to_layout(weight, LAYOUT, "cpu", inplace=inplace)
+    assert torch.equal(there.values, torch.stack(each))
+    back = to_layout(there, "canonical", "cpu")
+    assert torch.equal(back.values, kept)
+
+
+def test_a_layout_of_another_size_is_told_beforehand():
+    weight = quantize(torch.randn(4, 32, 64).bfloat16(), "bf16")
+    names = {name for name in ("k_major", "up_gate") if keeps_memory(weight, name)}
+    assert names == {"up_gate"}
+    assert names < LAYOUTS.keys()
