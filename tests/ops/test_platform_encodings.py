@@ -111,9 +111,9 @@ def test_fp8_of_a_checkpoint_becomes_fnuz_before_it_is_reordered(monkeypatch, pl
     stored.values.view(torch.uint8)[0, 0] = 0x80  # -0, which is NaN in fnuz
     order = []
 
-    def spy(weight, layout, platform):
+    def spy(weight, layout, platform, **options):
         order.append((weight.layout, weight.encoding, layout))
-        return to_layout(weight, layout, platform)
+        return to_layout(weight, layout, platform, **options)
 
     monkeypatch.setattr("hal.ops.prepare.to_layout", spy)
     read = prepared(platform, kernel, stored)
