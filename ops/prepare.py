@@ -16,7 +16,7 @@ from hal.ops.binding import Binding
 from hal.ops.checks import ACTIVATION_DTYPES, check_same_device, dtype_name
 from hal.protocol import Platform
 from hal.quant.calibrate import require_scale
-from hal.quant.layout import keeps_memory, to_layout
+from hal.quant.layout import PARTS, keeps_memory, to_layout
 from hal.quant.quantize import bind_encoding
 from hal.quant.scheme import SCHEMES
 from hal.quant.tensor import QTensor
@@ -168,14 +168,19 @@ def require_input_scale(where: str, weight: QTensor) -> None:
 
 def require_finite_scales(where: str, weight: QTensor) -> None:
     """Raise if a scale, in whatever format, is NaN or infinite; synchronises with the device."""
-    import torch
-
     scales = weight.scales
     assert scales is not None
-    if weight.scheme.weight.scale_format == "e8m0":
+    exponents = weight.scheme.weight.scale_format == "e8m0"
+
+    def unfit(part: torch.Tensor) -> torch.Tensor:
         # The byte 255 is NaN.
-        scales = torch.where(scales == 255, torch.nan, 0.0)
-    require_finite(where, scales.float())
+        return part == 255 if exponents else ~part.float().isfinite()
+
+    # In parts: as float32 the scales of small groups take more memory than the codes.
+    if bool(torch.stack([unfit(part).any() for part in scales.flatten().chunk(PARTS)]).any()):
+        place = tuple(unfit(scales).nonzero()[0].tolist())
+        found = "nan" if exponents else scales[place].float().item()
+        raise ValueRangeError(where, found=f"{found} at {list(place)}", needed="finite values")
     if weight.global_scale is not None:
         require_finite(where, weight.global_scale)
 
