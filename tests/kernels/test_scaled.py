@@ -75,6 +75,7 @@ def test_native_products_have_their_own_instruction(name):
         assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_native_products_of_experts_have_the_same_instruction(name):
@@ -117,6 +118,7 @@ def test_experts_are_registered_where_the_linear_product_is():
     assert "multiple of 32" in "; ".join(map(str, odd.candidate("triton_scaled").failures))
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_emulated_product_of_experts_compiles_for_sm_90():
     kernel, target = find_op("fused_moe").find("triton_scaled_emulated"), target_of("cuda:sm_90")
