@@ -26,6 +26,7 @@ from hal.ops import Routing
 from hal.ops.bound_experts import FusedMoE
 from hal.ops.checks import check_gradient
 from hal.quant.scheme import find_scheme
+from hal.quant.shards import shard_cure
 from hal.quant.tensor import QTensor
 
 __all__ = ["fp8_experts_forward", "register_fp8_experts"]
@@ -102,7 +103,9 @@ class _Fp8(Kept):
                 where,
                 found=f"{rows // 2} gate rows, so that gate and up share a block of scales",
                 needed=f"a multiple of {BLOCK}",
-                cure="load with FineGrainedFP8Config(dequantize=True) and quantize with hal",
+                # The module keeps the size of its configuration when ranks take shards of it.
+                cure=shard_cure("intermediate", BLOCK, getattr(module, "intermediate_dim", None))
+                + "; or load with FineGrainedFP8Config(dequantize=True) and quantize with hal",
             )
         return convention
 

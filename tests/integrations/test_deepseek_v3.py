@@ -240,7 +240,11 @@ class TestFp8Checkpoint:
             ({"block_size": None}, UnsupportedModelError, "blocks of a whole weight"),
             ({"activation_scheme": "static"}, UnsupportedModelError, "activation_scheme='static'"),
             ({"gate_softcap": 2.0, "up_softcap": 2.0}, UnsupportedModelError, "unknown gating"),
-            ({"intermediate": 192}, ShapeError, "192 gate rows.*share a block"),
+            (
+                {"intermediate": 192},
+                ShapeError,
+                "192 gate rows.*share a block.*in all, tensor-parallel sizes 1, 3 work",
+            ),
             ({"expert_dtype": "fp4"}, UnsupportedModelError, "codes of torch.int8"),
         ],
     )
@@ -248,6 +252,7 @@ class TestFp8Checkpoint:
         layer = fp8_experts(load(folder, experts_implementation="hal"))[0]
         settings = dict(settings)
         if intermediate := settings.pop("intermediate", None):
+            layer.intermediate_dim = 2 * intermediate  # as if this were one of two ranks
             layer.gate_up_proj = torch.nn.Parameter(
                 torch.zeros(16, 2 * intermediate, 128).to(torch.float8_e4m3fn), False
             )
