@@ -160,7 +160,8 @@ def _require_dispatch(module: Any, where: str) -> None:
             where,
             found=f"experts of {type(cell.cell_contents).__name__}",
             needed=type(moe.ALL_EXPERTS_FUNCTIONS).__name__,
-            cure="load the model unquantized, in bf16",
+            cure="load the model unquantized, in bf16; fine-grained fp8 runs as loaded with "
+            "experts_implementation='hal'",
         )
 
 

@@ -4,7 +4,7 @@
     report = quantize(model, "fp8_channel")          # experts; attention=True for its linears too
 
     import hal.integrations.transformers             # registers the names
-    model.set_experts_implementation("hal")          # unquantized
+    model.set_experts_implementation("hal")          # unquantized, or fine-grained fp8 as loaded
 
     from hal.integrations.transformers import HalConfig
     AutoModelForCausalLM.from_pretrained(path, quantization_config=HalConfig("fp8_channel"))
@@ -25,26 +25,21 @@ from hal.errors import UnsupportedModelError
 from hal.integrations.config import HalConfig
 from hal.integrations.conventions import (
     SUBMODULE,
-    Convention,
     attention_linears_of,
-    biases_of,
-    convention_of,
     experts_of,
     require_own_scales,
-    require_weights,
-    weights_of,
 )
+from hal.integrations.fp8_experts import register_fp8_experts
+from hal.integrations.kept import Unquantized, kept_binding
 from hal.integrations.loading import register_method
 from hal.integrations.replace import (
     IMPLEMENTATION,
-    UNBOUND,
     Quantized,
     QuantizedLayer,
     replace_modules,
 )
 from hal.ops import Routing
-from hal.ops.bound_experts import FusedMoE
-from hal.ops.checks import check_gradient, stamp
+from hal.ops.checks import check_gradient
 from hal.quant.scheme import Scheme, find_scheme
 
 __all__ = ["HalConfig", "Quantized", "QuantizedLayer", "experts_forward", "quantize"]
@@ -120,69 +115,12 @@ def experts_forward(
     if quantized is not None:
         check_gradient(IMPLEMENTATION, hidden_states, top_k_weights)
         return quantized(hidden_states, routing)
-    bound = _unquantized(self)
+    bound = kept_binding(self, Unquantized, hidden_states.dtype)
     parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
     check_gradient(IMPLEMENTATION, hidden_states, top_k_weights, *parameters)
     return bound(hidden_states, routing)
 
 
-class _Unquantized:
-    """Keep the binding of a module's own parameters, and what they were when it was made.
-
-    Copies and pickles of a model start without one: a binding belongs to a device.
-    """
-
-    __slots__ = ("bound", "convention", "stamps", "weights")
-
-    def __init__(self) -> None:
-        self.convention: Convention | None = None
-        self.bound: FusedMoE | None = None
-        self.stamps: tuple[Any, ...] = ()
-        self.weights: tuple[torch.Tensor, ...] = ()
-
-    def __deepcopy__(self, memo: Any) -> _Unquantized:
-        return _Unquantized()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Unquantized, ()
-
-    def refresh(self, module: Any) -> FusedMoE:
-        """Return the binding, made anew if parameters were written, replaced or moved."""
-        name = type(module).__name__
-        if self.convention is None:
-            self.convention = convention_of(module, name)
-        weights = self.convention.of(module)
-        stamps = tuple((id(weight), stamp(weight)) for weight in weights)
-        if self.bound is None or stamps != self.stamps:
-            require_weights(name, *weights)
-            # The old binding goes first: it may keep another copy of the weights alive.
-            self.bound, self.stamps, self.weights = None, (), ()
-            w13, w2 = weights_of(module, self.convention)
-            biases = biases_of(module, self.convention)
-            self.bound = FusedMoE(w13, w2, **biases, **self.convention.options)
-            # As long as these live, no other weights can take their addresses.
-            self.weights = tuple(w.detach() for w in weights)
-            self.stamps = stamps
-        return self.bound
-
-
-def _unquantized(module: Any) -> FusedMoE:
-    """Return the binding of a module's own parameters."""
-    kept = module.__dict__.get(UNBOUND)
-    if torch.compiler.is_compiling():
-        if kept is None or kept.bound is None:
-            # Dynamo cannot build hal's errors, and would hide the message.
-            raise ValueError(
-                "hal: these experts are not quantized and were never called; "
-                "call the model once before compiling it"
-            )
-        bound: FusedMoE = kept.bound
-        return bound
-    if kept is None:
-        kept = module.__dict__[UNBOUND] = _Unquantized()
-    found: FusedMoE = kept.refresh(module)
-    return found
-
-
 moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+register_fp8_experts()
 register_method()
