@@ -24,9 +24,9 @@ from hal.selection import choose, options_from
 
 TORCH = "2.13.0+cu130"
 EVERYTHING = (
-    ("amd-aiter", "0.1.7"),
+    ("amd-aiter", "0.1.13"),
     ("deep-gemm", "2.1.0"),
-    ("flashinfer-python", "0.5.2"),
+    ("flashinfer-python", "0.6.9"),
     ("torchao", "0.15.0"),
     ("vllm", "0.20.0"),
     ("vllm-xpu-kernels", "0.1.5"),
@@ -365,6 +365,35 @@ def mm_fp4(
     assert alpha.numel() == 1
     left, right = block_scaled(a, a_descale, 16), block_scaled(b.t(), b_descale.t(), 16)
     return (left @ right.T * alpha.double()).to(out_dtype)
+
+
+def mm_mxfp8(
+    a, b, a_descale, b_descale, out=None, out_dtype=torch.bfloat16, use_8x4_sf_layout=False,
+    backend="auto",
+):  # fmt: skip
+    """Imitate `flashinfer.gemm.mm_mxfp8` of 0.6.9."""
+    assert (out, use_8x4_sf_layout, backend) == (None, False, "cutlass")
+    assert a.dtype is b.dtype is torch.float8_e4m3fn
+    assert row_major(a)
+    assert column_major(b)
+    width, columns = b.shape
+    assert a.shape[1] == width
+    assert min(width, columns) >= 128, "its result may be NaN"
+    assert width % 32 == columns % 32 == 0
+    assert out_dtype in (torch.bfloat16, torch.float16)
+    wide = []
+    for codes, scales in ((a, a_descale), (b.t(), b_descale)):
+        assert scales.dtype is torch.uint8
+        assert scales.shape == (-(-codes.shape[0] // 128) * 128 * -(-width // 128) * 4,)
+        exponents = untiled(scales, codes.shape[0], width // 32)
+        wide.append(codes.double() * per_group(exponents, 32))
+    return (wide[0] @ wide[1].T).to(out_dtype)
+
+
+def per_group(exponents, group: int) -> torch.Tensor:
+    """Return float64 factors of e8m0 bytes, one a column of the numbers they belong to."""
+    powers = torch.exp2(exponents.double() - 127)
+    return powers.masked_fill(exponents == 255, torch.nan).repeat_interleave(group, 1)
 
 
 def as_long(words):

@@ -7,7 +7,7 @@ tables.
 from __future__ import annotations
 
 import torch
-from adapter_fakes import E2M1, as_long, repeated, row_major
+from adapter_fakes import E2M1, as_long, columns_of_bytes, per_group, repeated, row_major
 
 SECRET = 0x2B5D17A3
 """What imitated operators that reorder a weight change its words by, so that skipping one shows."""
@@ -298,6 +298,38 @@ def gemm_a8w8_blockscale(XQ, WQ, x_scale, w_scale, dtype=torch.bfloat16, isBpres
     assert w_scale.shape == (WQ.shape[0] // 128, WQ.shape[1] // 128)
     left = XQ.double() * repeated(x_scale, XQ.shape, (1, 128))
     return (left @ (WQ.double() * repeated(w_scale, WQ.shape, (128, 128))).T).to(dtype)
+
+
+def gemm_a4w4(
+    A, B, A_scale, B_scale, bias=None, dtype=torch.bfloat16, alpha=1.0, beta=0.0,
+    bpreshuffle=True, apreshuffle=False, global_A_scale=None, global_B_scale=None,
+):  # fmt: skip
+    """Imitate `aiter.gemm_a4w4` on gfx950: bytes of weights in tiles, exponents in others."""
+    assert bias is global_A_scale is global_B_scale is None
+    assert (alpha, beta, bpreshuffle, apreshuffle) == (1, 0, True, False)
+    assert A.dtype is B.dtype is torch.float4_e2m1fn_x2
+    (rows, half), columns = A.shape, B.shape[0]
+    assert B.shape[1] == half
+    assert half % 128 == columns % 32 == 0
+    flat = B.view(torch.uint8).flatten()
+    n, k = torch.meshgrid(torch.arange(columns), torch.arange(half), indexing="ij")
+    offset = n // 16 * 16 * half + k // 32 * 512 + k // 16 % 2 * 256 + n % 16 * 16 + k % 16
+    right = E2M1[columns_of_bytes(flat[offset])] * _shuffled(B_scale, columns, half // 16)
+    left = E2M1[columns_of_bytes(A)] * _shuffled(A_scale, rows, half // 16)
+    out = torch.empty(-(-rows // 32) * 32, columns, dtype=dtype)
+    out[:rows] = left @ right.T
+    return out[:rows]
+
+
+def _shuffled(scales, rows, groups):
+    """Return the factors that `shuffle_scale` of AITER put into its order, for each number."""
+    assert scales.dtype is torch.float8_e8m0fnu
+    assert row_major(scales)
+    assert scales.shape == (-(-rows // 256) * 256, -(-groups // 8) * 8)
+    flat, wide = scales.view(torch.uint8).flatten(), scales.shape[1]
+    n, c = torch.meshgrid(torch.arange(rows), torch.arange(groups), indexing="ij")
+    offset = n // 32 * 32 * wide + c // 8 * 256 + c % 4 * 64 + n % 16 * 4 + c // 4 % 2 * 2
+    return per_group(flat[offset + n // 16 % 2], 32)
 
 
 XPU_FP8 = "fp8_gemm_w8a16(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor"

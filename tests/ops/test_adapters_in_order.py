@@ -49,6 +49,7 @@ def packages(request, monkeypatch):
         gemm_a8w8=mixed.gemm_a8w8,
         gemm_a8w8_bpreshuffle=mixed.gemm_a8w8_bpreshuffle,
         gemm_a8w8_blockscale=mixed.gemm_a8w8_blockscale,
+        gemm_a4w4=mixed.gemm_a4w4,
     )
     yield
     vllm.close()
@@ -159,6 +160,25 @@ def test_aiter(packages, device, kernel, scheme, shape, with_bias, generator):
 
 @ONCE
 @BIAS
+@pytest.mark.parametrize("shape", [(32, 256), (288, 768)])
+def test_aiter_mxfp4(packages, shape, with_bias, generator):
+    check("rocm:mi355x", "aiter_mxfp4", "mxfp4", shape, with_bias, torch.bfloat16, generator)
+
+
+@ONCE
+def test_an_aiter_that_wants_the_output_is_refused(packages, generator, monkeypatch):
+    def older(A, B, A_scale, B_scale, out, bias=None, alpha=1.0, beta=0.0, bpreshuffle=True):
+        raise AssertionError
+
+    fakes.module(monkeypatch, "aiter", gemm_a4w4=older)
+    weight = make(32, 256, "mxfp4", generator)
+    told = r"no argument dtype and a further one out of older in this version"
+    with pytest.raises(PlatformError, match=told):
+        fakes.bind("rocm:mi355x", "aiter_mxfp4", weight)
+
+
+@ONCE
+@BIAS
 @HALVES
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384)])
 @pytest.mark.parametrize(
@@ -202,6 +222,8 @@ CANDIDATES = {
     ("cuda:b200", "int4_w4a16", "bfloat16"): {"vllm_marlin_int4"},
     ("rocm:mi300x", "fp8_channel", "bfloat16"): {"aiter_fp8"},
     ("rocm:mi355x", "fp8_block128", "bfloat16"): {"aiter_block128"},
+    ("rocm:mi355x", "mxfp4", "bfloat16"): {"aiter_mxfp4"},
+    ("rocm:mi300x", "mxfp4", "bfloat16"): set(),
     ("rocm:mi250x", "int8_channel", "bfloat16"): set(),
     ("rocm:mi300x", "int8_channel", "float16"): set(),
     ("rocm:mi300x", "int4_w4a16", "bfloat16"): set(),

@@ -33,6 +33,7 @@ def packages(monkeypatch):
         "flashinfer.gemm",
         gemm_fp8_nt_groupwise=fakes.gemm_fp8_nt_groupwise,
         mm_fp4=fakes.mm_fp4,
+        mm_mxfp8=fakes.mm_mxfp8,
     )
     yield
     vllm.close()
@@ -108,6 +109,24 @@ def test_nvfp4(device, kernel, shape, with_bias, generator):
     check(device, kernel, "nvfp4", shape, with_bias, torch.bfloat16, generator)
 
 
+@BIAS
+@HALVES
+@pytest.mark.parametrize("device", ["cuda:b200", "cuda:rtx-5090"])
+@pytest.mark.parametrize("shape", [(128, 128), (160, 544)])
+def test_mxfp8(device, shape, with_bias, dtype, generator):
+    check(device, "flashinfer_mxfp8", "mxfp8", shape, with_bias, dtype, generator)
+
+
+def test_sizes_that_flashinfer_computes_nan_for_are_declined():
+    for more, told in (
+        ({"in_features": 96}, "128 <= in_features"),
+        ({"out_features": 96}, "128 <= out_features"),
+        ({"out_features": 136}, "out_features a multiple of 32"),
+    ):
+        selection = fakes.select("cuda:b200", "mxfp8", **SIZES | more)
+        assert told in str(selection.candidate("flashinfer_mxfp8").failures), selection
+
+
 SIZES = {"in_features": 4096, "out_features": 4096, "dtype": "bfloat16", "tokens": 16}
 CANDIDATES = {
     ("cuda:h100", "fp8_channel"): {"vllm_cutlass_fp8"},
@@ -115,6 +134,9 @@ CANDIDATES = {
     ("cuda:b200", "fp8_block128"): {"vllm_cutlass_block128", "flashinfer_fp8"},
     ("cuda:b200", "nvfp4"): {"vllm_cutlass_nvfp4", "flashinfer_nvfp4"},
     ("cuda:rtx-5090", "nvfp4"): {"vllm_cutlass_nvfp4", "flashinfer_nvfp4"},
+    ("cuda:b200", "mxfp8"): {"flashinfer_mxfp8"},
+    ("cuda:rtx-5090", "mxfp8"): {"flashinfer_mxfp8"},
+    ("cuda:h100", "mxfp8"): set(),
     ("cuda:b200", "int8_channel"): set(),
     ("cuda:rtx-3090", "int8_channel"): {"vllm_cutlass_int8"},
     ("cuda:rtx-3090", "fp8_channel"): set(),
