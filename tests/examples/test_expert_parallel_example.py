@@ -17,6 +17,21 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "expert_parallel.py
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
+ENDED_BADLY = "terminate called without an active exception"
+"""What a process of torch's Gloo said once of some hundred, on a busy machine, after its work."""
+
+
+def run(processes, arguments, folder):
+    return subprocess.run(
+        [*TORCHRUN, str(processes), str(EXAMPLE), *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
 @pytest.mark.parametrize(
     ("processes", "arguments"),
     [
@@ -25,14 +40,9 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
     ],
 )
 def test_processes_score_what_one_process_scores(processes, arguments, tmp_path):
-    done = subprocess.run(
-        [*TORCHRUN, str(processes), str(EXAMPLE), *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    done = run(processes, arguments, tmp_path)
+    if done.returncode and ENDED_BADLY in done.stderr:
+        done = run(processes, arguments, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [float(number) for number in re.findall(r"([\d.]+) bits per byte", done.stdout)]
     assert len(found) == 2
