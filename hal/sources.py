@@ -93,7 +93,8 @@ def _part(module: str, name: str) -> tuple[str, tuple[tuple[str, str], ...]]:
             home, inner = found.imported.get(node.id, ("", None))
             if node.id in found.definitions:
                 uses[module, node.id] = None
-            elif inner is not None:
+            # Besides, and not otherwise: a function may import the name of what stands outside.
+            if inner is not None:
                 uses[home, inner] = None
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             home, inner = found.imported.get(node.value.id, ("", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from pathlib import Path
@@ -92,3 +93,41 @@ def test_triton_kernels_reach_their_device_functions() -> None:
         "hal.ops.triton_experts:bind_triton_int8": {"align", "combine", "dot"},
     }.items():
         assert wanted <= {name for _, name in source_parts(entry)}, entry
+
+
+def test_a_name_that_a_function_imports_counts_beside_its_namesake_outside(plugin) -> None:
+    inside = BINDER.replace(
+        "    return factor(x)", "    from .helper import other\n    return other(x)"
+    )
+    namesake = "def other(x):\n    return 0\n"
+    hashes = {
+        plugin(HEAD + namesake + inside, f"def other(x):\n    return {result}\n")
+        for result in ("x", "-x")
+    }
+    assert len(hashes) == 2
+
+
+def test_every_kernel_in_triton_is_part_of_the_source_of_some_kernel() -> None:
+    used = {
+        part
+        for op in op_names()
+        for kernel in find_op(op).kernels
+        for part in source_parts(kernel.entry)
+    }
+    folder = Path(importlib.import_module("hal.ops").__file__ or "").parent / "kernels"
+    written = {
+        (f"hal.ops.kernels.{path.stem}", node.name)
+        for path in folder.glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    assert len(written) > 50
+    assert written <= used
+
+
+@pytest.mark.parametrize("op", ["quantize", "quantize_rms_norm", "quantize_swiglu"])
+def test_quantizers_are_their_kernels(op) -> None:
+    parts = source_parts(find_op(op).find("triton").entry)
+    assert ("hal.ops.kernels.quantize", "_quantize_kernel") in parts
+    assert ("hal.ops.kernels.quantize_pairs", "_quantize_pairs_kernel") in parts
