@@ -229,11 +229,22 @@ def _codes(weight: QTensor, here: Form, there: Form, layout: str, *, inplace: bo
     result = old if inplace else torch.empty(shape, dtype=wanted, device=old.device)
     lead = len(weight.shape) - 2
     flat, into = old.flatten(0, lead - 1), result.view(-1, *shape[lead:])
-    for first in range(0, matrices, step):
-        part = flat[first : first + step]
+
+    def move(first: int, source: torch.Tensor, old: Form, target: torch.Tensor, new: Form) -> None:
+        part = source[first : first + step]
         some = (len(part), *weight.shape[lead:])
-        found = _canonical(weight, "values", some, part, here)
-        into[first : first + step].copy_(_stored(weight, "values", some, found, there, layout))
+        found = _canonical(weight, "values", some, part, old)
+        target[first : first + step].copy_(_stored(weight, "values", some, found, new, layout))
+
+    first = 0
+    try:
+        for first in range(0, matrices, step):
+            move(first, flat, here, into, there)
+    except BaseException:
+        # Of memory that ran out, say: no weight may stay in two layouts.
+        for done in range(0, first if inplace else 0, step):
+            move(done, into, there, flat, here)
+        raise
     return result
 
 

@@ -16,6 +16,7 @@ from hal.platforms.base import DeviceRecord
 from hal.platforms.cpu import CpuPlatform
 from hal.platforms.ordering import HostOrdering
 from hal.platforms.tables import device_spec
+from hal.quant import layout as layout_module
 from hal.quant import quantize
 from hal.quant.layout import LAYOUTS, PARTS, keeps_memory, to_layout
 from hal.software import find_software
@@ -122,6 +123,27 @@ def test_a_weight_that_cannot_be_bound_leaves_the_other_as_it_was():
         bind(w13, w2, inplace=True)
     assert (w13.layout, w2.layout) == ("canonical", "canonical")
     assert torch.equal(w13.values, kept)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, PARTS, PARTS + 3])
+def test_what_fails_halfway_leaves_the_weights_as_they_were(monkeypatch, fails_at):
+    """As when memory runs out: from the call on, once."""
+    w13, w2 = weights()
+    kept = [part.values.clone() for part in (w13, w2)]
+    calls, stored = [], layout_module._stored
+
+    def failing(*arguments):
+        calls.append(None)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("as if")
+        return stored(*arguments)
+
+    monkeypatch.setattr(layout_module, "_stored", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        bind(w13, w2, inplace=True)
+    assert (w13.layout, w2.layout) == ("canonical", "canonical")
+    assert torch.equal(w13.values, kept[0])
+    assert torch.equal(w2.values, kept[1])
 
 
 @pytest.mark.parametrize("experts", [1, 2, PARTS - 1, PARTS, PARTS + 1, 3 * PARTS + 5])
