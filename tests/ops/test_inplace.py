@@ -63,10 +63,10 @@ class Peak(TorchDispatchMode):
             del self.alive[place]
 
 
-def weights():
+def weights(scheme=SCHEME):
     generator = torch.Generator().manual_seed(5)
     shapes = (EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
-    return [quantize(torch.randn(s, generator=generator).bfloat16(), SCHEME) for s in shapes]
+    return [quantize(torch.randn(s, generator=generator).bfloat16(), scheme) for s in shapes]
 
 
 def matrices(weight):
@@ -77,11 +77,11 @@ def matrices(weight):
         yield replace(weight, logical_shape=weight.shape[1:], **own)
 
 
-def bind(w13, w2, **options):
+def bind(w13, w2, force=KERNEL, **options):
     """Bind for an H100 whose tensors lie on the CPU; nothing is launched."""
     record = DeviceRecord(device_spec("cuda", "h100", find_software()), 0)
     platform = CpuPlatform([record], HostOrdering())
-    return FusedMoE(w13, w2, platform=platform, force=KERNEL, **options)
+    return FusedMoE(w13, w2, platform=platform, force=force, **options)
 
 
 def test_the_memory_is_that_of_the_weights():
@@ -113,6 +113,15 @@ def test_peak_of_memory(inplace, most):
     assert bound.kernel == KERNEL
     assert inplace or peak.most >= w13.values.nbytes + w2.values.nbytes
     assert peak.most <= most * whole, peak.most / whole
+
+
+@pytest.mark.parametrize("scheme", ["int4_w4a16_g32", "mxfp8", "mxfp4_w4a16", "nvfp4_w4a16"])
+def test_small_groups_take_no_more(scheme):
+    """Their scales are many, and are looked through and reordered."""
+    w13, w2 = weights(scheme)
+    with Peak() as peak:
+        bind(w13, w2, force="triton_packed")
+    assert peak.most <= 0.3 * (w13.nbytes + w2.nbytes), peak.most / (w13.nbytes + w2.nbytes)
 
 
 def test_a_weight_that_cannot_be_bound_leaves_the_other_as_it_was():
