@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SEEDS = range(50)
+SEEDS = range(16)
+"""Two elements of a set stand in one order under all of so many seeds once in 2^15."""
 
 CODE = """
 import hashlib, json
