@@ -163,9 +163,11 @@ def bind_products(
     read: Callable[[QTensor], tuple[torch.Tensor, ...]] = row_scales,
 ) -> Bound:
     from hal.ops.align import align_triton
+    from hal.ops.expanded_experts import expanded_product
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
+    from hal.ops.tiles import rows_before_expanding
 
     experts, columns, hidden = w13.shape
     intermediate = w2.shape[2]
@@ -181,6 +183,9 @@ def bind_products(
     both = width + len(read2)
     tiles13 = TileChoice(binding, kind, columns, hidden)
     tiles2 = TileChoice(binding, kind2, hidden, intermediate)
+    wide13 = TileChoice(binding, "bf16", columns, hidden)
+    wide2 = TileChoice(binding, "bf16", hidden, intermediate)
+    decodes = kind.endswith("_decode") and binding.problem("dtype", "bfloat16") == "bfloat16"
     fnuz = w13.encoding == "e4m3fnuz"
     dynamic = quantizes and not static
     gate = _gate_and_quantize(encoding, how.granularity, activation) if dynamic else None
@@ -196,8 +201,10 @@ def bind_products(
         top_k, slots = ids.shape[1], ids.numel()
         rows = -(-slots // experts)
         matrices = min(experts, slots)
-        tile13 = tiles13(rows, matrices)
-        tile2 = tiles2(rows, matrices, tile13.block_m)
+        expands = decodes and rows > rows_before_expanding(kind)
+        multiply = expanded_product if expands else grouped_gemm
+        tile13 = (wide13 if expands else tiles13)(rows, matrices)
+        tile2 = (wide2 if expands else tiles2)(rows, matrices, tile13.block_m)
         places = align_triton(ids, experts, tile13.block_m)
         bias13, bias2 = layer.biases(tensors)
         b13, *s13 = tensors[:width]
@@ -208,7 +215,7 @@ def bind_products(
         elif quantizes:
             a, a_scales = launch_triton(x, encoding, how, hidden, counts=counts)
         gate_up = x.new_empty(slots, columns)
-        grouped_gemm(
+        multiply(
             a,
             b13,
             gate_up,
@@ -232,7 +239,7 @@ def bind_products(
             if quantizes:
                 h, h_scales = quantize_triton(h, encoding, how, s2[-1] if static else None)
         y = x.new_empty(slots, hidden)
-        grouped_gemm(
+        multiply(
             h,
             b2,
             y,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import dot, is_fp8
+from hal.ops.kernels.common import dot, has_ptx, is_fp8
 from hal.ops.kernels.kinds import ALL_KINDS, KINDS, WEIGHT_ONLY_KINDS, Kind, Weight, as_weight
 from hal.ops.tiles import Tile
 
@@ -204,14 +204,16 @@ def tile_options(
     The dict is the same object at each call with the same arguments: do not change it.
     """
     second = weight.second is not None
-    return _options(kind, tile, n, weight.k, weight.group, weight.fnuz, weight.words, second, dtype)
+    return _options(
+        kind, tile, n, weight.k, weight.group, weight.fnuz, weight.words, second, dtype, has_ptx()
+    )
 
 
 # Looked up at each launch: building it takes longer than all else that a launcher does.
 @lru_cache(maxsize=4096)
 def _options(
     kind: str, tile: Tile, n: int, k: int, group: int, fnuz: bool, words: bool, second: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, ptx: bool,
 ) -> dict[str, Any]:  # fmt: skip
     spec = ALL_KINDS[kind]
     sums, tile = _with_sums(kind, group, dtype, tile)
@@ -236,6 +238,7 @@ def _options(
         "SUMS": sums,
         "SCALE_ROWS": spec.scale_rows,
         "SECOND": second,
+        "PTX": ptx and spec.packed,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

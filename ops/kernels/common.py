@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -318,6 +319,19 @@ def has_pairs() -> bool:
         return True
     target = current_target()
     return bool(target.backend == "cuda" and target.arch >= 80)
+
+
+def has_ptx() -> bool:
+    """Say whether kernels for the current device may contain PTX."""
+    if INTERPRETED.value:
+        return False
+    return (current_target().backend if _recorder.get() else _backend()) == "cuda"
+
+
+@lru_cache(maxsize=1)
+def _backend() -> str:
+    """Return the backend of the driver of this process, which asking at each launch would slow."""
+    return str(current_target().backend)
 
 
 def is_fp8(dtype: torch.dtype) -> bool:

@@ -21,7 +21,6 @@ from hal.ops.kernels.kinds import (
     Weight,
     by_row,
     decode_options,
-    row_strides,
     rows_of,
     scale_arguments,
 )
@@ -34,7 +33,8 @@ BLOCK_N, BLOCK_K, WARPS = 8, 512, 4
 @triton.jit
 def _expand_kernel(
     b_ptr, out_ptr, scales_ptr, zeros_ptr, second_ptr, n_columns, k_size,
-    stride_bn, stride_bk, stride_on, stride_ok, stride_sn, stride_sk, stride_2n,
+    stride_be, stride_bn, stride_bk, stride_oe, stride_on, stride_ok,
+    stride_se, stride_sn, stride_sk, stride_2e, stride_2n,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CODES: tl.constexpr, FNUZ: tl.constexpr,
     WORDS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
@@ -44,6 +44,12 @@ def _expand_kernel(
     FOUR_BITS: tl.constexpr = (CODES == "int4" or CODES == "uint4") or CODES == "e2m1"
     PER_BYTE: tl.constexpr = 2 if FOUR_BITS else 1
     PER_WORD: tl.constexpr = 4 * PER_BYTE
+    expert = tl.program_id(1).to(tl.int64)
+    b_ptr += expert * stride_be
+    out_ptr += expert * stride_oe
+    scales_ptr += expert * stride_se
+    zeros_ptr += expert * stride_se
+    second_ptr += expert * stride_2e
     steps = tl.cdiv(k_size, BLOCK_K)
     columns = tl.program_id(0) // steps * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(0) % steps * BLOCK_K
@@ -92,18 +98,49 @@ def expand(weight: Weight, out: torch.Tensor, *, kind: str, first: int = 0) -> N
         kind: One of `ALL_KINDS`.
         first: Row of the weight that comes first; a multiple of 128 under scales of blocks.
     """
+    part = rows_of(by_row(kind, weight), kind, first, out.shape[0])
+    _start(kind, _batch(part), out.unsqueeze(0))
+
+
+def expand_experts(weight: Weight, out: torch.Tensor, *, kind: str, first: int = 0) -> None:
+    """Write the matrices of a weight [experts, n, k] from `first` on to out [count, n, k]."""
+    last = first + out.shape[0]
+    held = (None if tensor is None else tensor[first:last] for tensor in weight[:4])
+    codes, scales, zeros, second = held
+    assert codes is not None
+    part = weight._replace(codes=codes, scales=scales, zeros=zeros, second=second)
+    _start(kind, by_row(kind, part), out)
+
+
+def _batch(weight: Weight) -> Weight:
+    """Return one matrix as if it were that of the only expert."""
+    scales, zeros = weight.scales, weight.zeros
+    return weight._replace(
+        codes=weight.codes.unsqueeze(0),
+        scales=None if scales is None else scales.unsqueeze(0),
+        zeros=None if zeros is None else zeros.unsqueeze(0),
+        second=None if weight.second is None else weight.second.reshape(1, -1),
+    )
+
+
+def _start(kind: str, weight: Weight, out: torch.Tensor) -> None:
     if not ALL_KINDS[kind].decode:
         raise ValueError(f"{kind}: has no codes to expand")
-    rows, k = out.shape
-    if rows == 0 or k == 0:
+    experts, rows, k = out.shape
+    if 0 in out.shape:
         return
-    part = rows_of(by_row(kind, weight), kind, first, rows)
+    scales, second = weight.scales, weight.second
+    second_strides = (0, 0)
+    if second is not None:
+        row = 0 if second.dim() == 1 or second.shape[1] == 1 else second.stride(1)
+        second_strides = second.stride(0), row
     launch(
-        _expand_kernel, (-(-rows // BLOCK_N) * -(-k // BLOCK_K),),
-        part.codes, out, *scale_arguments(part, out), rows, k,
-        *part.codes.stride(), *out.stride(), *row_strides(part),
+        _expand_kernel, (-(-rows // BLOCK_N) * -(-k // BLOCK_K), experts),
+        weight.codes, out, *scale_arguments(weight, out), rows, k,
+        *weight.codes.stride(), *out.stride(),
+        *((0, 0, 0) if scales is None else scales.stride()), *second_strides,
         BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         EVEN_N=rows % BLOCK_N == 0, EVEN_K=k % BLOCK_K == 0,
-        WIDE=offsets_need_64_bits(part.codes, out),
-        num_warps=WARPS, num_stages=1, **decode_options(kind, part),
+        WIDE=offsets_need_64_bits(weight.codes, out, skip=1),
+        num_warps=WARPS, num_stages=1, **decode_options(kind, weight),
     )  # fmt: skip

@@ -42,6 +42,7 @@ def _grouped_gemm_kernel(
     A_SCALED: tl.constexpr, DECODE: tl.constexpr, FNUZ: tl.constexpr, INTEGER: tl.constexpr,
     PACKED: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, SCALE_FORMAT: tl.constexpr,
     GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     # The grid covers the worst case; the blocks in use come first.
     n_blocks = tl.load(n_padded_ptr) // BLOCK_M
@@ -76,7 +77,7 @@ def _grouped_gemm_kernel(
             a_scales_ptr + rows * stride_asm,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
             DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND, A_SCALED,
-            WIDE_ROWS or WIDE_MATRIX,
+            WIDE_ROWS or WIDE_MATRIX, PTX,
         )  # fmt: skip
     else:
         result = accumulate(

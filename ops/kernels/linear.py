@@ -34,6 +34,7 @@ def _gemm_kernel(
     A_SCALED: tl.constexpr, DECODE: tl.constexpr, FNUZ: tl.constexpr, INTEGER: tl.constexpr,
     PACKED: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, SCALE_FORMAT: tl.constexpr,
     GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     row_tile, column_tile = program_tile(
         tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N), GROUP_M
@@ -66,6 +67,7 @@ def _gemm_kernel(
             a_scales_ptr + rows * stride_asm,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP, LANES,
             DECODE, FNUZ, WORDS, SCALE_FORMAT, GROUP, SCALE_ROWS, SUMS, SECOND, A_SCALED, WIDE,
+            PTX,
         )  # fmt: skip
     else:
         result = accumulate(

@@ -43,7 +43,9 @@ def half_of(words, HIGH: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def place(words, P: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr):
+def place(
+    words, P: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr = False
+):
     """Move the codes at bits P and P + 16 to where DTYPE has sign, exponent and mantissa.
 
     Integers become the low mantissa bits of 128 (bf16) or 1024 (fp16); floats lack a factor
@@ -66,7 +68,15 @@ def place(words, P: tl.constexpr, CODES: tl.constexpr, DTYPE: tl.constexpr):
         BASE: tl.constexpr = 0x43004300 if DTYPE == tl.bfloat16 else 0x64006400
         # Two's complement plus 8 is the code with its top bit turned over.
         FLIP: tl.constexpr = 0x00080008 if CODES == "int4" else 0
-        return ((words >> P) & 0x000F000F) ^ (BASE + FLIP)
+        if PTX:
+            # ptxas makes two instructions of this for the sake of two immediate operands.
+            return tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, 0x000F000F, $2, 0x6A;", "=r,r,r",
+                [words >> P, tl.full(words.shape, BASE + FLIP, tl.int32)],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            return ((words >> P) & 0x000F000F) ^ (BASE + FLIP)
 
 
 @triton.jit
@@ -166,7 +176,7 @@ def unpack_as_fp8(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl
 @triton.jit
 def unpack(
     words, CODES: tl.constexpr, DTYPE: tl.constexpr, FNUZ: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr = False,
 ):  # fmt: skip
     """Return int32 words [BLOCK_N, BLOCK_K / codes a word] as numbers [BLOCK_N, BLOCK_K].
 
@@ -191,10 +201,10 @@ def unpack(
             FACTOR: tl.constexpr = 2.0**7 if FNUZ else 2.0**8
         return x * tl.full((), FACTOR, tl.float32).to(x.dtype)
     else:
-        even0 = place(words, 0, CODES, DTYPE)
-        odd0 = place(words, 4, CODES, DTYPE)
-        even1 = place(words, 8, CODES, DTYPE)
-        odd1 = place(words, 12, CODES, DTYPE)
+        even0 = place(words, 0, CODES, DTYPE, PTX)
+        odd0 = place(words, 4, CODES, DTYPE, PTX)
+        even1 = place(words, 8, CODES, DTYPE, PTX)
+        odd1 = place(words, 12, CODES, DTYPE, PTX)
         low = tl.join(
             tl.join(half_of(even0, 0, DTYPE), half_of(even1, 0, DTYPE)),
             tl.join(half_of(odd0, 0, DTYPE), half_of(odd1, 0, DTYPE)),
@@ -283,6 +293,7 @@ def accumulate_packed(
     CODES: tl.constexpr, FNUZ: tl.constexpr, WORDS: tl.constexpr,
     SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SUMS: tl.constexpr, SECOND: tl.constexpr, A_SCALED: tl.constexpr, WIDE: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Return the scaled product [BLOCK_M, BLOCK_N] f32.
 
@@ -327,7 +338,7 @@ def accumulate_packed(
             tl.static_assert(CODES == "int4" and SUMS, "other codes times scales are no e4m3")
             b = unpack_as_fp8(words, DTYPE, BLOCK_N, BLOCK_K)
         else:
-            b = unpack(words, CODES, DTYPE, FNUZ, BLOCK_N, BLOCK_K)
+            b = unpack(words, CODES, DTYPE, FNUZ, BLOCK_N, BLOCK_K, PTX)
         if SCALE_FORMAT != "":
             # [BLOCK_N, GROUPS]: one group where a step lies within it.
             groups = step * BLOCK_K // GROUP + group

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hal
-from hal.ops import decoded
+from hal.ops import decoded, expanded_experts, tiles
 from hal.ops.binding import Binding
 from hal.ops.fused_moe import FUSED_MOE, activate
 from hal.ops.linear import LINEAR
@@ -77,8 +77,16 @@ def test_linear_against_float64(monkeypatch, kernel, scheme, tokens, rows, colum
 )
 # Rows of absent slots are never written, so that the activation sees whatever memory held.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(5, 128, 64), (40, 136, 72)])
-def test_experts_against_float64(kernel, scheme, tokens, hidden, intermediate):
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate", "expanded"),
+    [(5, 128, 64, False), (40, 136, 72, False), (9, 136, 72, True)],
+)
+def test_experts_against_float64(
+    monkeypatch, kernel, scheme, tokens, hidden, intermediate, expanded
+):
+    if expanded:  # two experts at a time
+        monkeypatch.setattr(tiles, "rows_before_expanding", lambda kind: 0)
+        monkeypatch.setattr(expanded_experts, "EXPANDED_BYTES", 2 * 2 * 2 * intermediate * hidden)
     generator = torch.Generator().manual_seed(tokens)
     experts, top_k = 4, 2
     w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator).bfloat16() * 0.1
