@@ -66,13 +66,14 @@ def cells_of(kernel: Kernel, scheme: str, *, ptx: bool = False) -> tuple[str, ..
 
 def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     kind = kind_of(kernel, scheme)
+    own = "sums" if kernel.name == "triton_scaled_fp8" else "scaled"
     if kernel.name.startswith("triton_scaled") and kernel.op == "fused_moe":
         before = _SCALED_ROWS[kind]
-        products = (f"scaled_experts/{kind}/{size}" for size in ("few", "many", "ragged"))
+        products = (f"{own}_experts/{kind}/{size}" for size in ("few", "many", "ragged"))
         quantized = (f"quantize/{before}/plain", f"quantize/{before}/gate")
         return (*products, "align/few", "align/many", "combine", *quantized)
     if kernel.name.startswith("triton_scaled"):
-        return tuple(f"scaled/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
+        return tuple(f"{own}/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
     if kernel.op == "linear":
         single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]
         return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single)
@@ -136,6 +137,9 @@ def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: in
         if product in ("gemm", "grouped_gemm") and OWN_FORMAT[kind] not in cell.formats:
             found = ", ".join(cell.instructions) or "none"
             return f"{cell.name}: no matrix instruction of {OWN_FORMAT[kind]}, found {found}"
+        if product in ("sums", "sums_experts") and "fp8" not in cell.formats:
+            found = ", ".join(cell.instructions) or "none"
+            return f"{cell.name}: no matrix instruction of fp8, found {found}"
         scaled = any(_SCALED.search(name) for name in cell.instructions)
         if product in ("scaled", "scaled_experts") and kernel.level is Level.NATIVE and not scaled:
             found = ", ".join(cell.instructions) or "none"

@@ -294,7 +294,13 @@ def quantize_triton(
 
 
 def launch_triton(
-    x: torch.Tensor, format: str, how: Quantization, features: int, **before: Any
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    features: int,
+    *,
+    words: bool = False,
+    **before: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Quantize rows of `features` and return codes, scales and second scales, if any.
 
@@ -303,6 +309,7 @@ def launch_triton(
         format: Number format of the codes.
         how: How activations are stored.
         features: Columns that are quantized.
+        words: Whether rows of scales that are bytes shall begin at words of 32 bits.
         **before: `norm` or `gate` of `hal.ops.kernels.quantize.quantize`.
     """
     import torch
@@ -316,7 +323,10 @@ def launch_triton(
     stored = torch.uint8 if how.packed else dtype(format)
     values = torch.empty(code_shape(how, shape), dtype=stored, device=x.device)
     stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
-    scales = torch.empty(scale_shape(how.granularity, shape), dtype=stored, device=x.device)
+    places = scale_shape(how.granularity, shape)
+    room = (*places[:-1], -(-places[-1] // 4) * 4) if words else places
+    scales = torch.empty(room, dtype=stored, device=x.device)
+    scales = scales[..., : places[-1]] if room != places else scales
     second = None
     if how.second != "none":
         second = torch.empty(shape[:1], dtype=torch.float32, device=x.device)
