@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hal.ops.linear import product_kind
+from hal.ops.linear import own_kind, product_kind
 from hal.quant.scheme import Scheme, find_scheme, group_of
 from hal.registry import Kernel, Level
 
@@ -37,7 +37,7 @@ def kind_of(kernel: Kernel, scheme: Scheme) -> str:
     if kernel.name == "triton_w4a8":
         return "int4_group_fp8"
     if kernel.level is Level.NATIVE:
-        return product_kind(scheme)
+        return own_kind(scheme)
     if how.bytewise or how.format == "e5m2":
         return f"{product_kind(scheme)}_decode"
     if how.format == "int4":
@@ -81,6 +81,7 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     gates = {
         "fp8_channel": "swiglu/silu_fp8_rows",
         "fp8_block128": "swiglu/silu_fp8_groups",
+        "fp8_block128_ue8m0": "quantize/fp8_block128_ue8m0/gate",
         "int8_channel": "swiglu/silu_int8_rows",
     }
     return (*grouped, "align/few", "align/many", "combine", gates.get(kind, "swiglu/silu"))
@@ -101,6 +102,8 @@ def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
     before = {"quantize": "plain", "quantize_rms_norm": "norm", "quantize_swiglu": "gate"}.get(op)
     if not how.symmetric or not how.dynamic or before is None:
         return ()
+    if how.granularity == "group128" and how.scale_format == "e8m0":
+        return (f"quantize/{scheme.name}/{before}",)
     if how.scale_format != "float32" or how.second != "none":
         block = {"e2m1": "mxfp4" if how.second == "none" else "nvfp4"}.get(str(how.format), "mxfp8")
         return (f"quantize/{block}/{before}",)

@@ -243,7 +243,7 @@ def quantize_cached(
     from hal.ops.quantize_blocks import quantize_blocks
 
     def quantize(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if how.bytewise:
+        if how.scale_format == "float32":
             return quantize_torch(part, format, how, fixed)
         return quantize_blocks(part, format, how)
 

@@ -38,6 +38,7 @@ OWN_FORMAT = {
     "bf16": "bfloat16",
     "fp8_channel": "fp8",
     "fp8_block128": "fp8",
+    "fp8_block128_ue8m0": "fp8",
     "int8_channel": "int8",
     "fp8_channel_decode": "bfloat16",
     "fp8_e5m2_decode": "bfloat16",
@@ -239,14 +240,15 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
     a = _empty(tokens, k, dtype=low if spec.a_scaled else "bfloat16")
     b = _empty(*experts, n, k, dtype=low if spec.scales else "bfloat16")
     scales: dict[str, Any] = {}
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
     if spec.a_scaled:
-        scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype="float32")
+        scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype=stored)
     if spec.packed:
         b, given = _packed_weight(kind, experts, n, k)
         scales |= given
     elif spec.scales:
         shape = (-(-n // 128), groups) if blocks else (n,)
-        scales["b_scales"] = _empty(*experts, *shape, dtype="float32")
+        scales["b_scales"] = _empty(*experts, *shape, dtype=stored)
     if not grouped:
         gemm(a, b, _empty(tokens, n), **scales, kind=kind, tile=tile)
         return
@@ -481,7 +483,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
     "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),
     **{
         f"quantize/{scheme}/{before}": partial(_store, scheme=scheme, before=before)
-        for scheme in ("mxfp8", "mxfp4", "nvfp4")
+        for scheme in ("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0")
         for before in ("plain", "norm", "gate")
     },
     "quantize/fp8_channel/norm": partial(_store, scheme="fp8_channel", before="norm"),

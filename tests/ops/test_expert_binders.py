@@ -29,6 +29,7 @@ RUNS = [(kernel, scheme, case) for case in BY_NAME for kernel, scheme in (
     ("triton_fp8", "fp8_channel"), ("triton_decode", "int8_w8a16"),
 )] + [(kernel, scheme, name) for name in ("gpt-oss", "padded") for kernel, scheme in (
     ("triton", "bf16"), ("triton_fp8", "fp8_block128"), ("triton_int8", "int8_channel"),
+    ("triton_fp8", "fp8_block128_ue8m0"), ("triton_decode", "fp8_block128_ue8m0"),
     ("triton_fp8", "fp8_static"), ("triton_packed", "mxfp4_w4a16"),
     ("triton_w4a8", "int4_w4a8_fp8"),
 )]  # fmt: skip
@@ -98,6 +99,7 @@ def test_against_float64(kernel, scheme, name):
         ("triton", "bf16"),
         ("triton_fp8", "fp8_channel"),
         ("triton_fp8", "fp8_block128"),
+        ("triton_fp8", "fp8_block128_ue8m0"),
         ("triton_decode", "int8_channel"),
         ("triton_w4a8", "int4_w4a8_fp8"),
         *SCALED,
