@@ -120,9 +120,7 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
     activation = layer.activation
 
     def tile_of(rows: int, n: int) -> Tile:
-        return (
-            sums_tile(rows, n, arch, units) if sums else scaled_tile(rows, n, packed, arch, units)
-        )
+        return sums_tile(rows, packed, arch) if sums else scaled_tile(rows, n, packed, arch, units)
 
     def product(
         coded: tuple[torch.Tensor, ...],

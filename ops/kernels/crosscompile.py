@@ -342,7 +342,7 @@ def _scaled(
     rows = -(-slots // EXPERTS) if grouped else tokens
     tile = scaled_tile(rows, n, spec.b == "e2m1", target.arch, target.compute_units)
     if sums:
-        tile = sums_tile(rows, n, target.arch, target.compute_units)
+        tile = sums_tile(rows, spec.b == "e2m1", target.arch)
     if not grouped:
         scaled_gemm(**given, k=k, kind=kind, tile=tile, sums=sums)
         return

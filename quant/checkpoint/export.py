@@ -1,9 +1,9 @@
 """Store a `QTensor` as compressed-tensors does, and say so in its configuration.
 
 The bits of codes and scales do not change, with two exceptions. NVFP4's second scale, which
-compressed-tensors stores as a reciprocal, may come back one unit in the last place off. Exponents of
-128 x 128 blocks are stored as the float32 numbers that they mean: the same weights come back, as
-`fp8_block128`.
+compressed-tensors stores as a reciprocal, may come back one unit in the last place off. Exponents
+of 128 x 128 blocks are stored as the float32 numbers that they mean: the same weights come back,
+as `fp8_block128`.
 
 Source: compressed-tensors, compressors/ and quantization/quant_scheme.py.
 """
