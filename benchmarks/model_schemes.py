@@ -59,7 +59,9 @@ def main() -> None:
     force = {} if options.kernel == "chosen" else {"force": options.kernel}
     where = f"{torch.get_num_threads()} threads" if at == "cpu" else device_name(at)
     print(f"torch {torch.__version__}, {where}, {options.bytes} bytes, kernel {options.kernel}")
-    print(f"{'scheme':<25}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}{'seconds':>9}  kernels")
+    print(
+        f"{'scheme':<25}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}{'seconds':>9}  kernels"
+    )
     base = 0.0
     with torch.inference_mode():
         for scheme in options.schemes.split(","):

@@ -33,7 +33,10 @@ __all__ = ["LINEAR", "bind_reference", "linear"]
 
 LINEAR = Op(
     "linear",
-    ("tokens", "in_features", "out_features", "dtype", "bias"),
+    (
+        *("tokens", "in_features", "out_features", "in_features_ranks", "out_features_ranks"),
+        *("dtype", "bias"),
+    ),
     "multiply by a weight matrix",
     measurements("linear"),
     choices={"dtype": ACTIVATION_DTYPES, "bias": (True, False)},

@@ -27,8 +27,8 @@ from hal.ops import Routing
 from hal.ops.bound_experts import FusedMoE
 from hal.ops.checks import check_gradient
 from hal.quant.scheme import find_scheme
-from hal.quant.shards import shard_cure
 from hal.quant.tensor import QTensor
+from hal.shards import shard_cure
 
 __all__ = ["fp8_experts_forward", "register_fp8_experts"]
 
