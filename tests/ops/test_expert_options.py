@@ -335,7 +335,7 @@ def test_low_rank_updates_restrict_the_candidates():
         layer.x, layer.w13, layer.w2, routing, lora=True, updates=updates, **layer.biases
     )
     assert torch.equal(functional, bind(layer, lora=True)(layer.x, routing, updates=updates))
-    assert len(updates.calls) == 4
+    assert updates.calls == 4
     with pytest.raises(ArgumentError, match=r"needed FusedMoE\(\.\.\., lora=True\)"):
         hal.ops.fused_moe(layer.x, layer.w13, layer.w2, routing, updates=updates)
     bound = bind(layer, lora=True)
