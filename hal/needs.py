@@ -175,7 +175,7 @@ class _TritonMath(Need):
 @dataclass(frozen=True, slots=True)
 class _Feature(Need):
     name: str
-    hint: str = ""
+    hint: str = field(default="", compare=False)
 
     def check(self, context: Context) -> Failure | None:
         if self.name in context.spec.features:

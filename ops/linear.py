@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
-from hal.ops.binding import Binding, Launch, Tensors, measurements
+from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.quantize import fake_quantize
 from hal.quant.scheme import SCHEMES
@@ -60,7 +60,7 @@ INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""
 INT4 = {name: how for name, how in WEIGHT_ONLY.items() if name.startswith("int4_w4a16")}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
-TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
+TRITON = (TRITON_HERE, Needs.package("triton", "3.2"))
 QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
 
 Bound = tuple[Launch, Tensors]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hal.config import setting
 from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
-from hal.ops.binding import Binding, measurements, select_for
+from hal.ops.binding import TRITON_HERE, Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
 from hal.quant.asymmetric import encode_asymmetric
 from hal.quant.codec import SCALE_FLOOR, encode, encode_static
@@ -55,7 +55,7 @@ PLAIN = {
 """Schemes whose activations have float32 scales per token, per 128 or for all."""
 TRITON = (
     Needs.package("torch"),
-    Needs.feature("triton"),
+    TRITON_HERE,
     Needs.package("triton", "3.2"),
     Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
     Needs.between("features", 1, 32768),

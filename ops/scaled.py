@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hal.needs import Needs
-from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR, QUANTIZED_ROWS, encoding_of_rows
 from hal.ops.quantize import activation_encoding, launch_triton, quantizer
 from hal.ops.tiles import Tile
@@ -32,7 +32,7 @@ TENSOR_MEMORY = ("sm_100", "sm_103", "sm_110")
 """Architectures whose instruction takes 128 rows of one side and keeps the sum in tensor memory."""
 TRITON = (
     Needs.package("torch"),
-    Needs.feature("triton"),
+    TRITON_HERE,
     QUANTIZED_ROWS,
     Needs.multiple_of("in_features", 32, "rows of codes begin at 16 bytes, else loads spill"),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.activations import ACTIVATIONS, Activation
-from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates, batched_ids
 from hal.ops.fused_moe import BYTEWISE, FUSED_MOE, NO_BATCHES_OF_INT8, PACKED, moe_signatures
 from hal.ops.linear import (
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from hal.quant.tensor import QTensor
 
 TRITON = (
-    Needs.feature("triton"),
+    TRITON_HERE,
     Needs.package("triton", "3.3", "slots are aligned with tl.gather"),
     Needs.between("experts", 1, 1025),
     Needs.one_of("activation", *ACTIVATIONS),
