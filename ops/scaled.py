@@ -179,6 +179,9 @@ def sums_tile(rows: int, packed: bool, arch: str) -> Tile:
         packed: Whether a byte of the weight holds two codes.
         arch: One of those for which the product is registered.
     """
+    if arch.startswith("gfx12"):
+        # A wave of 32 lanes spills with two sums of 64 x 64.
+        return Tile(16 if rows <= 16 else 32, 64, 32, 4, 2, group_m=1 if rows <= 64 else 8)
     if arch != "sm_90":
         few = 16 if rows <= 16 else 32 if rows <= 32 else 64
         return Tile(few, 64, 64, 4, 4, group_m=1 if rows <= 64 else 8)
