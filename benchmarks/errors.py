@@ -1,6 +1,6 @@
 """Print the relative error of every kernel that can run here, against float64.
 
-Usage: python benchmarks/errors.py [--device cpu]
+Usage: python benchmarks/errors.py [--device cpu] [--schemes fp8_channel,mxfp8]
 
 `error`: the formula is computed in float64 on exactly the operands that the kernel claims to use:
 weights as they were quantized, activations as the scheme quantizes them for levels `native`,
@@ -90,13 +90,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = hal.current_platform().torch_device_type
     parser.add_argument("--device", default=default)
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--schemes", help="these alone, separated by commas")
+    options = parser.parse_args()
+    device, wanted = torch.device(options.device), (options.schemes or "").split(",")
     torch.manual_seed(20261124)
     print(f"{device}, torch {torch.__version__}")
     print(f"{'op':<10} {'scheme':<24} {'kernel':<25} {'level':<12} {'error':<8} cost")
     for op, measure in (("linear", linear_errors), ("fused_moe", moe_errors)):
         for kernel in find_op(op).kernels:
             for scheme in kernel.schemes:
+                if options.schemes and scheme not in wanted:
+                    continue
                 try:
                     hal.select(op, scheme=scheme, force=kernel.name)  # before weights are made
                     found, cost = measure(kernel.name, scheme, device)

@@ -1,6 +1,7 @@
 """Score the demo's model with its linears and experts under every scheme, in bits per byte.
 
-Usage: python benchmarks/model_schemes.py [--bytes 65536] [--kernel reference] [--schemes ...]
+Usage: python benchmarks/model_schemes.py [--device cuda] [--bytes 65536] [--kernel reference]
+                                          [--schemes ...]
 
 As `examples/demo.py`, with two differences. Each scheme is run by the reference, which quantizes
 weights and activations exactly as the scheme says; on a CPU many other kernels leave activations
@@ -45,32 +46,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bytes", type=int, default=65536, help="held-out bytes to score")
     parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--device", default="cpu", help="where the model lives and runs")
     parser.add_argument("--kernel", default="reference", help="forced; 'chosen' lets hal choose")
     options = parser.parse_args()
     text = (DATA / "heldout.bin").read_bytes()
     if options.bytes + CALIBRATION * WINDOW > len(text):
         parser.error(f"--bytes: at most {len(text) - CALIBRATION * WINDOW}")
     whole = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    at = options.device
     windows = batched(list(whole[: options.bytes].split(WINDOW)), 8)
     held = batched(list(whole[-CALIBRATION * WINDOW :].split(WINDOW)), 8)
     force = {} if options.kernel == "chosen" else {"force": options.kernel}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.bytes} bytes, "
-          f"kernel {options.kernel}")  # fmt: skip
-    print(f"{'scheme':<25}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}{'seconds':>9}")
+    where = f"{torch.get_num_threads()} threads" if at == "cpu" else device_name(at)
+    print(f"torch {torch.__version__}, {where}, {options.bytes} bytes, kernel {options.kernel}")
+    print(
+        f"{'scheme':<25}{'bits/byte':>10}{'change':>9}{'weight bytes':>14}{'seconds':>9}  kernels"
+    )
     base = 0.0
     with torch.inference_mode():
         for scheme in options.schemes.split(","):
-            model = unquantized()
+            model = unquantized().to(at)
             if SCHEMES[scheme].static:
-                weight_bytes = quantize_static(model, scheme, held, force)
+                weight_bytes = quantize_static(model, scheme, [rows.to(at) for rows in held], force)
             else:
                 weight_bytes = quantize(model, scheme, attention=True, **force).bytes_after
             start = time.perf_counter()
-            bits, count = score(model, windows, "cpu")
+            bits, count = score(model, windows, at)
             seconds = time.perf_counter() - start
             base = base or bits
             print(f"{scheme:<25}{bits / count:>10.4f}{bits / base - 1:>+9.2%}{weight_bytes:>14,}"
-                  f"{seconds:>9.1f}", flush=True)  # fmt: skip
+                  f"{seconds:>9.1f}  {kernels_of(model)}", flush=True)  # fmt: skip
+
+
+def device_name(device: str) -> str:
+    """Return the name of the device that a torch device stands for."""
+    import hal
+
+    spec = hal.current_platform().device(torch.device(device).index or 0)
+    return f"{spec.name}, Triton {spec.software.triton}"
+
+
+def kernels_of(model: Any) -> str:
+    """Return the names of the kernels that ran, or a dash where nothing is quantized."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.FusedMoE))]
+    return " ".join(sorted({layer.bound.kernel for layer in layers})) or "-"
 
 
 def unquantized() -> Any:
@@ -139,7 +158,7 @@ def calibrate(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor
             w13, _ = weights_of(module, convention)
             biases = biases_of(module, convention)
             note(f"{name}.w13", rows.abs().amax().float())
-            largest = torch.zeros(len(w13))
+            largest = torch.zeros(len(w13), device=rows.device)
             for expert in ids.unique().tolist():
                 hidden = rows[(ids == expert).any(-1)] @ w13[expert].T
                 if biases:

@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     spec = hal.current_platform().device(0)
     print(f"{spec.name}, torch {torch.__version__}, triton {spec.software.triton}")
-    print(f"{'shape':<9}{'tokens':>6} {'scheme':<13}{'kernel':<26}{'us':>9}{'floor':>8}"
+    print(f"{'shape':<9}{'tokens':>6} {'scheme':<20}{'kernel':<24}{'us':>9}{'floor':>8}"
           f"{'ratio':>7}{'error':>9}")  # fmt: skip
     rows = []
     for shape in options.shapes.split(","):
@@ -102,7 +102,7 @@ def time_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                     "us": found, "floor_us": floor, "error": error,
                 }  # fmt: skip
                 rows.append(row)
-                print(f"{shape:<9}{tokens:>6} {scheme:<13}{kernel.name:<26}{found:>9.1f}"
+                print(f"{shape:<9}{tokens:>6} {scheme:<20}{kernel.name:<24}{found:>9.1f}"
                       f"{floor:>8.1f}{found / floor:>7.2f}{error:>9.5f}", flush=True)  # fmt: skip
         del quantized
     return rows

@@ -18,6 +18,7 @@ from hal.arch import Arch
 from hal.device import DeviceSpec, version_at_least
 from hal.errors import RegistrationError
 from hal.formats import FORMATS, Format, Support, number_format
+from hal.shards import shard_cure
 
 __all__ = ["Code", "Context", "Failure", "Need", "Needs"]
 
@@ -174,7 +175,7 @@ class _TritonMath(Need):
 @dataclass(frozen=True, slots=True)
 class _Feature(Need):
     name: str
-    hint: str = ""
+    hint: str = field(default="", compare=False)
 
     def check(self, context: Context) -> Failure | None:
         if self.name in context.spec.features:
@@ -265,7 +266,11 @@ class _MultipleOf(Need):
             return _no_number(self.size, value)
         if value % self.divisor == 0:
             return None
-        hint = self.hint or f"pad to {-(-value // self.divisor) * self.divisor}"
+        cures = [f"pad to {-(-value // self.divisor) * self.divisor}"]
+        ranks = context.problem.get(f"{self.size}_ranks") or 1
+        if ranks > 1:
+            cures.append(shard_cure(self.size, self.divisor, value * ranks))
+        hint = "; ".join((*((self.hint,) if self.hint else ()), " or ".join(cures)))
         return Failure(
             Code.SHAPE, f"{self.size} a multiple of {self.divisor}", f"{self.size}={value}", hint
         )
@@ -461,7 +466,11 @@ class Needs:
 
     @staticmethod
     def multiple_of(size: str, divisor: int, hint: str = "") -> Need:
-        """Need a size of the problem to be a multiple of `divisor`."""
+        """Need a size of the problem to be a multiple of `divisor`.
+
+        What is refused is told what to pad to and, where the problem says under `SIZE_ranks` how
+        many ranks have as much each, which numbers of ranks would do.
+        """
         if divisor < 1:
             raise RegistrationError(f"multiple_of({size!r}): divisor {divisor} is below 1")
         return _MultipleOf(size, divisor, hint)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from statistics import geometric_mean
 from typing import Any
 
+from hal.as_given import left_as_given
 from hal.device import DeviceSpec
 from hal.errors import (
     ArgumentError,
@@ -157,6 +158,11 @@ class Selection:
             return f"{self.kernel.band} comes before {other.kernel.band} ({other.kernel.name})"
         return f"by name, before {other.kernel.name} of the same level and band"
 
+    @property
+    def as_given(self) -> str:
+        """Return in one line what the choice does not quantize, though the scheme does."""
+        return left_as_given(self.kernel, (c.kernel for c in self.candidates), self.scheme)
+
     def candidate(self, name: str) -> Candidate:
         """Return the candidate called `name`."""
         for candidate in self.candidates:
@@ -177,6 +183,7 @@ class Selection:
             "level": str(self.level) if self.kernel else None,
             "reason": self.reason,
             "note": self.note,
+            "as_given": self.as_given,
             "unchecked": list(self.unchecked),
             "candidates": [
                 {
@@ -417,6 +424,8 @@ def _table(selection: Selection) -> list[str]:
         )
     else:
         lines += _wrapped("-> none: " + selection.reason, "", "   ")
+    if selection.as_given:
+        lines += _wrapped(selection.as_given, "   ")
     if selection.note:
         lines += _wrapped("note: " + selection.note, "   ")
     elsewhere = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import SimulatedDeviceError, UnknownNameError
+from hal.needs import Needs
 from hal.registry import Measurement, find_op
 from hal.selection import OPTION_NAMES, Options, Selection, choose, options_from, require
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from hal.protocol import Platform
     from hal.quant.scheme import Scheme
 
-__all__ = ["Binding", "Launch", "measurements", "select_for"]
+__all__ = ["TRITON_HERE", "Binding", "Launch", "measurements", "select_for"]
+
+TRITON_HERE = Needs.feature(
+    "triton", "of GPUs, sm_80, gfx90a, xe-hpc and xe2 or newer have it; torch's kernels run here"
+)
 
 Launch = Callable[..., "torch.Tensor"]
 Tensors = Sequence["torch.Tensor"]

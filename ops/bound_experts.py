@@ -23,6 +23,7 @@ from hal.ops.prepare import (
 )
 from hal.ops.reload import overwrite
 from hal.ops.route import Routing
+from hal.ops.shards import block_of, check_shards
 from hal.quant.tensor import QTensor
 from hal.torch_compat import is_compiling_function
 
@@ -63,6 +64,8 @@ class FusedMoE(Bound):
         platform: Platform to bind for; None means that of the weights' device.
         tokens: Typical number of tokens, to choose between measured kernels.
         top_k: Typical number of experts per token.
+        intermediate_ranks: How many ranks have as many intermediate columns each, under tensor
+            parallelism: shards that cut through blocks of scales are refused.
         **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
 
     Raises:
@@ -112,6 +115,7 @@ class FusedMoE(Bound):
         platform: Any = None,
         tokens: int | None = None,
         top_k: int | None = None,
+        intermediate_ranks: int | None = None,
         **options: Any,
     ) -> None:
         inplace = inplace and isinstance(w13, QTensor) and isinstance(w2, QTensor)
@@ -155,6 +159,7 @@ class FusedMoE(Bound):
             "hidden": hidden,
             "intermediate": intermediate,
             "unpadded_hidden": unpadded_hidden,
+            "intermediate_ranks": intermediate_ranks,
             "dtype": str(dtype).removeprefix("torch."),
             "activation": activation,
             "gated": gated,
@@ -167,6 +172,10 @@ class FusedMoE(Bound):
         }
         selection, where = select_for(
             "fused_moe", w13.scheme.name, device, problem, platform=platform, **options
+        )
+        blocks = [block_of(w13.scheme.weight, axis) for axis in ("rows", "columns")]
+        check_shards(
+            "fused_moe", "intermediate", intermediate, intermediate_ranks, w13.scheme.name, *blocks
         )
         super().__init__(Binding(selection, where, w13.scheme, device), dtype)
         self._hidden, self._experts, self._device = unpadded_hidden or hidden, experts, device

@@ -12,6 +12,7 @@ from hal.ops.bound import READ_BY_CALLS, Bound
 from hal.ops.checks import check_activations, check_same_device
 from hal.ops.prepare import Weight, activation_dtype, as_qtensor, require_finite
 from hal.ops.reload import overwrite
+from hal.ops.shards import block_of, check_shards
 from hal.torch_compat import is_compiling_function
 
 __all__ = ["Linear"]
@@ -28,6 +29,9 @@ class Linear(Bound):
         dtype: Dtype of the activations; None means that of the weight, or bfloat16.
         platform: Platform to bind for; None means that of the weight's device.
         tokens: Typical number of rows, to choose between measured kernels.
+        in_features_ranks: How many ranks have as many columns of the weight each, under tensor
+            parallelism: shards that cut through blocks of scales are refused.
+        out_features_ranks: The same of its rows.
         **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
 
     Raises:
@@ -46,6 +50,8 @@ class Linear(Bound):
         dtype: torch.dtype | None = None,
         platform: Any = None,
         tokens: int | None = None,
+        in_features_ranks: int | None = None,
+        out_features_ranks: int | None = None,
         **options: Any,
     ) -> None:
         weight = as_qtensor("linear", weight)
@@ -64,12 +70,18 @@ class Linear(Bound):
             "tokens": tokens,
             "in_features": columns,
             "out_features": rows_out,
+            "in_features_ranks": in_features_ranks,
+            "out_features_ranks": out_features_ranks,
             "dtype": str(dtype).removeprefix("torch."),
             "bias": bias is not None,
         }
         selection, where = select_for(
             "linear", weight.scheme.name, weight.device, problem, platform=platform, **options
         )
+        how, name = weight.scheme.weight, weight.scheme.name
+        for size, axis in (("in_features", "columns"), ("out_features", "rows")):
+            ranks = problem[f"{size}_ranks"]
+            check_shards("linear", size, problem[size], ranks, name, block_of(how, axis))
         super().__init__(Binding(selection, where, weight.scheme, weight.device), dtype)
         self._columns, self.rows_out, self._device = columns, rows_out, weight.device
         assert selection.kernel is not None

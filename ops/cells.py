@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hal.ops.linear import product_kind
+from hal.ops.linear import own_kind, product_kind
 from hal.quant.scheme import Scheme, find_scheme, group_of
 from hal.registry import Kernel, Level
 
@@ -37,7 +37,7 @@ def kind_of(kernel: Kernel, scheme: Scheme) -> str:
     if kernel.name == "triton_w4a8":
         return "int4_group_fp8"
     if kernel.level is Level.NATIVE:
-        return product_kind(scheme)
+        return own_kind(scheme)
     if how.bytewise or how.format == "e5m2":
         return f"{product_kind(scheme)}_decode"
     if how.format == "int4":
@@ -66,13 +66,14 @@ def cells_of(kernel: Kernel, scheme: str, *, ptx: bool = False) -> tuple[str, ..
 
 def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     kind = kind_of(kernel, scheme)
+    own = "sums" if kernel.name == "triton_scaled_fp8" else "scaled"
     if kernel.name.startswith("triton_scaled") and kernel.op == "fused_moe":
         before = _SCALED_ROWS[kind]
-        products = (f"scaled_experts/{kind}/{size}" for size in ("few", "many", "ragged"))
+        products = (f"{own}_experts/{kind}/{size}" for size in ("few", "many", "ragged"))
         quantized = (f"quantize/{before}/plain", f"quantize/{before}/gate")
         return (*products, "align/few", "align/many", "combine", *quantized)
     if kernel.name.startswith("triton_scaled"):
-        return tuple(f"scaled/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
+        return tuple(f"{own}/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
     if kernel.op == "linear":
         single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]
         return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single)
@@ -80,6 +81,7 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     gates = {
         "fp8_channel": "swiglu/silu_fp8_rows",
         "fp8_block128": "swiglu/silu_fp8_groups",
+        "fp8_block128_ue8m0": "quantize/fp8_block128_ue8m0/gate",
         "int8_channel": "swiglu/silu_int8_rows",
     }
     return (*grouped, "align/few", "align/many", "combine", gates.get(kind, "swiglu/silu"))
@@ -100,6 +102,8 @@ def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
     before = {"quantize": "plain", "quantize_rms_norm": "norm", "quantize_swiglu": "gate"}.get(op)
     if not how.symmetric or not how.dynamic or before is None:
         return ()
+    if how.granularity == "group128" and how.scale_format == "e8m0":
+        return (f"quantize/{scheme.name}/{before}",)
     if how.scale_format != "float32" or how.second != "none":
         block = {"e2m1": "mxfp4" if how.second == "none" else "nvfp4"}.get(str(how.format), "mxfp8")
         return (f"quantize/{block}/{before}",)
@@ -136,6 +140,9 @@ def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: in
         if product in ("gemm", "grouped_gemm") and OWN_FORMAT[kind] not in cell.formats:
             found = ", ".join(cell.instructions) or "none"
             return f"{cell.name}: no matrix instruction of {OWN_FORMAT[kind]}, found {found}"
+        if product in ("sums", "sums_experts") and "fp8" not in cell.formats:
+            found = ", ".join(cell.instructions) or "none"
+            return f"{cell.name}: no matrix instruction of fp8, found {found}"
         scaled = any(_SCALED.search(name) for name in cell.instructions)
         if product in ("scaled", "scaled_experts") and kernel.level is Level.NATIVE and not scaled:
             found = ", ".join(cell.instructions) or "none"

@@ -49,6 +49,7 @@ FUSED_MOE = Op(
     "fused_moe",
     (
         *("tokens", "experts", "top_k", "hidden", "intermediate", "unpadded_hidden", "dtype"),
+        "intermediate_ranks",
         *("activation", "gated", "clamped", "interleaved", "bias", "format", "lora"),
         "apply_router_weight_on_input",
     ),
@@ -93,6 +94,7 @@ def fused_moe(
     routing: Routing | torch.Tensor,
     *,
     shared: torch.Tensor | None = None,
+    updates: Updates | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """Return the experts' output; binds the weights on first use and keeps the binding.
@@ -103,6 +105,7 @@ def fused_moe(
         w2: `[experts, hidden, intermediate]`, under the same scheme.
         routing: Experts and weights of each token, or counts if `format="batched"`.
         shared: What is added to the sum, as in a call of `hal.ops.FusedMoE`.
+        updates: Low-rank updates of this call, with `lora=True` among the options.
         **options: `activation`, biases, `platform`, `force`, ... as for `hal.ops.FusedMoE`.
 
     Raises:
@@ -112,7 +115,7 @@ def fused_moe(
     from hal.ops.cache import bound_fused_moe
 
     bound = bound_fused_moe(w13, w2, x.dtype, **options)
-    result: torch.Tensor = bound(x, routing, shared=shared)
+    result: torch.Tensor = bound(x, routing, shared=shared, updates=updates)
     return result
 
 

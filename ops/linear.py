@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
-from hal.ops.binding import Binding, Launch, Tensors, measurements
+from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.quantize import fake_quantize
 from hal.quant.scheme import SCHEMES
@@ -33,7 +33,10 @@ __all__ = ["LINEAR", "bind_reference", "linear"]
 
 LINEAR = Op(
     "linear",
-    ("tokens", "in_features", "out_features", "dtype", "bias"),
+    (
+        *("tokens", "in_features", "out_features", "in_features_ranks", "out_features_ranks"),
+        *("dtype", "bias"),
+    ),
     "multiply by a weight matrix",
     measurements("linear"),
     choices={"dtype": ACTIVATION_DTYPES, "bias": (True, False)},
@@ -42,15 +45,22 @@ QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
 WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
 BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.bytewise}
+FLOAT_BYTES = {
+    name: how for name, how in BYTEWISE.items() if SCHEMES[name].weight.scale_format == "float32"
+}
+"""Those whose scales libraries can read."""
 E5M2 = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.format == "e5m2"}
 PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in {**BYTEWISE, **E5M2}}
 W4A8 = "int4_w4a8_fp8"
-FP8 = ("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_static", "fp8_static_channel")
+FP8 = (
+    *("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_block128_ue8m0"),
+    *("fp8_static", "fp8_static_channel"),
+)
 INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""
 INT4 = {name: how for name, how in WEIGHT_ONLY.items() if name.startswith("int4_w4a16")}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
-TRITON = (Needs.feature("triton"), Needs.package("triton", "3.2"))
+TRITON = (TRITON_HERE, Needs.package("triton", "3.2"))
 QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
 
 Bound = tuple[Launch, Tensors]
@@ -174,7 +184,7 @@ def bind_triton_bf16(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
 )
 def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Quantize the input and multiply 8-bit floats in Triton."""
-    return _bind_triton(binding, weight, bias, product_kind(weight.scheme))
+    return _bind_triton(binding, weight, bias, own_kind(weight.scheme), own_scales(weight))
 
 
 @LINEAR.kernel(
@@ -212,6 +222,12 @@ def product_kind(scheme: Scheme) -> str:
     return "fp8_block128" if how.granularity == "block128" else "fp8_channel"
 
 
+def own_kind(scheme: Scheme) -> str:
+    """Return the same of a product in the scheme's own formats, those of the scales included."""
+    exponents = scheme.weight.scale_format == "e8m0"
+    return f"{product_kind(scheme)}_ue8m0" if exponents else product_kind(scheme)
+
+
 def encoding_of_rows(binding: Binding, weight: QTensor) -> str:
     """Return the encoding that activations take beside a weight: its own, or the device's fp8."""
     if weight.encoding == "int4":
@@ -220,11 +236,20 @@ def encoding_of_rows(binding: Binding, weight: QTensor) -> str:
 
 
 def row_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
-    """Return codes and scales, `[..., N]` of them where the weight has one a matrix."""
+    """Return codes and float32 scales, `[..., N]` of them where the weight has one a matrix."""
+    if weight.scheme.weight.scale_format == "e8m0" and weight.scales is not None:
+        from hal.quant.mx import decode_e8m0
+
+        return weight.values, decode_e8m0(weight.scales)
     if weight.scheme.weight.granularity != "tensor" or weight.scales is None:
         return weight.tensors[:2]
     scales = weight.scales.unsqueeze(-1).expand(weight.shape[:-1]).contiguous()
     return weight.values, scales
+
+
+def own_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
+    """Return codes and scales of a product of `own_kind`: exponents stay bytes."""
+    return weight.tensors if weight.scheme.weight.scale_format == "e8m0" else row_scales(weight)
 
 
 def fixed_scale(weight: QTensor) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hal.config import setting
 from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
-from hal.ops.binding import Binding, measurements, select_for
+from hal.ops.binding import TRITON_HERE, Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
 from hal.quant.asymmetric import encode_asymmetric
 from hal.quant.codec import SCALE_FLOOR, encode, encode_static
@@ -55,7 +55,7 @@ PLAIN = {
 """Schemes whose activations have float32 scales per token, per 128 or for all."""
 TRITON = (
     Needs.package("torch"),
-    Needs.feature("triton"),
+    TRITON_HERE,
     Needs.package("triton", "3.2"),
     Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
     Needs.between("features", 1, 32768),
@@ -243,7 +243,7 @@ def quantize_cached(
     from hal.ops.quantize_blocks import quantize_blocks
 
     def quantize(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if how.bytewise:
+        if how.scale_format == "float32":
             return quantize_torch(part, format, how, fixed)
         return quantize_blocks(part, format, how)
 
@@ -294,7 +294,13 @@ def quantize_triton(
 
 
 def launch_triton(
-    x: torch.Tensor, format: str, how: Quantization, features: int, **before: Any
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    features: int,
+    *,
+    words: bool = False,
+    **before: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Quantize rows of `features` and return codes, scales and second scales, if any.
 
@@ -303,6 +309,7 @@ def launch_triton(
         format: Number format of the codes.
         how: How activations are stored.
         features: Columns that are quantized.
+        words: Whether rows of scales that are bytes shall begin at words of 32 bits.
         **before: `norm` or `gate` of `hal.ops.kernels.quantize.quantize`.
     """
     import torch
@@ -316,7 +323,10 @@ def launch_triton(
     stored = torch.uint8 if how.packed else dtype(format)
     values = torch.empty(code_shape(how, shape), dtype=stored, device=x.device)
     stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
-    scales = torch.empty(scale_shape(how.granularity, shape), dtype=stored, device=x.device)
+    places = scale_shape(how.granularity, shape)
+    room = (*places[:-1], -(-places[-1] // 4) * 4) if words else places
+    scales = torch.empty(room, dtype=stored, device=x.device)
+    scales = scales[..., : places[-1]] if room != places else scales
     second = None
     if how.second != "none":
         second = torch.empty(shape[:1], dtype=torch.float32, device=x.device)

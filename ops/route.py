@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.errors import DTypeError, ShapeError, UnknownNameError
 from hal.needs import Needs
-from hal.ops.binding import measurements, select_for
+from hal.ops.binding import TRITON_HERE, measurements, select_for
 from hal.ops.checks import dtype_name
 from hal.ops.router import AFTER_TOP_K, SCORINGS, Router, check_groups, check_vectors, refuse_top_k
 from hal.ops.routing import Routing
@@ -266,7 +266,7 @@ def _top(keys: torch.Tensor, k: int) -> torch.Tensor:
     band="tuned",
     signatures=SIGNATURE,
     requires=(
-        Needs.feature("triton"),
+        TRITON_HERE,
         Needs.package("triton", "3.2"),
         Needs.between("experts", 1, 1025),
         Needs.between("top_k", 1, 16),

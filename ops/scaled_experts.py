@@ -14,13 +14,23 @@ from hal.ops.binding import Binding, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates
 from hal.ops.fused_moe import FUSED_MOE, moe_signatures
 from hal.ops.quantize import activation_encoding
-from hal.ops.scaled import EMITS, TENSOR_MEMORY, scaled_tile
+from hal.ops.scaled import (
+    EMITS,
+    SUMMING,
+    SUMS,
+    TENSOR_MEMORY,
+    scaled_tile,
+    sums_encoding,
+    sums_tensors,
+    sums_tile,
+)
 from hal.ops.triton_experts import TRITON, Bound, enter_and_combine
 from hal.registry import Level
 
 if TYPE_CHECKING:
     import torch
 
+    from hal.ops.tiles import Tile
     from hal.quant.tensor import QTensor
 
 _WHOLE = "rows of codes begin at 16 bytes, else loads spill"
@@ -74,18 +84,43 @@ def bind_scaled_experts(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
 ) -> Bound:
     """Sort tokens by expert, quantize in groups, multiply codes and scales in Triton."""
+    return _bind(binding, w13, w2, layer, sums=False)
+
+
+@FUSED_MOE.kernel(
+    "triton_scaled_fp8",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=moe_signatures(*SUMS),
+    requires=(*ROWS, SUMMING, Needs.triton_math("e4m3fn", "e4m3fnuz")),
+)
+def bind_sums_experts(
+    binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
+) -> Bound:
+    """Sort tokens by expert, multiply 8-bit floats and scale the sum of each group, in Triton."""
+    return _bind(binding, w13, w2, layer, sums=True)
+
+
+def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, sums: bool) -> Bound:
     from hal.ops.align import align_triton
     from hal.ops.kernels.scaled_experts import scaled_experts
     from hal.ops.kernels.swiglu import silu_and_mul
-    from hal.ops.quantize import launch_triton, quantize_triton
+    from hal.ops.quantize import launch_triton
 
     experts, columns, hidden = w13.shape
     intermediate = w2.shape[2]
     scheme, how = w13.scheme, w13.scheme.activation
     encoding, packed = activation_encoding(scheme, w13.encoding), scheme.weight.packed
     arch, units = binding.spec.arch.name, binding.spec.compute_units or 64
-    width, both = len(w13.tensors), len(w13.tensors) + len(w2.tensors)
+    read13, read2 = w13.tensors, w2.tensors
+    if sums:
+        encoding = sums_encoding(binding, w13)
+        read13, read2 = sums_tensors(w13), sums_tensors(w2)
+    width, both = len(read13), len(read13) + len(read2)
     activation = layer.activation
+
+    def tile_of(rows: int, n: int) -> Tile:
+        return sums_tile(rows, packed, arch) if sums else scaled_tile(rows, n, packed, arch, units)
 
     def product(
         coded: tuple[torch.Tensor, ...],
@@ -109,10 +144,11 @@ def bind_scaled_experts(
             top_k_divisor=top_k,
             k=k,
             kind=scheme.name,
-            tile=scaled_tile(rows, out.shape[1], packed, arch, units),
+            tile=tile_of(rows, out.shape[1]),
             bias=bias,
             a_second=a_second[0] if a_second else None,
             b_second=b_second[0] if b_second else None,
+            sums=sums,
         )
 
     def products(
@@ -126,26 +162,26 @@ def bind_scaled_experts(
         top_k, slots = ids.shape[1], ids.numel()
         rows = -(-slots // experts)
         # The rows of a tile depend on the rows alone: both products read one alignment.
-        block = scaled_tile(rows, columns, packed, arch, units).block_m
+        block = tile_of(rows, columns).block_m
         places = align_triton(ids, experts, block)
         bias13, bias2 = layer.biases(tensors)
-        coded = launch_triton(x, encoding, how, hidden, counts=counts)
+        coded = launch_triton(x, encoding, how, hidden, words=sums, counts=counts)
         gate_up, y = x.new_empty(slots, columns), x.new_empty(slots, hidden)
         product(coded, tensors[:width], gate_up, places, top_k, hidden, rows, bias13)
         wide = None
         if updates is None:
             coded = launch_triton(
-                gate_up, encoding, how, intermediate, gate=activation, counts=counts
+                gate_up, encoding, how, intermediate, words=sums, gate=activation, counts=counts
             )
         else:
             updates.first(x, gate_up, None)
             wide = x.new_empty(slots, intermediate)
             silu_and_mul(gate_up, wide, activation, counts)
-            coded = quantize_triton(wide, encoding, how)
+            coded = launch_triton(wide, encoding, how, intermediate, words=sums)
         product(coded, tensors[width:both], y, places, 1, intermediate, rows, bias2)
         if updates is not None and wide is not None:
             updates.second(wide, y, None)
         return y
 
     launch = enter_and_combine(layer, experts, hidden, products)
-    return launch, (*w13.tensors, *w2.tensors)
+    return launch, (*read13, *read2)

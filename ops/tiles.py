@@ -13,6 +13,7 @@ OPERAND_BYTES: dict[str, tuple[float, float]] = {
     "bf16": (2, 2),
     "fp8_channel": (1, 1),
     "fp8_block128": (1, 1),
+    "fp8_block128_ue8m0": (1, 1),
     "int8_channel": (1, 1),
     "fp8_channel_decode": (2, 1),
     "fp8_e5m2_decode": (2, 1),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.activations import ACTIVATIONS, Activation
-from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates, batched_ids
 from hal.ops.fused_moe import BYTEWISE, FUSED_MOE, NO_BATCHES_OF_INT8, PACKED, moe_signatures
 from hal.ops.linear import (
@@ -23,6 +23,8 @@ from hal.ops.linear import (
     TileChoice,
     encoding_of_rows,
     fixed_scale,
+    own_kind,
+    own_scales,
     packed_kind,
     packed_tensors,
     product_kind,
@@ -38,10 +40,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from hal.quant.scheme import Quantization
     from hal.quant.tensor import QTensor
 
 TRITON = (
-    Needs.feature("triton"),
+    TRITON_HERE,
     Needs.package("triton", "3.3", "slots are aligned with tl.gather"),
     Needs.between("experts", 1, 1025),
     Needs.one_of("activation", *ACTIVATIONS),
@@ -80,7 +83,7 @@ def bind_triton_fp8(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
 ) -> Bound:
     """Sort tokens by expert and multiply 8-bit floats in Triton."""
-    return bind_products(binding, w13, w2, layer, product_kind(w13.scheme))
+    return bind_products(binding, w13, w2, layer, own_kind(w13.scheme), read=own_scales)
 
 
 @FUSED_MOE.kernel(
@@ -188,7 +191,7 @@ def bind_products(
     decodes = kind.endswith("_decode") and binding.problem("dtype", "bfloat16") == "bfloat16"
     fnuz = w13.encoding == "e4m3fnuz"
     dynamic = quantizes and not static
-    gate = _gate_and_quantize(encoding, how.granularity, activation) if dynamic else None
+    gate = _gate_and_quantize(encoding, how, activation) if dynamic else None
 
     def products(
         x: torch.Tensor,
@@ -300,7 +303,7 @@ def enter_and_combine(
 
 
 def _gate_and_quantize(
-    encoding: str, granularity: str, activation: Activation
+    encoding: str, how: Quantization, activation: Activation
 ) -> Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]:
     import torch
 
@@ -310,7 +313,8 @@ def _gate_and_quantize(
     from hal.torch_compat import dtype
 
     top, target = number_format(encoding).quantization_maximum, dtype(encoding)
-    per_row = granularity == "token"
+    stored = torch.uint8 if how.scale_format == "e8m0" else torch.float32
+    per_row = how.granularity == "token"
     launch = swiglu.silu_and_mul_quantize_rows if per_row else swiglu.silu_and_mul_quantize_groups
 
     def gate(
@@ -318,9 +322,8 @@ def _gate_and_quantize(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (gate_up.shape[0], gate_up.shape[1] // activation.products)
         values = torch.empty(shape, dtype=target, device=gate_up.device)
-        scales = torch.empty(
-            scale_shape(granularity, shape), dtype=torch.float32, device=gate_up.device
-        )
+        places = scale_shape(how.granularity, shape)
+        scales = torch.empty(places, dtype=stored, device=gate_up.device)
         launch(gate_up, values, scales, top, SCALE_FLOOR, activation, counts)
         return values, scales
 

@@ -49,6 +49,7 @@ __all__ = [
     "encode_e8m0",
     "encode_mx",
     "exponent_rule",
+    "times_power_of_two",
     "to_fnuz_mx",
 ]
 
@@ -160,7 +161,7 @@ def encode_mx(
         # A NaN that a reduction over devices dropped must still poison its own block.
         largest = torch.where(torch.isfinite(largest), maximum.float(), torch.nan)
     scales = encode_e8m0(largest, element_format, rule)
-    ratio = _times_power_of_two(blocks, BIAS - scales.to(torch.int32).unsqueeze(-1))
+    ratio = times_power_of_two(blocks, BIAS - scales.to(torch.int32).unsqueeze(-1))
     ratio = torch.where((scales == NAN_BYTE).unsqueeze(-1), 0.0, ratio)
     ratio = columns_of(ratio, x.shape[-1])
     if element_format == "e2m1":
@@ -194,7 +195,7 @@ def decode_mx(
         check_width("decode_mx", codes, columns)
         values = codes.float()
     exponent = scales.to(torch.int32).unsqueeze(-1) - BIAS
-    numbers = _times_power_of_two(groups_of(values, MX_BLOCK), exponent)
+    numbers = times_power_of_two(groups_of(values, MX_BLOCK), exponent)
     numbers = torch.where((scales == NAN_BYTE).unsqueeze(-1), torch.nan, numbers)
     return columns_of(numbers, columns)
 
@@ -224,7 +225,7 @@ def to_fnuz_mx(
     return fnuz_bytes("to_fnuz_mx", values, inplace=inplace), doubled_e8m0(scales)
 
 
-def _times_power_of_two(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+def times_power_of_two(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """Return x * 2**exponent, for int32 exponents from -128 to 127.
 
     The power is taken in two halves, since 2**-127 is subnormal and compiled code may flush it.

@@ -68,7 +68,7 @@ def represent(
     if not how.symmetric:
         return _asymmetric(x)
     if how.scale_format == "e8m0":
-        return _mx(x, how, encoding)
+        return _mx(x, how, encoding) if how.granularity == "group32" else _blocks(x, how, encoding)
     if how.second == "channel":
         return _two_level_int4(x, how, maximum)
     if how.second != "none":
@@ -94,6 +94,8 @@ def numbers(coded: Coded, how: Quantization, encoding: str, columns: int) -> tor
     """Return the float32 numbers `[..., rows, columns]` that codes and scales stand for."""
     if coded.scales is None:
         return coded.values.float()
+    if how.scale_format == "e8m0" and how.granularity != "group32":
+        return _block_numbers(coded, how)
     if how.scale_format == "e8m0":
         return _mx_numbers(coded, encoding, columns)
     if how.format == "e2m1":
@@ -118,6 +120,19 @@ def _asymmetric_numbers(coded: Coded) -> torch.Tensor:
     assert coded.scales is not None
     assert coded.zeros is not None
     return decode_asymmetric(coded.values, coded.scales, coded.zeros)
+
+
+def _blocks(x: torch.Tensor, how: Quantization, encoding: str) -> Coded:
+    from hal.quant.exponents import encode_exponents
+
+    return Coded(*encode_exponents(x, encoding, how.granularity))
+
+
+def _block_numbers(coded: Coded, how: Quantization) -> torch.Tensor:
+    from hal.quant.exponents import decode_exponents
+
+    assert coded.scales is not None
+    return decode_exponents(coded.values, coded.scales, how.granularity)
 
 
 def _mx(x: torch.Tensor, how: Quantization, encoding: str) -> Coded:

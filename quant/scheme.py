@@ -80,8 +80,8 @@ class Quantization:
 
     @property
     def bytewise(self) -> bool:
-        """Tell whether codes are bytes under float32 scales, as most kernels read them."""
-        return self.format in ("e4m3fn", "int8") and self.scale_format == "float32"
+        """Tell whether codes are bytes with few scales: fewer than one for 32 neighbours."""
+        return self.format in ("e4m3fn", "int8") and self.granularity != "group32"
 
     @property
     def packed(self) -> bool:
@@ -207,6 +207,13 @@ _ROWS = (
         Quantization("e4m3fn", "group128", "float32", dynamic=True),
         "e4m3 weights scaled per 128x128 block, e4m3 activations per 1x128 group",
         "DeepSeek-V3 Technical Report, section 3.3 (arXiv:2412.19437)",
+    ),
+    Scheme(
+        "fp8_block128_ue8m0",
+        Quantization("e4m3fn", "block128", "e8m0"),
+        Quantization("e4m3fn", "group128", "e8m0", dynamic=True),
+        "as fp8_block128, under powers of two: scales of both operands are rounded up to them",
+        "DeepSeek-V3.1 model card (UE8M0 scales of weights and activations)",
     ),
     Scheme(
         "fp8_static",

@@ -1,7 +1,8 @@
 """Run the experts of fine-grained fp8 checkpoints, as transformers loads them, through hal.
 
 transformers puts `FP8Experts` in the place of a model's experts and dispatches them over a registry
-of their own. Under the name `hal` their parameters are bound as they are, as scheme `fp8_block128`:
+of their own. Under the name `hal` their parameters are bound as they are, as scheme `fp8_block128`,
+or `fp8_block128_ue8m0` where the scales are exponents (`scale_fmt="ue8m0"`):
 
     gate_up_proj            [experts, 2*intermediate, hidden] e4m3, gate rows before up rows
     gate_up_proj_scale_inv  [experts, 2*intermediate/128, hidden/128] float32 or e8m0, multiplied
@@ -26,12 +27,12 @@ from hal.ops import Routing
 from hal.ops.bound_experts import FusedMoE
 from hal.ops.checks import check_gradient
 from hal.quant.scheme import find_scheme
-from hal.quant.shards import shard_cure
 from hal.quant.tensor import QTensor
+from hal.shards import shard_cure
 
 __all__ = ["fp8_experts_forward", "register_fp8_experts"]
 
-SCHEME = "fp8_block128"
+SCHEME, EXPONENTS = "fp8_block128", "fp8_block128_ue8m0"
 BLOCK = 128
 
 
@@ -115,14 +116,19 @@ class _Fp8(Kept):
         return [getattr(module, name) for name in (*names, *map(_scale_of, names))]
 
     def bind(self, module: Any, convention: Convention, dtype: torch.dtype) -> FusedMoE:
-        """Bind the codes as they are; exponents become the float32 numbers that they mean."""
-        scheme = find_scheme(SCHEME)
-        w13, w2, scale13, scale2 = (
-            tensor.detach() for tensor in self.parameters(module, convention)
+        """Bind codes and scales as they are.
+
+        Where one of the two weights alone has exponents, they become the numbers that they mean.
+        """
+        w13, w2, *scales = (tensor.detach() for tensor in self.parameters(module, convention))
+        exponents = all(scale.itemsize == 1 for scale in scales)
+        scheme = find_scheme(EXPONENTS if exponents else SCHEME)
+        scale13, scale2 = (
+            scale.view(torch.uint8) if exponents else scale.float() for scale in scales
         )
         return FusedMoE(
-            QTensor(w13, scale13.float(), scheme, "e4m3fn"),
-            QTensor(w2, scale2.float(), scheme, "e4m3fn"),
+            QTensor(w13, scale13, scheme, "e4m3fn"),
+            QTensor(w2, scale2, scheme, "e4m3fn"),
             dtype=dtype,
             **convention.options,
         )

@@ -29,7 +29,7 @@ from hal.needs import Needs
 from hal.ops.adapters.foreign import operator
 from hal.ops.adapters.int4pack import offset_codes
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import BYTEWISE, INT4, LINEAR, WEIGHT_ONLY, row_scales
+from hal.ops.linear import FLOAT_BYTES, INT4, LINEAR, WEIGHT_ONLY, row_scales
 from hal.quant.scheme import BLOCK, group_of
 from hal.registry import Level
 
@@ -46,7 +46,7 @@ IPEX = (
     Needs.math_of("dtype", "native", "emulated"),
 )
 INT8 = {name: WEIGHT_ONLY[name] for name in ("int8_channel", "int8_w8a16")}
-FP8 = {name: how for name, how in BYTEWISE.items() if name.startswith("fp8_")}
+FP8 = {name: how for name, how in FLOAT_BYTES.items() if name.startswith("fp8_")}
 NO_GROUP, AS_GIVEN, FP8_NUMBER = -1, 0, 4
 """No scale per group; multiply in the dtype of the activations; `WoqWeightDtype.FP8`."""
 

@@ -40,7 +40,7 @@ from hal.ops.adapters.whole_experts import (
     plain_layer,
     whole_experts,
 )
-from hal.ops.binding import Binding, Launch, Tensors
+from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer
 from hal.ops.fused_moe import FUSED_MOE, moe_signatures
 from hal.ops.linear import INT4, fixed_scale, row_scales
@@ -61,7 +61,7 @@ LAYER = (
     *plain_layer("silu", "gelu", "gelu_tanh"),
 )
 BLOCKS_PER_COMPUTE_UNIT = 4
-TRITON = (Needs.platform("cuda", "rocm"), VLLM, Needs.feature("triton"))
+TRITON = (Needs.platform("cuda", "rocm"), VLLM, TRITON_HERE)
 
 ROUTED = ("hidden_states", "topk_weights", "topk_ids", "expert_map")
 TENSORS = ("w{}", "w{}_scale", "a{}_scale")

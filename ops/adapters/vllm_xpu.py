@@ -20,7 +20,7 @@ from hal.ops.adapters.foreign import operator
 from hal.ops.adapters.int4pack import offset_codes
 from hal.ops.adapters.vllm_mixed import codes_of_words
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import BYTEWISE, INT4, LINEAR
+from hal.ops.linear import FLOAT_BYTES, INT4, LINEAR
 from hal.quant.scheme import group_of
 from hal.registry import Level
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hal.quant.tensor import QTensor
 
 PACKAGE, MODULE = "vllm-xpu-kernels", "vllm_xpu_kernels._xpu_C"
-FP8 = {name: how for name, how in BYTEWISE.items() if name.startswith("fp8_")}
+FP8 = {name: how for name, how in FLOAT_BYTES.items() if name.startswith("fp8_")}
 SIGNED = {
     name: (operands[0], replace(operands[1], formats=("int4",), as_bytes=("int4",)))
     for name, operands in INT4.items()

@@ -3,6 +3,8 @@
     acc[m, n] = sum_k a[m, k] * b[n, k], then * a_scales[m] * b_scales[n]           (channel)
     acc[m, n] = sum_g a_scales[m, g] * b_scales[n // 128, g] * sum_{k in g} ...     (block128)
 
+Scales of block128 are float32, or, of the kind `_ue8m0`, bytes of exponents.
+
 `KINDS` names the products: what is scaled how, and how weights are decoded in the loop. The
 products of `WEIGHT_ONLY_KINDS` read packed weights and have their loop in `packed`.
 """
@@ -19,6 +21,7 @@ import triton.language as tl
 
 from hal.ops.kernels.common import dot, has_ptx, is_fp8
 from hal.ops.kernels.kinds import ALL_KINDS, KINDS, WEIGHT_ONLY_KINDS, Kind, Weight, as_weight
+from hal.ops.kernels.packed import scale_number
 from hal.ops.tiles import Tile
 
 __all__ = [
@@ -44,7 +47,7 @@ def accumulate(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
     SCALES: tl.constexpr, A_SCALED: tl.constexpr, DECODE: tl.constexpr,
-    INTEGER: tl.constexpr, WIDE: tl.constexpr,
+    INTEGER: tl.constexpr, SCALE_FORMAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the scaled product [BLOCK_M, BLOCK_N] f32.
 
@@ -93,11 +96,14 @@ def accumulate(
                 part = dot(a, b, tl.zeros((ROWS, COLUMNS), ACC))
             if BLOCK_N <= SCALE_BLOCK:
                 b_scale = tl.load(b_scale_ptrs + group * stride_bsk)
+                b_scale = scale_number(b_scale, SCALE_FORMAT, tl.float32)
             else:
-                b_scale = tl.load(b_scale_ptrs + group * stride_bsk, mask=column_inside, other=0.0)
+                b_scale = tl.load(b_scale_ptrs + group * stride_bsk, mask=column_inside, other=0)
+                b_scale = scale_number(b_scale, SCALE_FORMAT, tl.float32)
                 b_scale = b_scale[:, None] if SWAP else b_scale[None, :]
             if A_SCALED:
-                a_scale = tl.load(a_scale_ptrs + group * stride_ask, mask=row_inside, other=0.0)
+                a_scale = tl.load(a_scale_ptrs + group * stride_ask, mask=row_inside, other=0)
+                a_scale = scale_number(a_scale, SCALE_FORMAT, tl.float32)
                 a_scale = a_scale[None, :] if SWAP else a_scale[:, None]
                 acc += part * (a_scale * b_scale)
             else:
@@ -134,6 +140,10 @@ def check_operands(
     scaled = weight.scales is not None or (spec.scales == "tensor" and weight.second is not None)
     if scaled != bool(spec.scales) or (a_scales is not None) != spec.a_scaled:
         raise ValueError(f"{kind}: needs a_scales: {spec.a_scaled}, b_scales: {bool(spec.scales)}")
+    stored = torch.float32 if spec.scale_format == "float32" else torch.uint8
+    for name, scales in (("a_scales", a_scales), ("b_scales", weight.scales)):
+        if spec.a_scaled and scales is not None and scales.dtype != stored:
+            raise ValueError(f"{kind}: {name} are {scales.dtype}, must be {stored}")
     if spec.scales == "block128" and 128 % tile.block_k:
         raise ValueError(f"{kind}: block_k is {tile.block_k}, must divide 128")
     if a.shape[-1] != weight.k:
@@ -233,7 +243,7 @@ def _options(
         "PACKED": spec.packed,
         "WORDS": words,
         "LANES": tile.lanes,
-        "SCALE_FORMAT": spec.scale_format if spec.scales == "group" else "",
+        "SCALE_FORMAT": spec.scale_format if spec.scales in ("group", "block128") else "",
         "GROUP": group,
         "SUMS": sums,
         "SCALE_ROWS": spec.scale_rows,

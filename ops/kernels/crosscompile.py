@@ -38,6 +38,7 @@ OWN_FORMAT = {
     "bf16": "bfloat16",
     "fp8_channel": "fp8",
     "fp8_block128": "fp8",
+    "fp8_block128_ue8m0": "fp8",
     "int8_channel": "int8",
     "fp8_channel_decode": "bfloat16",
     "fp8_e5m2_decode": "bfloat16",
@@ -130,7 +131,7 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
-    others = ("grouped_gemm", "gemm", "scaled", *(() if ptx else ("mma_rows",)))
+    others = ("grouped_gemm", "gemm", "scaled", "sums", *(() if ptx else ("mma_rows",)))
     return names + [name for name in _CASES if not name.startswith(others)]
 
 
@@ -239,14 +240,15 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
     a = _empty(tokens, k, dtype=low if spec.a_scaled else "bfloat16")
     b = _empty(*experts, n, k, dtype=low if spec.scales else "bfloat16")
     scales: dict[str, Any] = {}
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
     if spec.a_scaled:
-        scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype="float32")
+        scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype=stored)
     if spec.packed:
         b, given = _packed_weight(kind, experts, n, k)
         scales |= given
     elif spec.scales:
         shape = (-(-n // 128), groups) if blocks else (n,)
-        scales["b_scales"] = _empty(*experts, *shape, dtype="float32")
+        scales["b_scales"] = _empty(*experts, *shape, dtype=stored)
     if not grouped:
         gemm(a, b, _empty(tokens, n), **scales, kind=kind, tile=tile)
         return
@@ -314,32 +316,39 @@ def _rows(target: Target, *, kind: str, tokens: int) -> None:
     mma_rows(_empty(tokens, k), weight, _empty(tokens, n), kind=kind, warps=warps)
 
 
-def _scaled(target: Target, *, kind: str, tokens: int, n: int, k: int, grouped: bool) -> None:
+def _scaled(
+    target: Target, *, kind: str, tokens: int, n: int, k: int, grouped: bool, sums: bool
+) -> None:
     from hal.ops.kernels.scaled import SCALED_KINDS, scaled_gemm
     from hal.ops.kernels.scaled_experts import scaled_experts
-    from hal.ops.scaled import scaled_tile
+    from hal.ops.scaled import scaled_tile, sums_tile
 
     spec = SCALED_KINDS[kind]
+    low = f"float8_{target.fp8}" if sums else "float8_e4m3fn"
     experts = (EXPERTS,) if grouped else ()
     slots = tokens * TOP_K if grouped else tokens
     given: dict[str, Any] = {"out": _empty(slots, n), "bias": _empty(*experts, n)}
     for name, shape, fmt in (("a", (tokens,), spec.a), ("b", (*experts, n), spec.b)):
         packed = fmt == "e2m1"
-        stored = "uint8" if packed else "float8_e4m3fn"
+        stored = "uint8" if packed else low
         given[name] = _empty(*shape, -(-k // 2) if packed else k, dtype=stored)
         stored = "uint8" if spec.group == 32 else "float8_e4m3fn"
-        given[f"{name}_scales"] = _empty(*shape, -(-k // spec.group), dtype=stored)
+        groups = -(-k // spec.group)
+        room = -(-groups // 4) * 4 if sums else groups
+        given[f"{name}_scales"] = _empty(*shape, room, dtype=stored)[..., :groups]
     if spec.group == 16:
         given["a_second"] = _empty(tokens, dtype="float32")
         given["b_second"] = _empty(*experts, dtype="float32")
     rows = -(-slots // EXPERTS) if grouped else tokens
     tile = scaled_tile(rows, n, spec.b == "e2m1", target.arch, target.compute_units)
+    if sums:
+        tile = sums_tile(rows, spec.b == "e2m1", target.arch)
     if not grouped:
-        scaled_gemm(**given, k=k, kind=kind, tile=tile)
+        scaled_gemm(**given, k=k, kind=kind, tile=tile, sums=sums)
         return
     blocks = -(-slots // tile.block_m) + min(slots, EXPERTS)
     scaled_experts(
-        **given, k=k, kind=kind, tile=tile, top_k_divisor=TOP_K,
+        **given, k=k, kind=kind, tile=tile, top_k_divisor=TOP_K, sums=sums,
         sorted_slots=_empty(blocks * tile.block_m, dtype="int32"),
         block_experts=_empty(blocks, dtype="int32"), n_padded=_empty(1, dtype="int32"),
     )  # fmt: skip
@@ -439,10 +448,17 @@ _CASES: dict[str, Callable[[Target], None]] = {
     },
     **{
         f"{op}/{kind}/{size}": partial(
-            _scaled, kind=kind, tokens=tokens, n=n, k=k, grouped=op == "scaled_experts"
+            _scaled,
+            kind=kind,
+            tokens=tokens,
+            n=n,
+            k=k,
+            grouped=op.endswith("_experts"),
+            sums=op.startswith("sums"),
         )
-        for op in ("scaled", "scaled_experts")
+        for op in ("scaled", "scaled_experts", "sums", "sums_experts")
         for kind in ("mxfp8", "mxfp4", "mxfp4_w4a8", "nvfp4")
+        if op.startswith("scaled") or kind in ("mxfp8", "mxfp4_w4a8")
         for size, tokens, n, k in (
             ("few", FEW, 2 * INTERMEDIATE, HIDDEN),
             ("some", 128, 2 * INTERMEDIATE, HIDDEN),
@@ -467,7 +483,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
     "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),
     **{
         f"quantize/{scheme}/{before}": partial(_store, scheme=scheme, before=before)
-        for scheme in ("mxfp8", "mxfp4", "nvfp4")
+        for scheme in ("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0")
         for before in ("plain", "norm", "gate")
     },
     "quantize/fp8_channel/norm": partial(_store, scheme="fp8_channel", before="norm"),

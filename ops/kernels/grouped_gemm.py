@@ -88,7 +88,7 @@ def _grouped_gemm_kernel(
             a_scales_ptr + rows * stride_asm, b_scales_ptr + expert * stride_bse,
             stride_ask, stride_bsn, stride_bsk,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
-            SCALES, A_SCALED, DECODE, INTEGER, WIDE_ROWS or WIDE_MATRIX,
+            SCALES, A_SCALED, DECODE, INTEGER, SCALE_FORMAT, WIDE_ROWS or WIDE_MATRIX,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert * stride_biase + columns, mask=column_inside, other=0.0)

@@ -60,6 +60,7 @@ KINDS = {
     "bf16": Kind(),
     "fp8_channel": Kind("channel", a_scaled=True),
     "fp8_block128": Kind("block128", a_scaled=True),
+    "fp8_block128_ue8m0": Kind("block128", a_scaled=True, scale_format="e8m0"),
     "int8_channel": Kind("channel", a_scaled=True, integer=True),
     "int8_channel_decode": Kind("channel", decode="int8"),
 }

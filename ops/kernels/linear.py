@@ -76,7 +76,7 @@ def _gemm_kernel(
             row_inside, columns, n_columns, k_size, stride_ak, stride_bk,
             a_scales_ptr + rows * stride_asm, b_scales_ptr, stride_ask, stride_bsn, stride_bsk,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, SWAP,
-            SCALES, A_SCALED, DECODE, INTEGER, WIDE,
+            SCALES, A_SCALED, DECODE, INTEGER, SCALE_FORMAT, WIDE,
         )  # fmt: skip
     if SHIFTED:
         shifts = tl.load(a_shifts_ptr + rows, mask=row_inside, other=0.0)

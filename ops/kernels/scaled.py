@@ -5,7 +5,7 @@
 
 Groups are 32 elements under e8m0 bytes, or 16 under e4m3 (nvfp4). Where an architecture has no such
 instruction Triton converts both operands to bf16, which is exact but for products of scales that
-bf16 cannot hold.
+bf16 cannot hold; `sums` takes 8-bit products and scales their sums instead (`scaled_sums`).
 
 Source: OCP Microscaling Formats 1.0, section 6; PTX ISA, tcgen05.mma .block_scale and mma
 .block_scale; CDNA4 ISA, V_MFMA_SCALE_F32_*_F8F6F4.
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import dot_scaled, launch, offsets_need_64_bits, program_tile
+from hal.ops.kernels.scaled_sums import accumulate_sums, words_of
 from hal.ops.tiles import Tile
 
 
@@ -106,6 +107,7 @@ def _scaled_kernel(
     stride_asm, stride_ask, stride_bsn, stride_bsk,
     A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, SECOND: tl.constexpr,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     row_tile, column_tile = program_tile(
@@ -118,12 +120,19 @@ def _scaled_kernel(
     if WIDE:
         rows = rows.to(tl.int64)
         columns = columns.to(tl.int64)
-    result = accumulate_scaled(
-        a_ptr, b_ptr, a_scales_ptr, b_scales_ptr, rows, columns, row_inside, column_inside,
-        steps, items_a, items_b, n_groups,
-        stride_am, stride_ak, stride_bn, stride_bk, stride_asm, stride_ask, stride_bsn, stride_bsk,
-        A, B, GROUP, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    if SUMS:
+        result = accumulate_sums(
+            a_ptr, b_ptr, a_scales_ptr, b_scales_ptr, rows, columns, row_inside, column_inside,
+            n_groups, stride_am, stride_bn, stride_asm, stride_bsn,
+            B, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K // 32,
+        )  # fmt: skip
+    else:
+        result = accumulate_scaled(
+            a_ptr, b_ptr, a_scales_ptr, b_scales_ptr, rows, columns, row_inside, column_inside,
+            steps, items_a, items_b, n_groups, stride_am, stride_ak, stride_bn, stride_bk,
+            stride_asm, stride_ask, stride_bsn, stride_bsk,
+            A, B, GROUP, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     if SECOND:
         second = tl.load(a_second_ptr + rows, mask=row_inside, other=0.0) * tl.load(b_second_ptr)
         result *= second[:, None]
@@ -150,17 +159,22 @@ def scaled_gemm(
     bias: torch.Tensor | None = None,
     a_second: torch.Tensor | None = None,
     b_second: torch.Tensor | None = None,
+    sums: bool = False,
 ) -> None:
     """Write a [m, k] @ b [n, k].T under their scales to out [m, n] (bf16, fp16 or f32).
 
     Codes are e4m3fn, or of e2m1 two in a byte of uint8, the even k in the low half and a last high
     half of zero. Scales are [rows, ceil(k / group)]: bytes of e8m0, or e4m3fn under nvfp4, which
-    also has a_second [m] and b_second [] f32. bias is [n].
+    also has a_second [m] and b_second [] f32. bias is [n]. sums: multiply by `accumulate_sums`; a,
+    and b of e4m3, may then be e4m3fnuz, and rows of codes and scales begin at words.
     """
     spec = SCALED_KINDS[kind]
     m, n = a.shape[0], b.shape[0]
-    check_operand(kind, "a", spec.a, spec.group, k, a, a_scales)
-    check_operand(kind, "b", spec.b, spec.group, k, b, b_scales)
+    check_operand(kind, "a", spec.a, spec.group, k, a, a_scales, fnuz=sums)
+    check_operand(kind, "b", spec.b, spec.group, k, b, b_scales, fnuz=sums)
+    n_groups = a_scales.shape[1]
+    if sums:
+        b, a_scales, b_scales = operands_of_sums(kind, k, a, a_scales, b, b_scales)
     if out.shape != (m, n):
         raise ValueError(f"{kind}: out is {list(out.shape)}, must be [{m}, {n}]")
     if bias is not None and (bias.shape != (n,) or bias.stride(0) != 1):
@@ -180,11 +194,11 @@ def scaled_gemm(
         a, b, out, a_scales, b_scales,
         out if a_second is None else a_second, out if b_second is None else b_second,
         out if bias is None else bias,
-        m, n, -(-k // tile.block_k), a.shape[1], b.shape[1], a_scales.shape[1],
+        m, n, -(-k // tile.block_k), a.shape[1], b.shape[1], n_groups,
         *a.stride(), *b.stride(), *out.stride(), *a_scales.stride(), *b_scales.stride(),
         A=spec.a, B=spec.b, GROUP=spec.group, SECOND=a_second is not None,
         HAS_BIAS=bias is not None, WIDE=offsets_need_64_bits(a, b, out, a_scales, b_scales),
-        EVEN_K=k % tile.block_k == 0, SWAP=tile.swap,
+        EVEN_K=k % tile.block_k == 0, SWAP=tile.swap, SUMS=sums,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -198,10 +212,14 @@ def check_operand(
     k: int,
     codes: torch.Tensor,
     scales: torch.Tensor,
+    *,
+    fnuz: bool,
 ) -> None:
-    """Raise ValueError unless codes and scales are those of `k` elements a row."""
+    """Raise ValueError unless codes, which may be `fnuz`, and scales are those of `k` elements."""
     rows = list(codes.shape[:-1])
     dtype, items = (torch.uint8, -(-k // 2)) if fmt == "e2m1" else (torch.float8_e4m3fn, k)
+    if fnuz and fmt == "e4m3" and codes.dtype is getattr(torch, "float8_e4m3fnuz", None):
+        dtype = codes.dtype
     if codes.dtype != dtype or list(codes.shape) != [*rows, items]:
         raise ValueError(
             f"{kind}: {name} is {codes.dtype} {list(codes.shape)}, must be {dtype} [rows, {items}]"
@@ -212,3 +230,24 @@ def check_operand(
             f"{kind}: {name}_scales is {scales.dtype} {list(scales.shape)}, must be {dtype} "
             f"{[*rows, items]}"
         )
+
+
+def operands_of_sums(
+    kind: str,
+    k: int,
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    b: torch.Tensor,
+    b_scales: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return b, a_scales and b_scales as `accumulate_sums` reads them; raise ValueError if not."""
+    spec = SCALED_KINDS[kind]
+    if spec.a != "e4m3" or spec.group != 32 or k % 32:
+        raise ValueError(f"{kind}: sums are of e4m3 rows in whole groups of 32, not k = {k}")
+    if a.stride(1) != 1 or b.stride(-1) != 1:
+        raise ValueError(f"{kind}: rows of a and b must be contiguous")
+    if spec.b == "e4m3" and a.dtype != b.dtype:
+        raise ValueError(f"{kind}: cannot multiply {a.dtype} by {b.dtype}")
+    words = words_of(f"{kind}: b", b) if spec.b == "e2m1" else b
+    scales = (words_of(f"{kind}: {n}_scales", s) for n, s in (("a", a_scales), ("b", b_scales)))
+    return (words, *scales)

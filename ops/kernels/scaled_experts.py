@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import launch, offsets_need_64_bits, program_tile
-from hal.ops.kernels.scaled import SCALED_KINDS, accumulate_scaled, check_operand
+from hal.ops.kernels.scaled import (
+    SCALED_KINDS,
+    accumulate_scaled,
+    check_operand,
+    operands_of_sums,
+)
+from hal.ops.kernels.scaled_sums import accumulate_sums
 from hal.ops.tiles import Tile
 
 
@@ -28,7 +34,7 @@ def _scaled_experts_kernel(
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_biase,
     TOP_K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr,
     SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
-    EVEN_K: tl.constexpr, SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr, SWAP: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # The grid covers the worst case; the blocks in use come first.
@@ -51,12 +57,21 @@ def _scaled_experts_kernel(
         columns = columns.to(tl.int64)
     # One scalar a program: 64 bits cost nothing here, whatever the sizes.
     expert = expert.to(tl.int64)
-    result = accumulate_scaled(
-        a_ptr, b_ptr + expert * stride_be, a_scales_ptr, b_scales_ptr + expert * stride_bse,
-        rows, columns, row_inside, column_inside, steps, items_a, items_b, n_groups,
-        stride_am, stride_ak, stride_bn, stride_bk, stride_asm, stride_ask, stride_bsn, stride_bsk,
-        A, B, GROUP, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    if SUMS:
+        result = accumulate_sums(
+            a_ptr, b_ptr + expert * stride_be, a_scales_ptr, b_scales_ptr + expert * stride_bse,
+            rows, columns, row_inside, column_inside,
+            n_groups, stride_am, stride_bn, stride_asm, stride_bsn,
+            B, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K // 32,
+        )  # fmt: skip
+    else:
+        result = accumulate_scaled(
+            a_ptr, b_ptr + expert * stride_be, a_scales_ptr, b_scales_ptr + expert * stride_bse,
+            rows, columns, row_inside, column_inside, steps, items_a, items_b, n_groups,
+            stride_am, stride_ak, stride_bn, stride_bk,
+            stride_asm, stride_ask, stride_bsn, stride_bsk,
+            A, B, GROUP, WIDE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     if SECOND:
         second = tl.load(a_second_ptr + rows, mask=row_inside, other=0.0)
         result *= (second * tl.load(b_second_ptr + expert))[:, None]
@@ -87,6 +102,7 @@ def scaled_experts(
     bias: torch.Tensor | None = None,
     a_second: torch.Tensor | None = None,
     b_second: torch.Tensor | None = None,
+    sums: bool = False,
 ) -> None:
     """Write out [slots, n] from a [slots / top_k_divisor, k] and b [experts, n, k].
 
@@ -95,9 +111,12 @@ def scaled_experts(
     n_padded come from `align` with block = tile.block_m. bias is [experts, n], or None.
     """
     spec = SCALED_KINDS[kind]
-    check_operand(kind, "a", spec.a, spec.group, k, a, a_scales)
-    check_operand(kind, "b", spec.b, spec.group, k, b, b_scales)
+    check_operand(kind, "a", spec.a, spec.group, k, a, a_scales, fnuz=sums)
+    check_operand(kind, "b", spec.b, spec.group, k, b, b_scales, fnuz=sums)
     experts, n, _ = b.shape
+    n_groups = a_scales.shape[1]
+    if sums:
+        b, a_scales, b_scales = operands_of_sums(kind, k, a, a_scales, b, b_scales)
     slots, blocks = out.shape[0], block_experts.numel()
     if out.shape[1] != n:
         raise ValueError(f"{kind}: out has {out.shape[1]} columns, b {n}")
@@ -124,13 +143,13 @@ def scaled_experts(
         out if a_second is None else a_second, out if b_second is None else b_second,
         out if bias is None else bias,
         sorted_slots, block_experts, n_padded,
-        slots, n, -(-k // tile.block_k), a.shape[1], b.shape[2], a_scales.shape[1],
+        slots, n, -(-k // tile.block_k), a.shape[1], b.shape[2], n_groups,
         *a.stride(), *b.stride(), *out.stride(), *a_scales.stride(), *b_scales.stride(),
         0 if bias is None else bias.stride(0),
         TOP_K=top_k_divisor, A=spec.a, B=spec.b, GROUP=spec.group, SECOND=a_second is not None,
         HAS_BIAS=bias is not None,
         WIDE=offsets_need_64_bits(a, out, a_scales) or offsets_need_64_bits(b, b_scales, skip=1),
-        EVEN_K=k % tile.block_k == 0, SWAP=tile.swap,
+        EVEN_K=k % tile.block_k == 0, SWAP=tile.swap, SUMS=sums,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """Store a `QTensor` as compressed-tensors does, and say so in its configuration.
 
-The bits of codes and scales do not change, with one exception: NVFP4's second scale, which
-compressed-tensors stores as a reciprocal, may come back one unit in the last place off.
+The bits of codes and scales do not change, with two exceptions. NVFP4's second scale, which
+compressed-tensors stores as a reciprocal, may come back one unit in the last place off. Exponents
+of 128 x 128 blocks are stored as the float32 numbers that they mean: the same weights come back,
+as `fp8_block128`.
 
 Source: compressed-tensors, compressors/ and quantization/quant_scheme.py.
 """
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hal.errors import ArgumentError, EncodingError, ShapeError, UnsupportedModelError
 from hal.quant.checkpoint.packing import clear_tail, flip_sign, pack_rows, to_words
 from hal.quant.layout import to_layout
+from hal.quant.mx import decode_e8m0
 from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, group_of, scale_shape
 from hal.quant.tensor import QTensor
 
@@ -66,6 +69,8 @@ def store(name: str, weight: QTensor) -> Stored:
         scales = scales.unsqueeze(-1)
     elif how.granularity == "tensor":
         scales = scales.reshape(1)
+    elif _wide(how):
+        scales = decode_e8m0(scales)
     if how.format != "e2m1":
         kept = {".weight": codes, ".weight_scale": scales}
         if plain.input_scale is not None:
@@ -93,7 +98,8 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Return the bytes that `store` makes of a weight `[N, K]`, from its shape alone."""
     how = scheme.weight
     rows, columns = shape
-    scales = prod(scale_shape(how.granularity, shape)) * (4 if how.scale_format == "float32" else 1)
+    width = 4 if how.scale_format == "float32" or _wide(how) else 1
+    scales = prod(scale_shape(how.granularity, shape)) * width
     if _packs(scheme):
         per_word = 4 if how.format == "int8" else 8
         return rows * -(-columns // per_word) * 4 + scales + 16  # two int64 sizes
@@ -115,6 +121,11 @@ def config_group(scheme: Scheme, format: str, *, symmetric: bool) -> dict[str, A
         "output_activations": None,
         "format": format,
     }
+
+
+def _wide(how: Quantization) -> bool:
+    """Tell whether exponents are stored as numbers: compressed-tensors has them per 32 alone."""
+    return how.scale_format == "e8m0" and how.granularity != "group32"
 
 
 def _packs(scheme: Scheme) -> bool:
@@ -149,7 +160,7 @@ def _pack(weight: QTensor) -> Stored:
 def _format(how: Quantization) -> str:
     if how.format == "e2m1":
         return "mxfp4-pack-quantized" if how.scale_format == "e8m0" else "nvfp4-pack-quantized"
-    if how.scale_format == "e8m0":
+    if how.scale_format == "e8m0" and not _wide(how):
         return "mxfp8-quantized"
     return "int-quantized" if how.format == "int8" else "float-quantized"
 
@@ -171,7 +182,7 @@ def _arguments(how: Quantization) -> dict[str, Any]:
         found["strategy"] = "group" if how.second == "none" else "tensor_group"
     elif how.granularity == "block128":
         found.update(strategy="block", block_structure=[BLOCK, BLOCK])
-    if how.scale_format == "e8m0":
+    if how.scale_format == "e8m0" and not _wide(how):
         found["scale_dtype"] = "torch.uint8"
     elif how.scale_format == "e4m3fn":
         found["scale_dtype"] = "torch.float8_e4m3fn"

@@ -110,8 +110,27 @@ def _fine_grained(where: str, config: Mapping[str, Any]) -> Recipe:
     if when not in ("dynamic", "static"):
         refuse(f"{where}.activation_scheme", when, "dynamic or static")
     static = when == "static"
-    rule = Rule("fine-grained-fp8", "e4m3fn", granularity, activation="e4m3fn", static=static)
+    rule = Rule(
+        "fine-grained-fp8",
+        "e4m3fn",
+        granularity,
+        _scale_format(where, config, granularity),
+        activation="e4m3fn",
+        static=static,
+    )
     return _single("fp8", rule, names_of(where, config, names), matches_part)
+
+
+def _scale_format(where: str, config: Mapping[str, Any], granularity: str) -> str:
+    """Return how scales are held: `ue8m0` promises powers of two, of activations as well."""
+    name = value_of(where, config, "scale_fmt", str, None) or "float"
+    if name not in ("float", "ue8m0"):
+        refuse(f"{where}.scale_fmt", repr(name), "ue8m0, float or null")
+    if name == "float":
+        return "float32"
+    if granularity != "block128":
+        refuse(f"{where}.scale_fmt", "ue8m0 without blocks", "weight_block_size [128, 128]")
+    return "e8m0"
 
 
 def _gpt_oss(where: str, config: Mapping[str, Any]) -> Recipe:

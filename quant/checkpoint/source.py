@@ -131,7 +131,30 @@ def read_scales(
         raise ValueRangeError(
             source.where(suffix), found=_worst(wide), needed="finite scales of at least 0"
         )
+    if rule.scale_format == "e8m0":
+        return _exponents_of(source, suffix, wide)
     return wide if rule.scale_format == "float32" else raw.clone()
+
+
+def _exponents_of(source: Source, suffix: str, scales: torch.Tensor) -> torch.Tensor:
+    """Return float32 scales that are powers of two as e8m0 bytes.
+
+    DeepSeek-V3.1 stores such scales in float32, and says in its configuration what they are.
+    """
+    import torch
+
+    bits = scales.view(torch.int32)
+    # A fraction, or a number so small that its exponent is none.
+    unfit = ((bits & 0x7FFFFF) != 0) | (bits < 1 << 23)
+    if bool(unfit.any()):
+        place = unfit.nonzero()[0].tolist()
+        raise ValueRangeError(
+            source.where(suffix),
+            found=f"{float(scales[tuple(place)])!r} at {place}",
+            needed="powers of two, as scale_fmt ue8m0 says",
+            cure="without scale_fmt in the configuration they are read as float32 scales",
+        )
+    return (bits >> 23).to(torch.uint8)
 
 
 def read_factor(source: Source, suffix: str, *, encodes: bool = False) -> torch.Tensor:

@@ -196,7 +196,9 @@ class TestFp8Checkpoint:
         assert 0 < difference(found, wanted) < LIMITS["fp8_block128"]
         for layer in layers:
             bound = layer.__dict__["_hal_unquantized"].bound
-            assert bound.selection.scheme == "fp8_block128"
+            exponents = layer.down_proj_scale_inv.itemsize == 1
+            assert exponents == (folder.name.startswith("ue8m0"))
+            assert bound.selection.scheme == f"fp8_block128{'_ue8m0' if exponents else ''}"
 
     def test_each_layer_is_that_of_its_tensors(self, folder):
         layer = fp8_experts(load(folder, experts_implementation="hal"))[0]

@@ -28,8 +28,9 @@ SCALED_INSTRUCTIONS = ("block_scale", "v_mfma_scale_")
 def target_of(name):
     spec = device_spec(*name.split(":"))
     return Target(
-        spec.platform, spec.arch.name, spec.shared_memory_bytes, spec.compute_units, spec.lanes
-    )
+        spec.platform, spec.arch.name, spec.shared_memory_bytes, spec.compute_units, spec.lanes,
+        spec.formats.fp8_encoding or "e4m3fn",
+    )  # fmt: skip
 
 
 def native_kinds(name):
@@ -71,6 +72,43 @@ def test_native_products_have_their_own_instruction(name):
             assert "bf16" not in instruction
         if "nvfp4" in cell.name:
             assert "kind::mxf4nvf4.block_scale.scale_vec::4X" in cell.instructions[0]
+        assert cell.spilled_bytes == 0, cell
+        assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
+
+
+SUMMING = {
+    "cuda:sm_89": "e4m3", "cuda:sm_90": "wgmma", "cuda:sm_120": "e4m3",
+    "rocm:gfx942": "fp8_fp8", "rocm:gfx1201": "fp8_fp8",
+}  # fmt: skip
+
+
+def test_where_sums_are_products_of_8_bits():
+    problem = {"in_features": 2048}
+    for name in (*DEVICES, *OTHERS):
+        spec = device_spec(*name.split(":"))
+        for scheme in ("mxfp8", "mxfp4_w4a8"):
+            candidate = choose("linear", scheme, spec, problem).candidate("triton_scaled_fp8")
+            refused = any("sm_89" in failure.needed for failure in candidate.failures)
+            assert refused == (name not in SUMMING), name
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", SUMMING)
+def test_sums_have_the_instruction_of_8_bits_and_do_not_spill(name):
+    target = target_of(name)
+    names = [
+        f"{op}/{kind}/{size}"
+        for op, sizes in (("sums", SIZES), ("sums_experts", ("few", "many", "ragged")))
+        for kind in ("mxfp8", "mxfp4_w4a8")
+        for size in sizes
+    ]
+    for cell in compile_cells(target, names, timeout_s=280):
+        assert not cell.error, cell
+        assert cell.instructions, cell
+        for instruction in cell.instructions:
+            assert SUMMING[name] in instruction, cell
+            assert "f16" not in instruction
+            assert "e4m3" in instruction or "fp8" in instruction
         assert cell.spilled_bytes == 0, cell
         assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
 

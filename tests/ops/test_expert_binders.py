@@ -29,6 +29,7 @@ RUNS = [(kernel, scheme, case) for case in BY_NAME for kernel, scheme in (
     ("triton_fp8", "fp8_channel"), ("triton_decode", "int8_w8a16"),
 )] + [(kernel, scheme, name) for name in ("gpt-oss", "padded") for kernel, scheme in (
     ("triton", "bf16"), ("triton_fp8", "fp8_block128"), ("triton_int8", "int8_channel"),
+    ("triton_fp8", "fp8_block128_ue8m0"), ("triton_decode", "fp8_block128_ue8m0"),
     ("triton_fp8", "fp8_static"), ("triton_packed", "mxfp4_w4a16"),
     ("triton_w4a8", "int4_w4a8_fp8"),
 )]  # fmt: skip
@@ -39,9 +40,18 @@ SCALED = [
     ("triton_scaled_nvfp4", "nvfp4"),
 ]
 RUNS += [(*how, name) for how in SCALED for name in ("gpt-oss", "padded", "nemotron")]
+SUMS = [("triton_scaled_fp8", "mxfp8"), ("triton_scaled_fp8", "mxfp4_w4a8")]
+RUNS += [(*how, name) for how in SUMS for name in ("gpt-oss", "padded", "nemotron")]
 RUNS += [("triton_scaled_emulated", "mxfp8", "gpt-oss")]
 DEVICES = {kernel: "cuda:b200" for kernel, _ in SCALED}
-QUANTIZING = ("triton_fp8", "triton_int8", "triton_w4a8", "triton_scaled_emulated", *DEVICES)
+QUANTIZING = (
+    "triton_fp8",
+    "triton_int8",
+    "triton_w4a8",
+    "triton_scaled_emulated",
+    "triton_scaled_fp8",
+    *DEVICES,
+)
 
 
 def bind(kernel, layer, *, format="standard"):
@@ -89,9 +99,11 @@ def test_against_float64(kernel, scheme, name):
         ("triton", "bf16"),
         ("triton_fp8", "fp8_channel"),
         ("triton_fp8", "fp8_block128"),
+        ("triton_fp8", "fp8_block128_ue8m0"),
         ("triton_decode", "int8_channel"),
         ("triton_w4a8", "int4_w4a8_fp8"),
         *SCALED,
+        *SUMS,
     ],
 )
 def test_batches_against_float64(kernel, scheme, name):
@@ -126,6 +138,7 @@ class Doubled:
         ("triton_fp8", "fp8_static"),
         ("triton_packed", "nvfp4_w4a16"),
         *SCALED,
+        *SUMS,
     ],
 )
 def test_low_rank_updates(kernel, scheme):

@@ -331,6 +331,13 @@ def test_low_rank_updates_restrict_the_candidates():
     batched = bind(layer, format="batched")
     with pytest.raises(ArgumentError, match="updates with format=batched"):
         batched(torch.zeros(4, 2, 128).bfloat16(), torch.zeros(4).int(), updates=updates)
+    functional = hal.ops.fused_moe(
+        layer.x, layer.w13, layer.w2, routing, lora=True, updates=updates, **layer.biases
+    )
+    assert torch.equal(functional, bind(layer, lora=True)(layer.x, routing, updates=updates))
+    assert updates.calls == 4
+    with pytest.raises(ArgumentError, match=r"needed FusedMoE\(\.\.\., lora=True\)"):
+        hal.ops.fused_moe(layer.x, layer.w13, layer.w2, routing, updates=updates)
     bound = bind(layer, lora=True)
     torch._dynamo.reset()
     # torch before 2.9 says that there was an exception, and not which.

@@ -12,7 +12,7 @@ import pytest
 
 import hal
 from hal.arch import CudaArch
-from hal.platforms.tables import device_rows
+from hal.platforms.tables import arch_rows, device_rows
 from hal.quant import SCHEMES
 from hal.registry import Level
 from hal.selection import choose, options_from
@@ -148,3 +148,41 @@ def test_odd_sizes_need_no_reference(platform):
                 where = f"{platform}:{row.name}"
                 selection = select(scheme, where, hidden=hidden, intermediate=intermediate)
                 assert selection.level is not Level.REFERENCE, (where, scheme, hidden)
+
+
+# ----------------------------------------------------------------------------- read well enough
+EVERYWHERE = ("cuda:t4", "cuda:rtx-3090", "cuda:rtx-4090", "cuda:h100", "cuda:b200",
+              "cuda:rtx-5090", "cuda:gb10", "rocm:mi210", "rocm:mi300x", "rocm:mi355x",
+              "rocm:gfx1201", "xpu:max-1550", "xpu:arc-b580", "cpu:avx512")  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", EVERYWHERE)
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_what_stays_as_given_is_said(platform, scheme):
+    """Activations that the scheme quantizes and the choice does not are named, and no others."""
+    selection = select(scheme, platform)
+    x = next(o for o in selection.kernel.signatures[scheme] if o.name == "x")
+    left = SCHEMES[scheme].activation.format is not None and x.scale_format is None
+    assert bool(selection.as_given) == left
+    assert selection.to_dict()["as_given"] == selection.as_given
+    assert selection.as_given in " ".join(str(selection).split())
+    if left:
+        assert selection.as_given.startswith(f"x stays as given, where {scheme} has ")
+        strict = choose(
+            "fused_moe", scheme, selection.spec, SIZES,
+            options_from("fused_moe", minimum="native"),
+        )  # fmt: skip
+        assert strict.kernel is None or not strict.as_given
+
+
+@pytest.mark.parametrize("platform", ["cuda:t4", "xpu:xe-hpg", "cpu:avx512"])
+def test_a_device_without_triton_is_told_which_have_it(platform):
+    candidate = hal.select("fused_moe", scheme="bf16", platform=platform).candidate("triton")
+    (failure,) = [found for found in candidate.failures if found.needed == "feature triton"]
+    having = [arch.name for arch, facts in arch_rows().items() if "triton" in facts.features]
+    first = {kind: next(n for n in having if n.startswith(kind)) for kind in ("sm_", "gfx")}
+    intel = [name for name in having if name.startswith("xe")]
+    assert failure.hint == (
+        f"of GPUs, {first['sm_']}, {first['gfx']}, {' and '.join(intel)} or newer have it; "
+        "torch's kernels run here"
+    )

@@ -21,6 +21,7 @@ NATIVE = [
     ("triton_scaled_mixed", "mxfp4_w4a8"),
     ("triton_scaled_nvfp4", "nvfp4"),
 ]
+SUMS = [("triton_scaled_fp8", scheme) for scheme in ("mxfp8", "mxfp4_w4a8")]
 EMULATED = [("triton_scaled_emulated", scheme) for scheme in ("mxfp8", "mxfp4", "mxfp4_w4a8")]
 
 
@@ -85,10 +86,13 @@ def test_the_binder_hands_over_every_operand(monkeypatch, device, kernel, scheme
     [
         ("cuda:b200", "nvfp4", {"triton_scaled_nvfp4"}),
         ("cuda:rtx-5090", "mxfp4", {"triton_scaled"}),
-        ("cuda:rtx-5090", "mxfp4_w4a8", set()),
+        ("cuda:rtx-5090", "mxfp4_w4a8", {"triton_scaled_fp8"}),
+        ("cuda:rtx-4090", "mxfp4_w4a8", {"triton_scaled_fp8"}),
+        ("cuda:rtx-3090", "mxfp4_w4a8", set()),
         ("rocm:mi355x", "mxfp4_w4a8", {"triton_scaled_mixed"}),
-        ("rocm:mi300x", "mxfp8", set()),
-        ("cuda:h200", "mxfp8", {"triton_scaled_emulated"}),
+        ("rocm:mi300x", "mxfp8", {"triton_scaled_fp8"}),
+        ("rocm:mi300x", "mxfp4", set()),
+        ("cuda:h200", "mxfp8", {"triton_scaled_emulated", "triton_scaled_fp8"}),
         ("cuda:h200", "nvfp4", set()),
     ],
 )
@@ -113,7 +117,7 @@ def test_where_it_is_a_candidate(device, scheme, able):
     ("tokens", "rows", "columns"),
     [(1, 1, 32), (3, 33, 96), (16, 100, 160), (17, 1000, 1056), (65, 129, 224), (300, 257, 544)],
 )
-@pytest.mark.parametrize(("kernel", "scheme"), [*NATIVE, *EMULATED])
+@pytest.mark.parametrize(("kernel", "scheme"), [*NATIVE, *SUMS, *EMULATED])
 def test_odd_sizes_against_float64(device, kernel, scheme, tokens, rows, columns, dtype):
     weight, x, bias = inputs(scheme, rows, columns, tokens, dtype, device)
     try:

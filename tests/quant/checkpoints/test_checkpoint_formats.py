@@ -15,6 +15,7 @@ import torch
 from hal.errors import UnknownNameError, UnsupportedModelError
 from hal.quant import SCHEMES, QTensor
 from hal.quant.checkpoint import FORMATS, load
+from hal.quant.mx import decode_e8m0
 from hal.quant.nibbles import unpack
 from hal.quant.scheme import group_of
 
@@ -48,7 +49,7 @@ EXPECTED_SCHEMES = {
     "gptq_symmetric": "int4_w4a16_g64",
     "hf_fp8_block": "fp8_block128",
     "hf_fp8_block_ragged": "fp8_block128",
-    "hf_fp8_experts_ue8m0": "fp8_block128",
+    "hf_fp8_experts_ue8m0": "fp8_block128_ue8m0",
     "hf_fp8_tensor": "fp8_static",
     "modelopt_fp8": "fp8_static",
     "modelopt_nvfp4": "nvfp4",
@@ -266,6 +267,25 @@ def test_group_index_in_order_is_nothing_special(golden) -> None:
     with_index = load(copy.folder)[DOWN]
     copy.change(__g_idx=None)
     assert torch.equal(load(copy.folder)[DOWN].values, with_index.values)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.uint8])
+def test_powers_of_two_are_exponents_however_they_are_stored(golden, stored) -> None:
+    """DeepSeek-V3.1 holds them in float32, and says `scale_fmt: ue8m0`; activations follow."""
+    copy = golden("hf_fp8_block")
+    plain = load(copy.folder)[DOWN]
+    exponents = torch.tensor([[120, 1]], dtype=torch.uint8)
+    scales = exponents if stored is torch.uint8 else decode_e8m0(exponents).to(stored)
+    copy.change(down_proj__weight_scale_inv=lambda old: scales.view(old.shape))
+    copy.settings(scale_fmt="ue8m0")
+    weight = load(copy.folder)[DOWN]
+    assert weight.scheme.name == "fp8_block128_ue8m0"
+    assert torch.equal(weight.scales, exponents)
+    assert torch.equal(weight.values.view(torch.uint8), plain.values.view(torch.uint8))
+    wide = decode_e8m0(exponents).repeat_interleave(128, 1)
+    assert torch.equal(weight.dequantize(), weight.values.float() * wide)
+    copy.settings(scale_fmt=None)
+    assert load(copy.folder)[DOWN].scheme.name == "fp8_block128"
 
 
 @pytest.mark.parametrize("pattern", ["re:.*up_proj$", UP])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hal.quant.shards import shard_cure, tensor_parallel_sizes
+from hal.shards import shard_cure, tensor_parallel_sizes
 
 
 @pytest.mark.parametrize(
