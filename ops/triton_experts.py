@@ -30,6 +30,7 @@ from hal.ops.linear import (
     scale_names,
     w4a8_tensors,
 )
+from hal.ops.triton_since import needs_triton
 from hal.quant.codec import SCALE_FLOOR
 from hal.registry import Level
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 TRITON = (
     Needs.feature("triton"),
-    Needs.package("triton", "3.3", "slots are aligned with tl.gather"),
+    needs_triton("3.3", "slots are aligned with tl.gather"),
     Needs.between("experts", 1, 1025),
     Needs.one_of("activation", *ACTIVATIONS),
 )
