@@ -112,6 +112,16 @@ MUTATIONS = (
         "return bool(row.source)", "tests/core/test_evidence.py",
     ),
     Mutation(
+        "hash: what a binder calls does not count", "hal/sources.py",
+        "todo += [use for use in uses if _within(use[0], followed)]", "todo += []",
+        "tests/core/test_sources.py",
+    ),
+    Mutation(
+        "kernel: changed and not compiled anew", "ops/kernels/encode.py",
+        "scale = tl.maximum(tl.div_rn(amax,", "scale = 2 * tl.maximum(tl.div_rn(amax,",
+        "tests/core/test_cells.py",
+    ),
+    Mutation(
         "order: the body waits for nobody", "platforms/streams.py",
         "                body.wait_stream(outer)\n", "                pass\n",
         "tests/platforms/test_ordering.py",

@@ -14,8 +14,8 @@ libtorch_python).
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from hal.errors import UnknownNameError
 
@@ -147,7 +147,8 @@ _ROWS = (
     Format("uint4", 4, 0, 4, 0, Special.NONE, 15.0, None, None, False),
 )
 
-FORMATS: MappingProxyType[str, Format] = MappingProxyType({row.name: row for row in _ROWS})
+# A plain dictionary: the compiler of torch 2.6 reads no other.
+FORMATS: Mapping[str, Format] = {row.name: row for row in _ROWS}
 """Every number format by name."""
 
 

@@ -188,17 +188,23 @@ class _Package(Need):
     name: str
     at_least: str | None = None
     hint: str = ""
+    on: tuple[tuple[str, str], ...] = ()
 
     def check(self, context: Context) -> Failure | None:
-        software = context.spec.software
+        software, arch = context.spec.software, context.spec.arch.name
         broken = dict(software.broken).get(self.name)
-        needed = f"{self.name} >= {self.at_least}" if self.at_least else self.name
+        needed, floor = self.name, self.at_least
+        later = dict(self.on).get(arch)
+        if later and not (floor and version_at_least(floor, later)):
+            needed, floor = f"{self.name} >= {later} on {arch}", later
+        elif floor:
+            needed = f"{self.name} >= {floor}"
         if broken is not None:
             return Failure(Code.PACKAGE, needed, f"{self.name} broken: {broken}")
         version = software.version_of(self.name)
         if version is None:
             return Failure(Code.PACKAGE, needed, "not installed", self.hint)
-        if self.at_least and not version_at_least(version, self.at_least):
+        if floor and not version_at_least(version, floor):
             return Failure(Code.PACKAGE, needed, f"{self.name} {version}")
         return None
 
@@ -424,16 +430,25 @@ class Needs:
         return _Feature(name, hint)
 
     @staticmethod
-    def package(name: str, at_least: str | None = None, hint: str = "") -> Need:
+    def package(
+        name: str,
+        at_least: str | None = None,
+        hint: str = "",
+        on: Mapping[str, str] | None = None,
+    ) -> Need:
         """Need an installed package that is not known to be broken.
+
+        `on` gives later releases for single architectures, by name such as `sm_90`.
 
         The hint says where to get it. There is none by default: the name that a package is
         imported by is often another one's name in a registry, and the plain builds of torch and
         triton are the wrong ones for many devices.
         """
-        if at_least is not None:
-            _release("package", at_least)
-        return _Package(name, at_least, hint)
+        later = tuple((on or {}).items())
+        for release in (at_least, *(release for _, release in later)):
+            if release is not None:
+                _release("package", release)
+        return _Package(name, at_least, hint, later)
 
     @staticmethod
     def torch(at_least: str, reason: str, on: Mapping[str, str] | None = None) -> Need:

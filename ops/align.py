@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hal.errors import DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, measurements, select_for
+from hal.ops.triton_since import needs_triton
 from hal.registry import Level, Op, Operand
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def align_torch(ids: torch.Tensor, experts: int, block: int) -> Alignment:
     signatures=SIGNATURE,
     requires=(
         TRITON_HERE,
-        Needs.package("triton", "3.3", "3.2 has no tl.gather"),
+        needs_triton("3.3", "3.2 has no tl.gather"),
         Needs.between("experts", 1, 1025),
     ),
 )

@@ -25,6 +25,13 @@ _SCALED = re.compile(r"block_scale|kind::mx|_scale_f32|mfma_scale|v_mfma_scale|s
 """Matrix instructions that take the scales of groups."""
 _SCALED_ROWS = {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "mxfp4_w4a8": "mxfp8", "nvfp4": "nvfp4"}
 """Which cell quantizes the rows of a product under scales per group."""
+_STATIC_ROWS = {"e4m3fn": "fp8_static", "int8": "int8_static"}
+_ROWS = {
+    ("e4m3fn", "token"): ("fp8_rows", "fp8_channel"),
+    ("e4m3fn", "group128"): ("fp8_groups", "fp8_block128"),
+    ("int8", "token"): ("int8_rows", "int8_channel"),
+}
+"""Which cells quantize rows under float32 scales: alone, and after a norm or a gate."""
 
 
 def kind_of(kernel: Kernel, scheme: Scheme) -> str:
@@ -97,24 +104,20 @@ def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
 
 
 def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
-    """Return the cell of a quantizing op; static and asymmetric rows have none so far."""
+    """Return the cell of a quantizing op: what schemes that store rows alike have in common."""
     how = scheme.activation
-    before = {"quantize": "plain", "quantize_rms_norm": "norm", "quantize_swiglu": "gate"}.get(op)
-    if not how.symmetric or not how.dynamic or before is None:
-        return ()
+    before = {"quantize": "plain", "quantize_rms_norm": "norm", "quantize_swiglu": "gate"}[op]
     if how.granularity == "group128" and how.scale_format == "e8m0":
         return (f"quantize/{scheme.name}/{before}",)
     if how.scale_format != "float32" or how.second != "none":
         block = {"e2m1": "mxfp4" if how.second == "none" else "nvfp4"}.get(str(how.format), "mxfp8")
         return (f"quantize/{block}/{before}",)
-    rows = {("e4m3fn", "token"): "fp8_rows", ("e4m3fn", "group128"): "fp8_groups"}
-    rows |= {("int8", "token"): "int8_rows"}
-    name = rows.get((str(how.format), how.granularity))
-    if before == "plain":
-        return (f"quantize/{name}",) if name else ()
-    if before == "norm" and name == "fp8_rows":
-        return ("quantize/fp8_channel/norm",)
-    return ()
+    if not how.dynamic:
+        return (f"quantize/{_STATIC_ROWS[str(how.format)]}/{before}",)
+    if not how.symmetric:
+        return (f"quantize/int8_channel_asymmetric/{before}",)
+    plain, other = _ROWS[str(how.format), how.granularity]
+    return (f"quantize/{plain}" if before == "plain" else f"quantize/{other}/{before}",)
 
 
 def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: int) -> str:

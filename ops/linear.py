@@ -19,6 +19,7 @@ from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.quantize import fake_quantize
+from hal.ops.triton_since import needs_triton
 from hal.quant.scheme import SCHEMES
 from hal.registry import Level, Op
 
@@ -60,7 +61,7 @@ INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""
 INT4 = {name: how for name, how in WEIGHT_ONLY.items() if name.startswith("int4_w4a16")}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
-TRITON = (TRITON_HERE, Needs.package("triton", "3.2"))
+TRITON = (TRITON_HERE, needs_triton())
 QUANTIZED_ROWS = Needs.between("in_features", 1, 32768, "rows are quantized in one piece")
 
 Bound = tuple[Launch, Tensors]

@@ -14,6 +14,7 @@ from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
+from hal.ops.triton_since import needs_triton
 from hal.quant.asymmetric import encode_asymmetric
 from hal.quant.codec import SCALE_FLOOR, encode, encode_static
 from hal.quant.represent import encoding_of, numbers, represent
@@ -56,7 +57,7 @@ PLAIN = {
 TRITON = (
     Needs.package("torch"),
     TRITON_HERE,
-    Needs.package("triton", "3.2"),
+    needs_triton(),
     Needs.storage("e4m3fn", "e4m3fnuz", "int8"),
     Needs.between("features", 1, 32768),
 )

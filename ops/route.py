@@ -43,6 +43,7 @@ from hal.ops.binding import TRITON_HERE, measurements, select_for
 from hal.ops.checks import dtype_name
 from hal.ops.router import AFTER_TOP_K, SCORINGS, Router, check_groups, check_vectors, refuse_top_k
 from hal.ops.routing import Routing
+from hal.ops.triton_since import needs_triton
 from hal.registry import Level, Op, Operand
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def _top(keys: torch.Tensor, k: int) -> torch.Tensor:
     signatures=SIGNATURE,
     requires=(
         TRITON_HERE,
-        Needs.package("triton", "3.2"),
+        needs_triton(),
         Needs.between("experts", 1, 1025),
         Needs.between("top_k", 1, 16),
     ),

@@ -32,6 +32,7 @@ from hal.ops.linear import (
     scale_names,
     w4a8_tensors,
 )
+from hal.ops.triton_since import needs_triton
 from hal.quant.codec import SCALE_FLOOR
 from hal.registry import Level
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 TRITON = (
     TRITON_HERE,
-    Needs.package("triton", "3.3", "slots are aligned with tl.gather"),
+    needs_triton("3.3", "slots are aligned with tl.gather"),
     Needs.between("experts", 1, 1025),
     Needs.one_of("activation", *ACTIVATIONS),
 )

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import enum
 import math
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hal.errors import EncodingError, UnknownNameError
@@ -73,9 +73,8 @@ class ScaleRule(enum.Enum):
     EVEN = "even"
 
 
-DEFAULT_RULES: MappingProxyType[str, ScaleRule] = MappingProxyType(
-    {"e4m3fn": ScaleRule.RCEIL, "e2m1": ScaleRule.EVEN}
-)
+# A plain dictionary: the compiler of torch 2.6 reads no other.
+DEFAULT_RULES: Mapping[str, ScaleRule] = {"e4m3fn": ScaleRule.RCEIL, "e2m1": ScaleRule.EVEN}
 """The rule of each element format, chosen by measured error."""
 
 

@@ -20,6 +20,7 @@ scale is a float32 factor besides: value = code * scale * second scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -132,9 +133,11 @@ class Scheme:
         )
 
 
-ENCODINGS: MappingProxyType[str | None, tuple[str, ...]] = MappingProxyType(
-    {"e4m3fn": ("e4m3fn", "e4m3fnuz"), "int4": ("int4", "uint4")}
-)
+# A plain dictionary: the compiler of torch 2.6 reads no other.
+ENCODINGS: Mapping[str | None, tuple[str, ...]] = {
+    "e4m3fn": ("e4m3fn", "e4m3fnuz"),
+    "int4": ("int4", "uint4"),
+}
 """What the codes of a format may be held as; of others, as themselves. uint4 has zero points."""
 
 

@@ -5,11 +5,14 @@ matrices into an order of its own, and multiplies expert by expert. It routes by
 is given a function that does: that one hands over hal's routing. Routing weights and sums are in
 the dtype of x. Ids of no expert would raise in its one-hot encoding: they are stood in for. The
 module keeps what it packed at its first call; that stands beside it so that its bytes are counted.
+It packs in the memory that it is given where both sizes allow blocks of 16 x 64, so that it gets
+copies: the caller's weights stay as they are.
 
 IPEX is for torch 2.8 alone and ends the process under another: `hal.software` says so beforehand.
 
 Source: the wheel of intel-extension-for-pytorch 2.8.0: llm/modules/linear_fusion.py
-(`GatedMLPMOE`), transformers/models/cpu/fusions/linear_fusion.py (`_IPEXGatedMLPMOECPU`).
+(`GatedMLPMOE`), transformers/models/cpu/fusions/linear_fusion.py (`_IPEXGatedMLPMOECPU`),
+nn/utils/_weight_prepack.py (`Apply_TPPLinear_weight_prepack`).
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ Bound = tuple[Launch, Tensors]
         Needs.package(PACKAGE, "2.8"),
         Needs.math_of("dtype"),
         Needs.one_of("dtype", "bfloat16", hint="IPEX packs bfloat16"),
+        # Otherwise it may pack w2 in blocks and w13 not, and then fails at its first call.
+        Needs.multiple_of("hidden", 64, hint="IPEX's blocks"),
         *plain_layer("silu"),
     ),
     claimed=True,
@@ -54,7 +59,7 @@ def bind_experts(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer
 
     experts, _, hidden = w13.shape
     kind = attribute(PACKAGE, f"{MODULE}.llm.modules", "GatedMLPMOE")
-    module = kind(w13.values, w2.values, use_prepack=True)
+    module = kind(w13.values.clone(), w2.values.clone(), use_prepack=True)
 
     def run(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tensors: Tensors

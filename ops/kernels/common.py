@@ -283,7 +283,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def _active_driver() -> Any:
     """Return Triton's driver; raise PlatformError where it has none."""
     try:
-        return driver.active
+        active = driver.active
+        active.get_current_device  # noqa: B018  before Triton 3.5 looked for at its first use
+        return active
     except RuntimeError as error:
         # "0 active drivers ([]). There should only be one." helps nobody.
         raise PlatformError(

@@ -410,15 +410,18 @@ def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
 
 
 def _store(target: Target, scheme: str, before: str) -> None:
-    """Call the launcher of a quantizing op."""
+    """Call the launcher of a quantizing op as its binder does."""
     from hal.ops.activations import Activation
     from hal.ops.kernels.quantize import Norm
-    from hal.ops.quantize import launch_triton
+    from hal.ops.quantize import launch_triton, quantize_triton
     from hal.quant.scheme import find_scheme
 
     how = find_scheme(scheme).activation
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
     x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
+    if before == "plain":
+        quantize_triton(x, encoding, how, None if how.dynamic else _empty(dtype="float32"))
+        return
     options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
     if before == "norm":
         options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
@@ -483,10 +486,14 @@ _CASES: dict[str, Callable[[Target], None]] = {
     "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),
     **{
         f"quantize/{scheme}/{before}": partial(_store, scheme=scheme, before=before)
-        for scheme in ("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0")
-        for before in ("plain", "norm", "gate")
+        for schemes, befores in (
+            (("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0"), ("plain", "norm", "gate")),
+            (("fp8_channel", "fp8_block128", "int8_channel"), ("norm", "gate")),
+            (("fp8_static", "int8_static", "int8_channel_asymmetric"), ("plain",)),
+        )
+        for scheme in schemes
+        for before in befores
     },
-    "quantize/fp8_channel/norm": partial(_store, scheme="fp8_channel", before="norm"),
     "swiglu/silu": lambda _: _gate("silu"),
     "swiglu/silu_batched": lambda _: _gate("silu", batched=True),
     "swiglu/gelu_interleaved": lambda _: _gate("gelu", interleaved=True),
@@ -541,7 +548,9 @@ def _specialization(compiled: Iterable[Any]) -> str:
     for entry in compiled:
         source, options = entry.kernel.src, entry.kernel.metadata
         names = ("num_warps", "num_stages", "num_ctas", "waves_per_eu", "matrix_instr_nonkdim")
-        parts = (source.signature, source.constants, source.attrs)
+        # Triton 3.2 has an object around what is divisible and equal to one.
+        attributes = getattr(source.attrs, "arg_properties", source.attrs)
+        parts = (source.signature, source.constants, attributes)
         facts = [sorted((str(key), str(value)) for key, value in part.items()) for part in parts]
         told.append([entry.name, *facts, [(n, getattr(options, n, None)) for n in names]])
     return hashlib.sha256(json.dumps(sorted(told, key=str)).encode()).hexdigest()[:12]

@@ -146,7 +146,7 @@ def encode_values(x, broken, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
     x = tl.where(broken[:, None], 0.0, x)
     if ENCODING != "":
         return encode_fp8(x, ENCODING)
-    elif VALUE_DTYPE.is_int():
+    elif VALUE_DTYPE == tl.int8:
         return (x + ROUNDER).to(tl.int32, bitcast=True).to(VALUE_DTYPE)
     else:
         return x.to(VALUE_DTYPE)

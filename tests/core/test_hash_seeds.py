@@ -21,9 +21,12 @@ from hal.registry import find_op, op_names
 from hal.selection import choose
 
 software = Software(torch="2.13.0", torch_build="cuda 13.0", triton="3.7.1")
-digest, count, devices = hashlib.sha256(), 0, device_names()
-for device in devices:
+digest, count, archs = hashlib.sha256(), 0, []
+for device in device_names():
     spec = device_spec(*device.split(":"), software)
+    if spec.arch.name in archs:  # its products differ in numbers alone
+        continue
+    archs.append(spec.arch.name)
     for op in map(find_op, op_names()):
         for scheme in sorted({scheme for kernel in op.kernels for scheme in kernel.schemes}):
             selection = choose(op, scheme, spec, {})
@@ -32,7 +35,7 @@ for device in devices:
                 assert candidate.can_run or candidate.failures
             digest.update(json.dumps(selection.to_dict()).encode() + str(selection).encode())
             count += 1
-print(len(devices), count, digest.hexdigest())
+print(len(archs), count, digest.hexdigest())
 """
 
 
@@ -54,6 +57,6 @@ def test_selections_are_identical_across_hash_seeds(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         answers = set(pool.map(lambda seed: run(seed, tmp_path), SEEDS))
     (answer,) = answers
-    devices, selections, _ = answer.split()
-    assert int(devices) >= 40
-    assert int(selections) >= 40 * 10
+    archs, selections, _ = answer.split()
+    assert int(archs) >= 20
+    assert int(selections) >= 20 * 10

@@ -70,6 +70,14 @@ CASES = [
         Needs.package("triton", "3.8"), {}, {}, "package: found triton 3.7.1, needs triton >= 3.8",
     ),
     (
+        Needs.package("triton", "3.2", on={"sm_90": "3.8"}), {}, {},
+        "package: found triton 3.7.1, needs triton >= 3.8 on sm_90",
+    ),
+    (
+        Needs.package("triton", "3.9", on={"sm_90": "3.8"}), {}, {},
+        "package: found triton 3.7.1, needs triton >= 3.9",
+    ),
+    (
         Needs.torch("2.14", "grouped_mm"),
         {},
         {},

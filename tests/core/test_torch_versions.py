@@ -147,6 +147,37 @@ def test_what_a_device_binds_decides_between_two_eight_bit_floats() -> None:
         assert candidate.can_run == runs, (where, version, candidate.failures)
 
 
+@pytest.mark.parametrize(
+    ("arch", "before", "since"),
+    [
+        ("sm_100", "3.2.0", "3.3.0"),
+        ("sm_103", "3.5.0", "3.6.0"),
+        ("sm_110", "3.6.0", "3.7.1"),
+        ("sm_120", "3.3.0", "3.4.0"),
+        ("sm_121", "3.5.0", "3.6.0"),
+    ],
+)
+def test_no_kernel_goes_to_a_triton_that_does_not_compile_for_the_device(
+    arch: str, before: str, since: str
+) -> None:
+    """It would fail at the first call, or end the process: see `hal.ops.triton_since`."""
+    for triton, able in ((before, False), (since, True)):
+        packages = (("triton", triton),)
+        software = Software(torch="2.13.0", triton=triton, packages=packages)
+        spec = device_spec("cuda", arch, software)
+        found = set()
+        for op in map(find_op, op_names()):
+            kernels = [kernel for kernel in op.kernels if kernel.name.startswith("triton")]
+            for kernel in () if op.collective else kernels:
+                for scheme in kernel.schemes:
+                    row = choose(op, scheme, spec, {}).candidate(kernel.name)
+                    found.add(row.can_run)
+                    told = "; ".join(map(str, row.failures))
+                    refused = f"found triton {triton}, needs triton >= 3." in told
+                    assert able or refused or "arch: found" in told, (kernel, scheme, told)
+        assert (True in found) is able
+
+
 def test_triton_alone_runs_nothing() -> None:
     spec = device_spec(*H100, Software(triton="3.7.1"))
     for name, scheme in CELLS:

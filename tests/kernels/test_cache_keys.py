@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.skipif(
     common.INTERPRETED.value, reason="needs a process without TRITON_INTERPRET"
 )
 H100 = GPUTarget("cuda", 90, 32)
+# Triton 3.2 calls its caches otherwise, and asks a driver for less about what it has loaded.
+CACHES, LOADED = ("cache", 4) if triton.__version__.startswith("3.2.") else ("device_caches", 5)
 # One for each file of kernels, and for each way in which a launcher tells about its arguments.
 CELLS = (
     "gemm/bf16/few",
@@ -75,7 +78,7 @@ class LaunchingDriver:
         self.launched: list[tuple[str, str]] = []
         self.device = 92  # of no real machine
         self.utils = SimpleNamespace(
-            load_binary=lambda name, *_: ("module", name, 32, 0, 1024),
+            load_binary=lambda name, *_: ("module", name, 32, 0, 1024)[:LOADED],
             get_device_properties=lambda _: {"max_shared_mem": 232448},
             launch=None,
         )
@@ -112,10 +115,12 @@ def launching(monkeypatch):
     monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
     yield fake
     for kernel in kernels:
-        kernel.device_caches.pop(fake.device, None)
+        getattr(kernel, CACHES).pop(fake.device, None)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name", CELLS if hasattr(tl, "gather") else [n for n in CELLS if n != "align/few"]
+)
 def test_a_launch_on_memory_has_the_key_of_the_cross_compiler(name, launching, monkeypatch):
     """Tensors on the CPU have addresses, so that alignment is computed and not assumed."""
     target = target_of("cuda:h100")

@@ -84,6 +84,8 @@ def test_conversion_is_not_taken_for_native():
     """gfx90a has no fp8: Triton converts to f16, and the instruction says so."""
     target, _ = facts("rocm:gfx90a")
     (cell,) = compile_cells(target, ["gemm/fp8_channel/many"])
+    if "ld.lld not found" in cell.error:
+        pytest.skip("needs Triton 3.5, which links AMD's code itself, or ROCm's ld.lld")
     assert cell.error == ""
     assert cell.instructions
     assert "fp8" not in cell.formats

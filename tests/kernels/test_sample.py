@@ -16,6 +16,7 @@ from test_cache_keys import CELLS, target_of
 from hal.device import version_at_least
 from hal.ops.cells import cells_of
 from hal.ops.kernels.crosscompile import OWN_FORMAT, cell_names, compile_cells
+from hal.ops.triton_since import COMPILES_SINCE
 from hal.registry import find_op, op_names
 
 MOST = 60
@@ -61,7 +62,12 @@ def test_the_sample_compiles_and_fits(name):
     if not version_at_least(triton.__version__, "3.7"):
         cells = tuple(cell for cell in cells if not cell.startswith("scaled/"))
     target = target_of(name)
+    since = COMPILES_SINCE.get(target.arch, "3.2")
+    if not version_at_least(triton.__version__, since):
+        pytest.skip(f"needs Triton {since}, the first that compiles for {name}")
     for cell in compile_cells(target, cells, timeout_s=280):
+        if "ld.lld not found" in cell.error:
+            pytest.skip("needs Triton 3.5, which links AMD's code itself, or ROCm's ld.lld")
         assert cell.error == "", cell
         assert cell.shared_memory_bytes <= target.shared_memory_bytes, cell
         assert 0 < cell.registers <= (512 if target.platform == "rocm" else 255), cell

@@ -45,6 +45,14 @@ def spec_of(device: str, packages=EVERYTHING, broken=(), torch_version: str = TO
     return device_spec(*device.split(":"), software)
 
 
+def newest(device: str):
+    """Return the facts of a simulated device with torch and Triton as hal is developed with them.
+
+    What a test says of a device must not hang on the releases that it happens to run under.
+    """
+    return spec_of(device, packages=(("triton", "3.7.1"),))
+
+
 def select(device: str, scheme: str, kernel: str | None = None, **problem):
     """Return the selection of `linear` on a simulated device that has every package."""
     packages = problem.pop("packages", EVERYTHING)

@@ -32,8 +32,8 @@ class Packed(torch.nn.Module):
         assert W13.shape == (count, 2 * intermediate, hidden)
         gate, up = W13[:, :intermediate], W13[:, intermediate:]
         for name, part in (("gate", gate), ("up", up), ("down", W2)):
-            hidden_bits = (part.contiguous().view(torch.int16) ^ SECRET).view(torch.bfloat16)
-            setattr(self, name, torch.nn.Parameter(hidden_bits))
+            part.view(torch.int16).bitwise_xor_(SECRET)  # in the memory that it was given
+            setattr(self, name, torch.nn.Parameter(part))
 
     def plain(self, name):
         bits = getattr(self, name).detach().view(torch.int16) ^ SECRET
@@ -100,6 +100,14 @@ def test_the_packed_weights_are_counted_and_need_no_gradient():
     assert not out.requires_grad
 
 
+def test_the_given_weights_stay_as_they_are():
+    layer = experts.make(experts.PLAIN, "bf16", DEVICE, **SIZES)
+    before = layer.w13.values.clone(), layer.w2.values.clone()
+    experts.bind(DEVICE, "ipex_moe", layer)
+    assert torch.equal(layer.w13.values, before[0])
+    assert torch.equal(layer.w2.values, before[1])
+
+
 PROBLEM = {"experts": 8, "hidden": 512, "intermediate": 256, "tokens": 16, "activation": "silu"}
 
 
@@ -113,5 +121,7 @@ def test_where_it_is_a_candidate():
     ):
         selection = experts.select(device, "bf16", dtype=dtype, **PROBLEM)
         assert told in "; ".join(map(str, selection.candidate("ipex_moe").failures))
+    odd = experts.select(DEVICE, "bf16", **PROBLEM | {"hidden": 48, "intermediate": 64})
+    assert "hidden a multiple of 64" in "; ".join(map(str, odd.candidate("ipex_moe").failures))
     selection = experts.select(DEVICE, "bf16", packages=(), **PROBLEM)
     assert "not installed" in str(selection.candidate("ipex_moe").failures)

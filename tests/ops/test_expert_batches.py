@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import adapter_fakes as fakes
 import expert_cases
 import pytest
 import torch
@@ -77,12 +78,14 @@ def test_nothing_to_do(device):
 
 
 def test_int8_activations_are_refused_with_the_reason():
-    selection = hal.select("fused_moe", scheme="int8_channel", platform="cuda:h100",
+    selection = hal.select("fused_moe", scheme="int8_channel", platform=fakes.newest("cuda:h100"),
                            format="batched")  # fmt: skip
     for kernel in ("triton_int8", "torch_experts_int8"):
         assert "rows with a routing only" in str(selection.candidate(kernel).failures)
     assert selection.kernel.name == "triton_decode"
-    grouped = hal.select("fused_moe", scheme="bf16", platform="cuda:h100", format="batched")
+    grouped = hal.select(
+        "fused_moe", scheme="bf16", platform=fakes.newest("cuda:h100"), format="batched"
+    )
     assert "sorted by expert" in str(grouped.candidate("torch_grouped_mm").failures)
     layer = make(scheme="int8_channel")
     with pytest.raises(ForcedKernelError, match="rows with a routing only"):

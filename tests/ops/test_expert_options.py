@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import adapter_fakes as fakes
 import expert_cases
 import pytest
 import torch
@@ -318,7 +319,9 @@ def test_low_rank_updates_equal_merged_weights(device, kernel, scheme):
 
 
 def test_low_rank_updates_restrict_the_candidates():
-    selection = hal.select("fused_moe", scheme="bf16", platform="cuda:h100", lora=True)
+    selection = hal.select(
+        "fused_moe", scheme="bf16", platform=fakes.newest("cuda:h100"), lora=True
+    )
     assert selection.kernel.name == "triton"
     assert "between torch's grouped" in str(selection.candidate("torch_grouped_mm").failures)
     layer = make(SILU)
@@ -351,7 +354,9 @@ def test_selection_knows_the_options():
         "bias": True, "format": "standard", "apply_router_weight_on_input": False,
         "hidden": 3072, "unpadded_hidden": 2880,
     }  # fmt: skip
-    selection = hal.select("fused_moe", scheme="mxfp4_w4a16", platform="cuda:h100", **options)
+    selection = hal.select(
+        "fused_moe", scheme="mxfp4_w4a16", platform=fakes.newest("cuda:h100"), **options
+    )
     assert selection.kernel.name == "triton_packed"
     with pytest.raises(hal.HalError, match="unpadded_hidden=2880"):
         hal.select("fused_moe", scheme="bf16", hidden=128, unpadded_hidden=2880)

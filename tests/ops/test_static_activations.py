@@ -119,9 +119,12 @@ def test_torchs_product_with_one_scale_a_matrix() -> None:
     x = numbers(5, 64)
     x[2, 3] = torch.inf
     codes, _ = quantize_activations(x, "fp8_static", input_scale=weight.input_scale)
-    out = scaled_mm_tensorwise_function()(
-        codes, weight.values.t(), weight.input_scale, weight.scales, torch.bfloat16
-    )
+    try:
+        out = scaled_mm_tensorwise_function()(
+            codes, weight.values.t(), weight.input_scale, weight.scales, torch.bfloat16
+        )
+    except NotImplementedError:
+        pytest.skip(f"torch {torch.__version__} has no scaled product on the CPU, 2.8 has")
     seen = fake_quantize(x, weight.scheme, "e4m3fn", weight.input_scale).double()
     wanted = seen @ weight.dequantize().double().T
     assert out[2].isnan().all()

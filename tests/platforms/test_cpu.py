@@ -19,7 +19,6 @@ from platform_fakes import GIB, machine
 
 from hal.device import DeviceSpec
 from hal.platforms.cpu import CpuPlatform, detect
-from hal.platforms.detection import detect as detect_all
 from hal.platforms.machine import Machine
 from hal.platforms.procfs import parse_list
 
@@ -473,7 +472,7 @@ def test_no_process_is_started_and_lscpu_least_of_all(
     (tmp_path / "lscpu").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     started: list[str] = []
-    before = detect_all(Machine.here()).present["cpu"].device(0)
+    before = detect(Machine.here()).device(0)
 
     def refuse(name: str) -> Any:
         return lambda *args, **kwargs: started.append(name)
@@ -481,7 +480,7 @@ def test_no_process_is_started_and_lscpu_least_of_all(
     for name in ("fork", "posix_spawn", "posix_spawnp", "forkpty", "system", "popen"):
         monkeypatch.setattr(os, name, refuse(name), raising=False)
     monkeypatch.setattr(subprocess, "Popen", refuse("Popen"))
-    assert detect_all(Machine.here()).present["cpu"].device(0) == before
+    assert detect(Machine.here()).device(0) == before
     assert started == []
     assert not (tmp_path / "ran").exists()
 
