@@ -45,6 +45,7 @@ COSTS: Mapping[str, Cost] = MappingProxyType(
         "all_gather": Cost(8.8, 0.537),
         "reduce_scatter": Cost(8.6, 0.508),
         "all_to_all": Cost(10.0, 0.621),
+        "peer_writes": Cost(5.0, 0.86),
     }
 )
 """Two H200, 450 GB/s each way: microseconds at 1 token; bytes over time at 8192 tokens."""
@@ -56,9 +57,14 @@ WAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
         "all_gather": (("all_gather",), ("reduce_scatter",)),
         "all_to_all_padded": (("all_gather",), ("all_to_all",)),
         "all_reduce": (("all_gather",), ("reduce_scatter", "all_gather")),
+        "symmetric_memory": (("peer_writes",), ("peer_writes",)),
     }
 )
 """Collectives of each transport, there and back; an all-reduce is a reduce-scatter and a gather."""
+
+
+CHOSEN = ("all_to_all", "symmetric_memory")
+"""Transports that send a token only to ranks with one of its experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +163,8 @@ def predict(
     held = map(len, Placement.linear(experts, machine.ranks).held)
     part = sum(chance(experts, each, payload.top_k) for each in held) / machine.ranks
     rows = tokens * (machine.ranks - 1)
-    there = rows * payload.row_bytes * (part if transport == "all_to_all" else 1)
-    back = rows * payload.combine_bytes * (part if transport == "all_to_all" else 1)
+    sent = part if transport in CHOSEN else 1
+    there, back = rows * payload.row_bytes * sent, rows * payload.combine_bytes * sent
     if BUFFERS[transport].get("partial") is not None:  # sums travel in float32
         back = rows * payload.hidden * FLOAT32_BYTES
     there_by, back_by = WAYS[transport]
