@@ -95,11 +95,13 @@ def _sum(
                 total = tl.zeros((BLOCK,), tl.float32)
                 for source in range(RANKS):
                     mask = inside & (((hits >> source) & 1) == 1)
+                    # Loads in both branches: AMD's compiler takes no pointer out of an if.
                     if source == me:
-                        part = partial_ptr + (source * room + row) * stride_p
+                        place = partial_ptr + (source * room + row) * stride_p + columns
+                        part = tl.load(place, mask=mask, other=0.0)
                     else:
-                        part = returned + (source * room + row) * COLUMNS
-                    part = tl.load(part + columns, mask=mask, other=0.0)
+                        place = returned + (source * room + row) * COLUMNS + columns
+                        part = tl.load(place, mask=mask, other=0.0)
                     total += part.to(tl.float32)
                 if SHARED:
                     part = tl.load(shared_ptr + row * stride_s + columns, mask=inside, other=0.0)
