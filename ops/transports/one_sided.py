@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from hal.ops.kernels.dispatch_rows import Codec, Places
+    from hal.ops.payload import Payload
     from hal.ops.routing import Routing
     from hal.ops.window import Window
 
@@ -70,25 +71,24 @@ class Units(NamedTuple):
     warps: int
 
 
-def units_of(columns: int, width: int, groups: int, whole: bool, room: int, programs: int) -> Units:
+def units_of(codec: Codec, room: int, programs: int) -> Units:
     """Choose how rows are cut up, by what all ranks know alike.
 
     Args:
-        columns: Of a row.
-        width: Columns under a scale; 1 where there is none.
-        groups: Scales of a row, those of padding included; else the columns.
-        whole: Whether a unit must be a whole row.
+        codec: How rows are coded.
         room: Rows that each rank has.
         programs: That share them.
     """
+    raw = codec.kind == "raw"
+    width, groups = (1, codec.columns) if raw else (codec.width, codec.groups)
     unit = SMALL_UNIT if room <= SMALL_ROOM else LARGE_UNIT
     most = _power(groups)
-    each = most if whole else min(most, max(unit // width, 1))
+    each = most if codec.whole else min(most, max(unit // width, 1))
     pieces = -(-groups // each)
     units = -(-room * pieces // programs)
-    steps = min(units, STEPS)
+    steps = max(min(units, STEPS), 1)
     warps = min(max(each * width // 512, 4), 8)
-    return Units(each, max(steps, 1), max(-(-units // max(steps, 1)), 1), warps)
+    return Units(each, steps, max(-(-units // steps), 1), warps)
 
 
 def _power(number: int) -> int:
@@ -106,7 +106,7 @@ class OneSided:
     def __init__(self, setup: Setup, window: Window | None = None) -> None:
         import torch
 
-        from hal.ops.kernels.dispatch_rows import LOCAL_BITS
+        from hal.ops.kernels.dispatch_rows import LOCAL_BITS, Codec
 
         self.setup, self.ranks, self.payload = setup, setup.ranks, setup.payload
         self._window = window
@@ -120,7 +120,8 @@ class OneSided:
         self._table = torch.tensor(table, dtype=torch.int32, device=device)
         counts = [len(places) for places in placement.copies()]
         self._copies = torch.tensor(counts, dtype=torch.int32, device=device)
-        self._codec = _codec(setup)
+        self._plain = Codec("raw", setup.payload.hidden)
+        self._codec = codec_of(setup.payload, setup.encoding)
 
     @property
     def window(self) -> Window:
@@ -172,10 +173,7 @@ class OneSided:
 
         codec, window = self._codec, self.window
         raw = codec.kind == "raw"
-        units = units_of(
-            codec.columns, codec.width, codec.columns if raw else codec.groups, codec.whole,
-            state.room, window.programs,
-        )  # fmt: skip
+        units = units_of(codec, state.room, window.programs)
         x, ids, weights = (
             part if part.stride(-1) == 1 else part.contiguous()
             for part in (x, routing.ids, routing.weights)
@@ -227,8 +225,7 @@ class OneSided:
         from hal.ops.kernels.combine_rows import combine_rows
 
         window = self.window
-        hidden = self.payload.hidden
-        units = units_of(hidden, 1, hidden, False, state.room, window.programs)._asdict()
+        units = units_of(self._plain, state.room, window.programs)._asdict()
         assert state.places is not None
         combine_rows(
             partial if partial.stride(-1) == 1 else partial.contiguous(),
@@ -254,8 +251,8 @@ class OneSided:
         return Places(**{n: begin + parts[n].start if n in parts else 0 for n in names})
 
 
-def _codec(setup: Setup) -> Codec:
-    """Return how the codes of a payload are made on the setup's device."""
+def codec_of(payload: Payload, format: str) -> Codec:
+    """Return how the codes of a payload, of the number format `format`, are made on this device."""
     from hal.formats import number_format
     from hal.ops.kernels.common import converts_fp8
     from hal.ops.kernels.dispatch_rows import Codec
@@ -264,14 +261,13 @@ def _codec(setup: Setup) -> Codec:
     from hal.quant.scheme import group_of
     from hal.torch_compat import dtype
 
-    payload, how = setup.payload, setup.payload.how
-    hidden = payload.hidden
+    how, hidden = payload.how, payload.hidden
     if how.format is None:
         return Codec("raw", hidden)
     packed = how.packed
     second = how.second != "none"
     kind = "nvfp4" if second else "mx" if how.scale_format == "e8m0" else "scaled"
-    fnuz = setup.encoding == "e4m3fnuz"
+    fnuz = format == "e4m3fnuz"
     integer = how.format == "int8"
     if packed:
         encoding = "" if kind == "mx" or converts_fp8(dtype("e4m3fn")) else "e4m3fn"
@@ -292,7 +288,7 @@ def _codec(setup: Setup) -> Codec:
         whole=group is None or second,
         per_word=1 if not packed else 8 if hidden % 8 == 0 else 2,
         integer=integer, encoding=encoding, fnuz=fnuz, addend=addend, top_exponent=top,
-        quant_max=1.0 if packed else float(number_format(setup.encoding).quantization_maximum),
+        quant_max=1.0 if packed else float(number_format(format).quantization_maximum),
         scale_floor=SCALE_FLOOR,
     )  # fmt: skip
 

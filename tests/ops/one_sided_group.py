@@ -141,8 +141,14 @@ class Group:
             here.wait_stream(stream)
 
     def there(self, x, routing):
-        """Return inputs on the device."""
+        """Return inputs on the device.
+
+        Ids have one dtype there, so that all ranks launch one kernel: loading another one could
+        wait for a rank's kernel to end that waits for this rank.
+        """
         ids, weights = routing.ids.to(self.device), routing.weights.to(self.device)
+        if self.device.type != "cpu":
+            ids = ids.int()
         return x.to(self.device), Routing(ids=ids, weights=weights)
 
     def wanted(self, inputs, rank, source):

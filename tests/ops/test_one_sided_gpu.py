@@ -42,7 +42,7 @@ def test_graphs_replay_what_calls_compute(format):
     inputs = made(2, 1024, tokens, **CHOICES)
     there = [group.there(*each) for each in inputs]
     partials = [part.cuda() for part in partials_of(group, 40, 0)]
-    group.there = lambda x, routing: (x, routing)
+    group.there = lambda *there: there
 
     def exchange():
         kept = []
