@@ -55,7 +55,8 @@ class Dispatched:
     """What a rank received.
 
     Attributes:
-        x: `[rows, hidden]` of the activations' dtype.
+        x: `[rows, hidden]` of the activations' dtype. Under `symmetric_memory` it may be where
+            others write, and holds until it is combined; rows without a slot hold anything.
         routing: `[rows, top_k]` ids of experts as this rank numbers its own, -1 for those of
             other ranks, and float32 weights.
         tokens: How many tokens this rank sent.
@@ -256,6 +257,18 @@ class ExpertParallel:
         assert selection.kernel is not None
         encoding = encoding_of(how.format, selection.spec.formats.fp8_encoding)
         return encoding, selection.kernel.load()
+
+    def check(self) -> None:
+        """Wait for the current stream, and raise if a rank did not take part in what it has done.
+
+        Only `symmetric_memory` has something to tell here: calls by other transports raise.
+
+        Raises:
+            RankError: Naming the ranks that did not come.
+        """
+        self.ranks.check()
+        with _Abandoning(self.workspace):
+            self._exchange.check()
 
     def _read_by_experts(self, scheme: str, hidden: int, platform: Any) -> Operand | None:
         """Return what the kernel that experts would run here reads as x."""

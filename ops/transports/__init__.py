@@ -169,6 +169,10 @@ class Exchange(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Wait for the current stream and raise if a rank did not come, where no call would."""
+        ...
+
 
 def section(rows: torch.Tensor, part: Part, dtype: torch.dtype) -> torch.Tensor:
     """Return one part of rows `[n, row_bytes]`, seen in its own dtype."""

@@ -77,6 +77,9 @@ class ByRows:
     ) -> torch.Tensor:
         return finished(self.transport.combine(partial, state), shared, dtype)
 
+    def check(self) -> None:
+        """Do nothing: collectives raise."""
+
     def _physical(self, ids: torch.Tensor) -> torch.Tensor:
         """Return `[tokens, top_k]` int64 physical ids; copies of an expert take turns."""
         import torch

@@ -236,6 +236,11 @@ class OneSided:
             block=units.pop("groups"), limit=self._limit(), send=send, receive=receive, **units,
         )  # fmt: skip
 
+    def check(self) -> None:
+        window = self.window
+        window.state[-1:].tolist()  # waits for the stream
+        window.check(self.ranks)
+
     def _limit(self) -> int:
         """Return the limit of waiting: nanoseconds, or looks of half a microsecond or more."""
         from hal.ops.kernels.common import has_clock
