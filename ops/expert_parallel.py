@@ -16,7 +16,6 @@ of experts skips. A token none of whose slots is present gets zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ from hal.ops.checks import (
     check_same_device,
     dtype_name,
 )
+from hal.ops.dispatched import Dispatched, Sent, dispatched_of
 from hal.ops.payload import SYMMETRIC, Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
 from hal.ops.ranks import Ranks
@@ -45,28 +45,9 @@ if TYPE_CHECKING:
     from hal.registry import Operand
     from hal.selection import Selection
 
-__all__ = ["Dispatched", "ExpertParallel"]
+__all__ = ["Dispatched", "ExpertParallel", "Sent"]
 
 WHERE = "expert_parallel"
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """What a rank received.
-
-    Attributes:
-        x: `[rows, hidden]` of the activations' dtype. Under `symmetric_memory` it may be where
-            others write, and holds until it is combined; rows without a slot hold anything.
-        routing: `[rows, top_k]` ids of experts as this rank numbers its own, -1 for those of
-            other ranks, and float32 weights.
-        tokens: How many tokens this rank sent.
-        state: What the transport needs to bring the results back.
-    """
-
-    x: torch.Tensor
-    routing: Routing
-    tokens: int
-    state: Any
 
 
 class ExpertParallel:
@@ -157,9 +138,7 @@ class ExpertParallel:
         self.encoding, self.quantize = self._quantization(platform)
         self._agree(scheme)
         self.workspace = Workspace() if workspace is None else workspace
-        self.workspace.reserve(
-            self.workspace_bytes(), self.ranks.size, self.device, self.ranks.window
-        )
+        self.workspace.reserve(self.workspace_bytes(), self.ranks.size, self.device, self.ranks)
         assert self.selection.kernel is not None
         self._exchange: Exchange = self.selection.kernel.load()(self)
 
@@ -201,9 +180,28 @@ class ExpertParallel:
         """
         self._check(x, routing, tokens)
         with _Abandoning(self.workspace):
-            received = self._exchange.dispatch(x, routing, tokens)
-        routing = Routing(ids=received.ids, weights=received.weights)
-        return Dispatched(received.x, routing, x.shape[0], received.state)
+            return dispatched_of(self._exchange.dispatch(x, routing, tokens), x.shape[0])
+
+    def send(
+        self, x: torch.Tensor, routing: Routing, *, tokens: Sequence[int] | None = None
+    ) -> Sent:
+        """Begin what `dispatch` does; `receive` ends it, and there may be work between the two.
+
+        Under `symmetric_memory` tokens travel meanwhile, and that work hides the wait for them.
+        Other transports do all of it here. Arguments and errors are those of `dispatch`.
+        """
+        self._check(x, routing, tokens)
+        with _Abandoning(self.workspace):
+            return Sent(x.shape[0], self._exchange.send(x, routing, tokens))
+
+    def receive(self, sent: Sent) -> Dispatched:
+        """Return what `dispatch` does, of tokens that `send` has sent.
+
+        Raises:
+            RankError: If another rank does not take part.
+        """
+        with _Abandoning(self.workspace):
+            return dispatched_of(self._exchange.receive(sent.state), sent.tokens)
 
     def combine(
         self,

@@ -9,8 +9,8 @@ captured with the old one keep that alive through `retired`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hal.errors import ArgumentError, DeviceMismatchError, RankError
 from hal.ops.payload import SYMMETRIC, union
@@ -18,6 +18,7 @@ from hal.ops.payload import SYMMETRIC, union
 if TYPE_CHECKING:
     import torch
 
+    from hal.ops.ranks import Ranks
     from hal.ops.window import Window
 
 __all__ = ["Workspace"]
@@ -36,6 +37,7 @@ class Workspace:
         self._used: set[str] = set()
         self._window: Window | None = None
         self._windows: list[Window] = []
+        self._group: Any = None
         self._ranks: int | None = None
         self._device: torch.device | None = None
 
@@ -44,7 +46,7 @@ class Workspace:
         sizes: Mapping[str, int],
         ranks: int,
         device: torch.device,
-        window: Callable[[int], Window] | None = None,
+        group: Ranks | None = None,
     ) -> None:
         """Make every buffer at least as large as a layer needs it.
 
@@ -52,7 +54,7 @@ class Workspace:
             sizes: Bytes of buffers by name.
             ranks: Size of the group.
             device: Where they are.
-            window: Allocates symmetric memory, together with all other ranks.
+            group: The group, for memory that its ranks share.
 
         Raises:
             ArgumentError: If the workspace serves a group of another size; see `reset`.
@@ -71,14 +73,23 @@ class Workspace:
             raise DeviceMismatchError(
                 "expert_parallel: workspace", found=device, needed=self._device
             )
+        if self._window is not None and SYMMETRIC in sizes:
+            assert group is not None
+            if group.group is not self._group:
+                raise ArgumentError(
+                    "expert_parallel: workspace",
+                    found="another process group",
+                    needed="the one whose ranks share its symmetric memory",
+                    cure="give each group a workspace, or call reset() where the old group is gone",
+                )
         held = {name: buffer.numel() for name, buffer in self._held.items()}
         for name, size in union((held, sizes)).items():
             if size <= held.get(name, -1):
                 continue
             if name == SYMMETRIC:
-                assert window is not None
+                assert group is not None
                 self._keep_window()
-                self._window = window(size)
+                self._window, self._group = group.window(size), group.group
                 self._held[name] = self._window.memory
             else:
                 fresh = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -156,6 +156,14 @@ class Exchange(Protocol):
         """
         ...
 
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Any:
+        """Begin a dispatch; return what `receive` takes. There may be work between the two."""
+        ...
+
+    def receive(self, sent: Any) -> Received:
+        """End a dispatch that was begun."""
+        ...
+
     def combine(
         self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -72,6 +72,12 @@ class ByRows:
         # Copies, and no views of a buffer.
         return Received(rows, torch.where(here, physical - self._first, -1), weights, state)
 
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
+        return self.dispatch(x, routing, counts)
+
+    def receive(self, sent: Received) -> Received:
+        return sent
+
     def combine(
         self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:

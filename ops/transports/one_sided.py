@@ -52,8 +52,15 @@ MOST_RANKS = 32
 class _State(NamedTuple):
     slot: int
     room: int
-    places: Places | None
+    places: Places
     hits: torch.Tensor
+
+
+class _Sent(NamedTuple):
+    x: torch.Tensor
+    routing: Routing
+    received: Received
+    state: _State
 
 
 class Units(NamedTuple):
@@ -129,23 +136,34 @@ class OneSided:
         return self.setup.workspace.window if self._window is None else self._window
 
     def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
+        sent = self._begin(x, routing, counts)
+        self.launch_dispatch(*sent)
+        return sent.received
+
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
+        sent = self._begin(x, routing, counts)
+        self.launch_dispatch(*sent, receive=False)
+        return sent
+
+    def receive(self, sent: _Sent) -> Received:
         self.ranks.check()
-        window = self.window
-        window.check(self.ranks)
+        self.window.check(self.ranks)
+        self.launch_dispatch(*sent, send=False)
+        return sent.received
+
+    def _begin(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
+        self.ranks.check()
+        self.window.check(self.ranks)
         room = rows_of_each(self.setup, x.shape[0], counts)
-        received, state = self.open(x, room)
-        if room:
-            self.launch_dispatch(x, routing, received, state)
-        else:
-            window.give(state.slot)
-        return received
+        return _Sent(x, routing, *self.open(x, room))
 
     def open(self, x: torch.Tensor, room: int) -> tuple[Received, _State]:
         """Take a slot, and return what will lie in it."""
         import torch
 
         window, payload, ranks = self.window, self.payload, self.ranks.size
-        slot = window.take()
+        # Where no rank has a token, nothing is launched and no slot is needed.
+        slot = window.take() if room else 0
         places = self._places(window, slot)
         hits = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
         rows, top_k = ranks * room, payload.top_k
@@ -169,6 +187,8 @@ class OneSided:
         receive: bool = True,
     ) -> None:
         """Send, or wait for what was sent, or both."""
+        if not state.room:
+            return
         from hal.ops.kernels.dispatch_rows import dispatch_rows
 
         codec, window = self._codec, self.window
@@ -178,7 +198,6 @@ class OneSided:
             part if part.stride(-1) == 1 else part.contiguous()
             for part in (x, routing.ids, routing.weights)
         )
-        assert state.places is not None
         dispatch_rows(
             x, ids, weights, state.hits, None if raw else received.x,
             table=self._table, copies=self._copies, peers=window.peers, state=window.state,
@@ -226,7 +245,6 @@ class OneSided:
 
         window = self.window
         units = units_of(self._plain, state.room, window.programs)._asdict()
-        assert state.places is not None
         combine_rows(
             partial if partial.stride(-1) == 1 else partial.contiguous(),
             out, state.hits,

@@ -94,7 +94,7 @@ def run(layers: Layers, case: Case) -> dict:
         partial = FusedMoE.__call__(layer, received.x, received.routing)
         return {"y": layer.group.combine(partial, received)}
     shared = x.new_full((len(x), HIDDEN), 0.25) if case.placement == "arbitrary" else None
-    y = layer(x, routing, shared=shared)
+    y = layer(x, routing, shared=shared if shared is None else lambda: shared)
     again = layer(x, routing, shared=shared)
     received = layer.group.dispatch(x, routing)
     layer.group.combine(received.x, received)
