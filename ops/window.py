@@ -55,7 +55,7 @@ class Window:
         self.memory, self.handle, self.programs = memory, handle, programs
         told = [*addresses, self.failures.data_ptr()]
         self.peers = torch.tensor(told, dtype=torch.int64, device=device)
-        self.state = torch.zeros(4 * programs + ranks, dtype=torch.int64, device=device)
+        self.state = torch.zeros(4 * programs, dtype=torch.int64, device=device)
         self.flags = flag_bytes(ranks)
         self.slot_bytes = (memory.numel() - self.flags) // 2
         self._taken = [False, False]

@@ -13,15 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import has_clock, launch
+from hal.ops.kernels.common import launch
 from hal.ops.kernels.dispatch_rows import Places
-from hal.ops.kernels.peers import address, raise_flag, wait
+from hal.ops.kernels.peers import COMBINE, address, raise_flag, wait
 
 
 @triton.jit
 def _send(
     partial_ptr, peers_ptr, state_ptr, room, turns, me, stride_p,
-    ids_at, counts_at, returned_at, flags_at,
+    ids_at, counts_at, returned_at,
     RANKS: tl.constexpr, PROGRAMS: tl.constexpr, STEPS: tl.constexpr, TOP_K: tl.constexpr,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -29,15 +29,19 @@ def _send(
     slot = tl.arange(0, SLOTS)
     base = tl.load(state_ptr + 2 * PROGRAMS + program)
     counts = address(peers_ptr, me, counts_at, tl.int64) + program
-    most = me * 0
-    for source in range(RANKS):
-        most = tl.maximum(most, tl.load(counts + source * PROGRAMS))
     # As many turns as there are rows for; the last one's flag stands for the rest.
-    own_turns = tl.maximum(tl.cdiv(most * PIECES, PROGRAMS * STEPS), 1)
+    own_turns = turns * 0 + 1
+    if turns > 1:
+        for source in range(RANKS):
+            # An atomic gives all threads the same, even while a rank writes that was given up.
+            count = tl.atomic_add(counts + source * PROGRAMS, 0, sem="acquire", scope="gpu")
+            count = tl.minimum(tl.maximum(count, 0), room)
+            needed = tl.cdiv(count * PIECES, PROGRAMS * STEPS).to(turns.dtype)
+            own_turns = tl.maximum(own_turns, needed)
     for turn in range(own_turns):
         for i in range(1, RANKS):
             rank = (me + i) % RANKS
-            count = tl.load(counts + rank * PROGRAMS)
+            count = tl.minimum(tl.load(counts + rank * PROGRAMS), room)
             for step in range(STEPS):
                 unit = program + PROGRAMS * (turn * STEPS + step)
                 row, piece = unit // PIECES, unit % PIECES
@@ -57,7 +61,7 @@ def _send(
         for i in range(1, RANKS):
             rank = (me + i) % RANKS
             raise_flag(
-                peers_ptr, rank, flags_at + (me * PROGRAMS + program) * 8, base + reached
+                peers_ptr, me, rank, program, base + reached, COMBINE, RANKS, PROGRAMS
             )  # fmt: skip
     tl.store(state_ptr + 2 * PROGRAMS + program, base + turns)
 
@@ -65,25 +69,21 @@ def _send(
 @triton.jit
 def _sum(
     partial_ptr, shared_ptr, out_ptr, hits_ptr, peers_ptr, state_ptr,
-    n_tokens, room, turns, me, stride_p, stride_s, returned_at, flags_at, limit, program,
+    n_tokens, room, turns, me, stride_p, stride_s, returned_at, limit, program,
     RANKS: tl.constexpr, PROGRAMS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, PIECES: tl.constexpr, SHARED: tl.constexpr, TIMED: tl.constexpr,
+    BLOCK: tl.constexpr, PIECES: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    failed_ptr = state_ptr + 4 * PROGRAMS
     base = tl.load(state_ptr + 3 * PROGRAMS + program)
     own_turns = tl.maximum(tl.cdiv(n_tokens * PIECES, PROGRAMS * STEPS), 1)
     returned = address(peers_ptr, me, returned_at, partial_ptr.dtype.element_ty)
     came = 1
-    for source in range(RANKS):
-        came = tl.where(tl.load(failed_ptr + source) == 0, came, 0)
     for turn in range(own_turns):
         # All of a rank's flags are waited for in the end: its next dispatch may rely on it.
         reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
         for i in range(1, RANKS):
             rank = (me + i) % RANKS
-            flag = flags_at + (rank * PROGRAMS + program) * 8
             came &= wait(
-                peers_ptr, failed_ptr, me, rank, flag, base + reached, limit, RANKS, TIMED
+                peers_ptr, me, rank, program, base + reached, limit, COMBINE, RANKS, PROGRAMS
             )  # fmt: skip
         for step in range(STEPS):
             unit = program + PROGRAMS * (turn * STEPS + step)
@@ -114,17 +114,17 @@ def _sum(
 
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "room", "turns", "me", "ids_at", "counts_at", "returned_at", "flags_at",
+        "n_tokens", "room", "turns", "me", "ids_at", "counts_at", "returned_at",
         "limit",
     ]
 )  # fmt: skip
 def _combine_kernel(
     partial_ptr, shared_ptr, out_ptr, hits_ptr, peers_ptr, state_ptr,
     n_tokens, room, turns, me, stride_p, stride_s,
-    ids_at, counts_at, returned_at, flags_at, limit,
+    ids_at, counts_at, returned_at, limit,
     RANKS: tl.constexpr, PROGRAMS: tl.constexpr, STEPS: tl.constexpr, TOP_K: tl.constexpr,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-    SHARED: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, TIMED: tl.constexpr,
+    SHARED: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     n_tokens, room, me = n_tokens.to(tl.int64), room.to(tl.int64), me.to(tl.int64)
@@ -133,16 +133,16 @@ def _combine_kernel(
         if program < PROGRAMS:
             _send(
                 partial_ptr, peers_ptr, state_ptr, room, turns, me, stride_p,
-                ids_at, counts_at, returned_at, flags_at,
+                ids_at, counts_at, returned_at,
                 RANKS, PROGRAMS, STEPS, TOP_K, SLOTS, COLUMNS, BLOCK, PIECES,
             )  # fmt: skip
     if RECEIVE:  # noqa: SIM102
         if program >= RECEIVERS:
             _sum(
                 partial_ptr, shared_ptr, out_ptr, hits_ptr, peers_ptr, state_ptr,
-                n_tokens, room, turns, me, stride_p, stride_s, returned_at, flags_at,
+                n_tokens, room, turns, me, stride_p, stride_s, returned_at,
                 limit.to(tl.int64), program - RECEIVERS,
-                RANKS, PROGRAMS, STEPS, COLUMNS, BLOCK, PIECES, SHARED, TIMED,
+                RANKS, PROGRAMS, STEPS, COLUMNS, BLOCK, PIECES, SHARED,
             )  # fmt: skip
 
 
@@ -200,9 +200,9 @@ def combine_rows(
         partial, out if shared is None else shared, out, hits, peers, state,
         out.shape[0], room, turns, me, partial.stride(0),
         0 if shared is None else shared.stride(0),
-        places.ids, places.counts, places.returned, ranks * programs * 8, limit,
+        places.ids, places.counts, places.returned, limit,
         RANKS=ranks, PROGRAMS=programs, STEPS=steps, TOP_K=top_k,
         SLOTS=triton.next_power_of_2(top_k), COLUMNS=columns, BLOCK=block,
         PIECES=-(-columns // block), SHARED=shared is not None, SEND=send, RECEIVE=receive,
-        TIMED=has_clock(), num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip

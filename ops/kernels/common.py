@@ -320,11 +320,6 @@ def has_pairs() -> bool:
     return bool(target.backend == "cuda" and target.arch >= 80)
 
 
-def has_clock() -> bool:
-    """Say whether a kernel can read the time on the current device, as `peers.nanoseconds` does."""
-    return not INTERPRETED.value and bool(current_target().backend == "cuda")
-
-
 def is_fp8(dtype: torch.dtype) -> bool:
     """Say whether `dtype` is one of torch's 8-bit floats."""
     return dtype.is_floating_point and dtype.itemsize == 1

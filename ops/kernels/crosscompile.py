@@ -431,7 +431,7 @@ def _exchange(target: Target, format: str, size: str) -> None:
     places = dict.fromkeys(Places.__dataclass_fields__, 256)
     common: dict[str, Any] = {
         "peers": _empty(ranks + 1, dtype="int64"),
-        "state": _empty(4 * PROGRAMS + ranks, dtype="int64"),
+        "state": _empty(4 * PROGRAMS, dtype="int64"),
         "places": Places(**places), "me": 0, "room": room, "programs": PROGRAMS, "limit": 2**40,
     }  # fmt: skip
     hits, rows = _empty(room, dtype="int64"), _empty(ranks * room, HIDDEN)

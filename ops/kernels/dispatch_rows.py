@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import decode_fp8, has_clock, launch
+from hal.ops.kernels.common import decode_fp8, launch
 from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
-from hal.ops.kernels.peers import address, raise_flag, wait
+from hal.ops.kernels.peers import DISPATCH, address, raise_flag, wait
 from hal.ops.kernels.source import group_columns, half_columns
 
 LOCAL_BITS = tl.constexpr(20)
@@ -174,7 +174,9 @@ def _send(
     N_WORDS: tl.constexpr = (COLUMNS + PER_WORD - 1) // PER_WORD
     WORD: tl.constexpr = tl.int32 if PER_WORD == 8 else tl.uint8
     base = tl.load(state_ptr + program)
-    for turn in range(turns):
+    # As many turns as there are tokens for; the last one's flag stands for the rest.
+    own_turns = tl.maximum(tl.cdiv(n_tokens * PIECES, PROGRAMS * STEPS), 1)
+    for turn in range(own_turns):
         for step in range(STEPS):
             unit = program + PROGRAMS * (turn * STEPS + step)
             row, piece = unit // PIECES, unit % PIECES
@@ -241,9 +243,12 @@ def _send(
                 to = address(peers_ptr, rank, counts_at, tl.int64)
                 tl.store(to + me * PROGRAMS + program, n_tokens)
         tl.debug_barrier()
+        reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
         for i in range(RANKS):
             rank = (me + 1 + i) % RANKS
-            raise_flag(peers_ptr, rank, (me * PROGRAMS + program) * 8, base + turn + 1)
+            raise_flag(
+                peers_ptr, me, rank, program, base + reached, DISPATCH, RANKS, PROGRAMS
+            )  # fmt: skip
     tl.store(state_ptr + program, base + turns)
 
 
@@ -254,23 +259,34 @@ def _receive(
     RANKS: tl.constexpr, PROGRAMS: tl.constexpr, STEPS: tl.constexpr, TOP_K: tl.constexpr,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, N_GROUPS: tl.constexpr, CODEC: tl.constexpr,
-    PER_WORD: tl.constexpr, INTEGER: tl.constexpr, FNUZ: tl.constexpr, TIMED: tl.constexpr,
+    PER_WORD: tl.constexpr, INTEGER: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, SLOTS)
     PER_BYTE: tl.constexpr = 1 if PER_WORD == 1 else 2
     N_BYTES: tl.constexpr = (COLUMNS + PER_BYTE - 1) // PER_BYTE
     SCALE: tl.constexpr = tl.float32 if CODEC == "scaled" else tl.uint8
-    failed_ptr = state_ptr + 4 * PROGRAMS
     base = tl.load(state_ptr + PROGRAMS + program)
-    for turn in range(turns):
-        for i in range(RANKS):
-            # A rank's own rows come first, which are there at once.
-            rank = (me + i) % RANKS
-            flag = (rank * PROGRAMS + program) * 8
-            wait(peers_ptr, failed_ptr, me, rank, flag, base + turn + 1, limit, RANKS, TIMED)
-            if CODEC != "raw":
-                counts = address(peers_ptr, me, counts_at, tl.int64)
-                count = tl.load(counts + rank * PROGRAMS + program)
+    for i in range(RANKS):
+        # A rank's own rows come first, which are there at once.
+        rank = (me + i) % RANKS
+        if CODEC == "raw":
+            wait(
+                peers_ptr, me, rank, program, base + turns, limit, DISPATCH, RANKS, PROGRAMS
+            )  # fmt: skip
+        else:
+            came = wait(
+                peers_ptr, me, rank, program, base + 1, limit, DISPATCH, RANKS, PROGRAMS
+            )  # fmt: skip
+            count = address(peers_ptr, me, counts_at, tl.int64) + rank * PROGRAMS + program
+            count = tl.where(came == 1, tl.minimum(tl.load(count), room), 0)
+            own_turns = tl.maximum(tl.cdiv(count * PIECES, PROGRAMS * STEPS), 1)
+            for turn in range(own_turns):
+                if turn > 0:
+                    reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
+                    wait(
+                        peers_ptr, me, rank, program, base + reached, limit,
+                        DISPATCH, RANKS, PROGRAMS,
+                    )  # fmt: skip
                 for step in range(STEPS):
                     unit = program + PROGRAMS * (turn * STEPS + step)
                     row, piece = unit // PIECES, unit % PIECES
@@ -316,7 +332,6 @@ def _dispatch_kernel(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, N_GROUPS: tl.constexpr, CODEC: tl.constexpr,
     PER_WORD: tl.constexpr, INTEGER: tl.constexpr, ENCODING: tl.constexpr, FNUZ: tl.constexpr,
     ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr,
-    TIMED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     # Numbers come in 32 or 64 bits, whichever they need.
@@ -339,7 +354,7 @@ def _dispatch_kernel(
                 codes_at, scales_at, second_at, ids_at, counts_at, limit.to(tl.int64),
                 program - RECEIVERS,
                 RANKS, PROGRAMS, STEPS, TOP_K, SLOTS, COLUMNS, PIECES, GROUPS, WIDTH, N_GROUPS,
-                CODEC, PER_WORD, INTEGER, FNUZ, TIMED,
+                CODEC, PER_WORD, INTEGER, FNUZ,
             )  # fmt: skip
 
 
@@ -411,5 +426,5 @@ def dispatch_rows(
         PIECES=pieces, GROUPS=groups, WIDTH=width, N_GROUPS=codec.groups, CODEC=codec.kind,
         PER_WORD=codec.per_word, INTEGER=codec.integer, ENCODING=codec.encoding, FNUZ=codec.fnuz,
         ADDEND=codec.addend, TOP_EXPONENT=codec.top_exponent, SEND=send, RECEIVE=receive,
-        TIMED=has_clock(), num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip

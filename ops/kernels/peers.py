@@ -8,16 +8,25 @@ grid, and since senders come first in it, receivers always end.
 Flags only grow: a launch raises them from a count that each program keeps in memory. Nothing is
 reset, so that a captured graph can be replayed.
 
-All offsets are bytes from the beginning of a buffer that is laid out alike on all ranks. `peers`
-is int64 [ranks + 1]: where the buffer of each rank begins as seen from here, and where this rank's
-host looks for failures. `state` is int64 [4 * programs + ranks] of this rank alone: how far each
-program sent and received in dispatches and in combines, and whether a rank has failed.
+A receiver that has looked at a flag too often tells the host which rank did not come, and sets
+both of the flags that it has of that rank to `LOST`, above all that a rank counts to: nothing waits
+for it again, and all that is received of it is known to be nothing, even if it comes late.
+
+All offsets are bytes from the beginning of a buffer that is laid out alike on all ranks, flags
+first: int64 [2, ranks, programs], of dispatches and of combines, by the rank that raises them.
+`peers` is int64 [ranks + 1]: where the buffer of each rank begins as seen from here, and where this
+rank's host looks for failures. `state` is int64 [4 * programs] of this rank alone: how far each
+program sent and received in dispatches, and in combines.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+DISPATCH = tl.constexpr(0)
+COMBINE = tl.constexpr(1)
+LOST = tl.constexpr(1 << 62)
 
 
 @triton.jit
@@ -28,47 +37,45 @@ def address(peers_ptr, rank, offset, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def raise_flag(peers_ptr, rank, offset, value):
-    """Set a flag of a rank to a larger value, after all that this thread block has written."""
-    flag = (tl.load(peers_ptr + rank) + offset).to(tl.pointer_type(tl.int64))
+def raise_flag(
+    peers_ptr, me, rank, program, value,
+    KIND: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Set a flag of a rank to a larger value, after all that this program has written before.
+
+    All of its threads must have come to a barrier since they wrote.
+    """
+    flags = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int64))
+    flag = flags + (KIND * RANKS + me) * PROGRAMS + program
     tl.atomic_max(flag, value, sem="release", scope="sys")
 
 
 @triton.jit
-def nanoseconds():
-    """Return the time of the GPU's clock."""
-    return tl.inline_asm_elementwise(
-        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-    )
+def wait(
+    peers_ptr, me, rank, program, value, limit,
+    KIND: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Wait until a flag that `rank` raises here has a value; return 1 if it came, else 0.
 
+    What decides comes from atomics, which give all threads the same: they leave the loop together.
+    A clock does not.
 
-@triton.jit
-def wait(peers_ptr, failed_ptr, me, rank, offset, value, limit, RANKS: tl.constexpr,
-         TIMED: tl.constexpr):  # fmt: skip
-    """Wait until the flag that `rank` raises here has a value; return 1 if it came, else 0.
-
-    A rank that did not come is marked here and where the host looks, and is not waited for again.
-
-    limit: int64, nanoseconds where TIMED, else how often the flag is read.
+    limit: int64, how often the flag is looked at.
     """
-    flag = (tl.load(peers_ptr + me) + offset).to(tl.pointer_type(tl.int64))
-    limit = tl.where(tl.load(failed_ptr + rank) == 0, limit, 0)
+    flags = tl.load(peers_ptr + me).to(tl.pointer_type(tl.int64))
+    flag = flags + (KIND * RANKS + rank) * PROGRAMS + program
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    waited = limit * 0
-    if TIMED:
-        start = nanoseconds()
-        while (seen < value) & (waited < limit):
-            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            waited = nanoseconds() - start
-    else:
-        while (seen < value) & (waited < limit):
-            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            waited += 1
+    looks = limit * 0
+    while (seen < value) & (looks < limit):
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        looks += 1
+    if seen < value:
+        lost = limit * 0 + LOST
+        tl.atomic_xchg(flag, lost, sem="relaxed", scope="sys")
+        other = flags + ((1 - KIND) * RANKS + rank) * PROGRAMS + program
+        tl.atomic_xchg(other, lost, sem="relaxed", scope="sys")
+        told = tl.load(peers_ptr + RANKS).to(tl.pointer_type(tl.int64))
+        tl.store(told + rank, lost)
     # No thread may read ahead of the one that waited.
     tl.debug_barrier()
-    if seen < value:
-        one = limit * 0 + 1
-        tl.store(failed_ptr + rank, one)
-        told = tl.load(peers_ptr + RANKS).to(tl.pointer_type(tl.int64))
-        tl.store(told + rank, one)
-    return (seen >= value).to(tl.int32)
+    return ((seen >= value) & (seen < LOST)).to(tl.int32)

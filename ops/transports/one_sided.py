@@ -47,6 +47,9 @@ SMALL_UNIT, LARGE_UNIT = 1024, 8192
 STEPS = 8
 """Units of a program between flags: what waits can go on that much later."""
 MOST_RANKS = 32
+LOOKS_PER_SECOND = 1_000_000
+"""How often a kernel looks at a flag while it waits, about: no clock is the same for all threads of
+a program, and every device has another one."""
 
 
 class _State(NamedTuple):
@@ -260,10 +263,8 @@ class OneSided:
         window.check(self.ranks)
 
     def _limit(self) -> int:
-        """Return the limit of waiting: nanoseconds, or looks of half a microsecond or more."""
-        from hal.ops.kernels.common import has_clock
-
-        return int(self.ranks.timeout * (1e9 if has_clock() else 2e6))
+        """Return how often a flag is looked at within the time limit."""
+        return int(self.ranks.timeout * LOOKS_PER_SECOND)
 
     def _places(self, window: Window, slot: int) -> Places:
         from hal.ops.kernels.dispatch_rows import Places

@@ -127,7 +127,7 @@ def test_a_rank_that_does_not_come_is_named_and_leaves_nothing_finite():
         group.exchanges[rank].launch_dispatch(*inputs[rank], *opened[rank], receive=False)
     for rank in (0, 1):
         group.exchanges[rank].launch_dispatch(*inputs[rank], *opened[rank], send=False)
-        assert group.windows[rank].failures.tolist() == [0, 0, 1]
+        assert [bool(told) for told in group.windows[rank].failures] == [False, False, True]
     out = torch.zeros(4, 160)
     mine, other = group.exchanges[:2]
     other.launch_combine(opened[1][0].x, out, opened[1][1], receive=False)
