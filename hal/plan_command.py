@@ -116,6 +116,7 @@ def _sections(
     title = f"{machine.ranks} x {product}, {options.tokens} tokens each, one layer"
     note = (
         f"One way: {', '.join(rates)}. Experts are chosen at random, all alike. Times follow "
-        "from NCCL's on two H200, under CUDA graphs; on other machines they are guesses."
+        "from NCCL's on two H200, under CUDA graphs, and for symmetric_memory from the rate of "
+        "peer writes there; on other machines they are guesses."
     )
     return [Section(title, (Table(head, rows), Paragraph(note)))]

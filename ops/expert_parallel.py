@@ -16,7 +16,6 @@ of experts skips. A token none of whose slots is present gets zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,41 +28,26 @@ from hal.ops.checks import (
     check_same_device,
     dtype_name,
 )
-from hal.ops.payload import Payload, payload_format, workspace
+from hal.ops.dispatched import Dispatched, Sent, dispatched_of
+from hal.ops.payload import SYMMETRIC, Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
 from hal.ops.ranks import Ranks
 from hal.ops.routing import Routing
-from hal.ops.rows import Rows
 from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL
+from hal.ops.transports.by_rows import finished
 from hal.ops.workspace import Workspace
+from hal.quant.represent import encoding_of
 from hal.runtime import current_platform, platform_of
 from hal.selection import choose, options_from
 
 if TYPE_CHECKING:
+    from hal.ops.transports import Exchange
     from hal.registry import Operand
     from hal.selection import Selection
 
-__all__ = ["Dispatched", "ExpertParallel"]
+__all__ = ["Dispatched", "ExpertParallel", "Sent"]
 
 WHERE = "expert_parallel"
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """What a rank received.
-
-    Attributes:
-        x: `[rows, hidden]` of the activations' dtype.
-        routing: `[rows, top_k]` ids of experts as this rank numbers its own, -1 for those of
-            other ranks, and float32 weights.
-        tokens: How many tokens this rank sent.
-        state: What the transport needs to bring the results back.
-    """
-
-    x: torch.Tensor
-    routing: Routing
-    tokens: int
-    state: Any
 
 
 class ExpertParallel:
@@ -151,13 +135,12 @@ class ExpertParallel:
             self.tensor_ranks = Ranks(tensor_group, self.device, timeout)
         self.placement = placement_of(placement, experts, self.ranks.size)
         self.selection = self._select(experts, transport, platform)
-        self._rows = Rows(self.payload, self.device, platform)
+        self.encoding, self.quantize = self._quantization(platform)
         self._agree(scheme)
         self.workspace = Workspace() if workspace is None else workspace
-        self.workspace.reserve(self.workspace_bytes(), self.ranks.size, self.device)
+        self.workspace.reserve(self.workspace_bytes(), self.ranks.size, self.device, self.ranks)
         assert self.selection.kernel is not None
-        self._exchange = self.selection.kernel.load()(self)
-        self._tables()
+        self._exchange: Exchange = self.selection.kernel.load()(self)
 
     @property
     def experts(self) -> int:
@@ -196,16 +179,29 @@ class ExpertParallel:
             RankError: If another rank does not take part.
         """
         self._check(x, routing, tokens)
-        n = x.shape[0]
-        physical = self._physical(routing.ids)
-        present = physical >= 0
-        ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
-        if n:
-            self._rows.pack(self._exchange.rows(n), x, physical, routing.weights)
         with _Abandoning(self.workspace):
-            received, state = self._exchange.dispatch(n, ranks, tokens)
-        rows, ids, weights = self._unpack(received)
-        return Dispatched(rows, Routing(ids=ids, weights=weights), n, state)
+            return dispatched_of(self._exchange.dispatch(x, routing, tokens), x.shape[0])
+
+    def send(
+        self, x: torch.Tensor, routing: Routing, *, tokens: Sequence[int] | None = None
+    ) -> Sent:
+        """Begin what `dispatch` does; `receive` ends it, and there may be work between the two.
+
+        Under `symmetric_memory` tokens travel meanwhile, and that work hides the wait for them.
+        Other transports do all of it here. Arguments and errors are those of `dispatch`.
+        """
+        self._check(x, routing, tokens)
+        with _Abandoning(self.workspace):
+            return Sent(x.shape[0], self._exchange.send(x, routing, tokens))
+
+    def receive(self, sent: Sent) -> Dispatched:
+        """Return what `dispatch` does, of tokens that `send` has sent.
+
+        Raises:
+            RankError: If another rank does not take part.
+        """
+        with _Abandoning(self.workspace):
+            return dispatched_of(self._exchange.receive(sent.state), sent.tokens)
 
     def combine(
         self,
@@ -238,10 +234,39 @@ class ExpertParallel:
             raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
         check_same_device(f"{WHERE}: shared", self.device, shared=shared)
         with _Abandoning(self.workspace):
-            sums: torch.Tensor = self._exchange.combine(partial, dispatched.state)
-            if self.tensor_ranks is not None and sums.numel():
+            if self.tensor_ranks is None:
+                return self._exchange.combine(partial, dispatched.state, shared, partial.dtype)
+            sums = self._exchange.combine(partial, dispatched.state, None, torch.float32)
+            if sums.numel():
                 self.tensor_ranks.all_reduce(sums)
-        return (sums if shared is None else sums + shared.float()).to(partial.dtype)
+        return finished(sums, shared, partial.dtype)
+
+    def _quantization(self, platform: Any) -> tuple[str, Any]:
+        """Return the number format of codes, and what makes them; None for activations as given.
+
+        Raises:
+            NoKernelError: If nothing can quantize to the format on the device.
+        """
+        how = self.payload.how
+        if how.format is None:
+            return "bfloat16", None
+        scheme, problem = self.payload.scheme.name, {"features": self.payload.hidden}
+        selection, _ = select_for("quantize", scheme, self.device, problem, platform=platform)
+        assert selection.kernel is not None
+        encoding = encoding_of(how.format, selection.spec.formats.fp8_encoding)
+        return encoding, selection.kernel.load()
+
+    def check(self) -> None:
+        """Wait for the current stream, and raise if a rank did not take part in what it has done.
+
+        Only `symmetric_memory` has something to tell here: calls by other transports raise.
+
+        Raises:
+            RankError: Naming the ranks that did not come.
+        """
+        self.ranks.check()
+        with _Abandoning(self.workspace):
+            self._exchange.check()
 
     def _read_by_experts(self, scheme: str, hidden: int, platform: Any) -> Operand | None:
         """Return what the kernel that experts would run here reads as x."""
@@ -263,6 +288,7 @@ class ExpertParallel:
         }
         EXPERT_PARALLEL.check(problem)
         problem |= {name: self.ranks.has(name) for name in COLLECTIVES}
+        problem[SYMMETRIC] = self.ranks.has_symmetric_memory()
         try:
             found, _ = select_for(
                 "expert_parallel",
@@ -290,7 +316,7 @@ class ExpertParallel:
             "column_alignment": payload.column_alignment,
             "scheme": scheme,
             "dtype": str(self.dtype),
-            "encoding": self._rows.encoding,
+            "encoding": self.encoding,
             "placement": [list(mine) for mine in self.placement.held],
             "transport": self.transport,
             "host_sync": self.host_sync,
@@ -298,36 +324,6 @@ class ExpertParallel:
         self.ranks.agree(WHERE, settings)
         if self.tensor_ranks is not None:
             self.tensor_ranks.agree(f"{WHERE}: tensor_group", settings)
-
-    def _tables(self) -> None:
-        """Put the placement where the tokens are."""
-        copies = self.placement.copies()
-        most = max(map(len, copies))
-        # Short lists are repeated, so that every turn names a copy; the number of copies decides.
-        rows = [[places[turn % len(places)] for turn in range(most)] for places in copies]
-        self._copies = torch.tensor(rows, device=self.device)
-        self._count = torch.tensor([len(places) for places in copies], device=self.device)
-        self._rank_of = torch.tensor(self.placement.rank_of, device=self.device)
-        self._first, self._last = self.placement.offsets[self.rank : self.rank + 2]
-        self._redundant = most > 1
-
-    def _physical(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return `[tokens, top_k]` int64 physical ids; copies of an expert take turns."""
-        absent = (ids < 0) | (ids >= self.experts)
-        expert = ids.long().masked_fill(absent, 0)
-        if not self._redundant:
-            physical = self._copies[:, 0][expert]
-        else:
-            token = torch.arange(ids.shape[0], device=ids.device) + self.rank
-            turn = token.unsqueeze(-1) % self._count[expert]
-            physical = self._copies[expert, turn]
-        return physical.masked_fill(absent, -1)
-
-    def _unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return activations, ids as numbered here, and weights: copies, not views of a buffer."""
-        x, physical, weights = self._rows.unpack(rows, self.dtype)
-        here = (physical >= self._first) & (physical < self._last)
-        return x, torch.where(here, physical - self._first, -1), weights
 
     def _check(self, x: torch.Tensor, routing: Routing, tokens: Sequence[int] | None) -> None:
         check_activations(WHERE, x, self.payload.hidden, self.device, (dtype_name_of(self.dtype),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class ParallelFusedMoE(FusedMoE):
         x: torch.Tensor,
         routing: Routing | torch.Tensor,
         *,
-        shared: torch.Tensor | None = None,
+        shared: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         updates: Any = None,
     ) -> torch.Tensor:
         """Return `[tokens, hidden]` for this rank's `x` `[tokens, hidden]`.
@@ -91,7 +92,8 @@ class ParallelFusedMoE(FusedMoE):
         Args:
             x: Activations; ranks without any call with zero tokens.
             routing: Ids of all experts, and weights.
-            shared: `[tokens, hidden]`, added in float32 to the sum over all ranks.
+            shared: `[tokens, hidden]`, added in float32 to the sum over all ranks, or a function
+                that returns it, which is called while tokens travel.
             updates: None: the tokens that a rank computes belong to adapters it does not know.
 
         Raises:
@@ -110,7 +112,12 @@ class ParallelFusedMoE(FusedMoE):
                 found="updates" if isinstance(routing, Routing) else type(routing).__name__,
                 needed="a Routing, and no updates, with group=",
             )
-        received = self.group.dispatch(x, routing)
+        if callable(shared):
+            sent = self.group.send(x, routing)
+            shared = shared()
+            received = self.group.receive(sent)
+        else:
+            received = self.group.dispatch(x, routing)
         partial = super().__call__(received.x, received.routing)
         return self.group.combine(partial, received, shared=shared)
 

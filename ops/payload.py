@@ -23,7 +23,17 @@ from hal.formats import number_format
 from hal.quant.scheme import Quantization, Scheme, find_scheme, group_of
 from hal.registry import Operand
 
-__all__ = ["FORMATS", "Part", "Payload", "payload_format", "union", "workspace"]
+__all__ = [
+    "FORMATS",
+    "PROGRAMS",
+    "Part",
+    "Payload",
+    "flag_bytes",
+    "payload_format",
+    "slot_parts",
+    "union",
+    "workspace",
+]
 
 FORMATS: Mapping[str, str] = MappingProxyType(
     {
@@ -42,6 +52,12 @@ ROW_ALIGNMENT = 16
 """Bytes that a row is a multiple of: a vector load of every GPU, and all elements' sizes."""
 ID_BYTES = WEIGHT_BYTES = SECOND_BYTES = 4
 HALF_BYTES = 2
+FLAG_BYTES = 8
+SLOT_ALIGNMENT = 256
+SYMMETRIC = "symmetric_memory"
+PROGRAMS = 128
+"""Thread blocks that send, and as many that receive, in a launch of a one-sided transport: no more
+than any GPU with the links for it has compute units, so that all of them run at once."""
 FLOAT32_BYTES = 4
 
 
@@ -192,6 +208,9 @@ def workspace(transport: str, payload: Payload, ranks: int, max_tokens: int) -> 
     """
     if transport not in BUFFERS:
         raise UnknownNameError("transport", transport, BUFFERS)
+    if transport == SYMMETRIC:
+        slot = max(part.stop for part in slot_parts(payload, ranks, max_tokens).values())
+        return {SYMMETRIC: flag_bytes(ranks) + 2 * round_up(slot, SLOT_ALIGNMENT)}
     most_ranks = min(ranks, payload.top_k)
     rows = {"one": max_tokens, "all": ranks * max_tokens, "chosen": most_ranks * max_tokens}
     sizes = {
@@ -229,10 +248,38 @@ BUFFERS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "receive": ("all", "row"),
             "returned": ("all", "half"),
         },
+        "symmetric_memory": {},
     }
 )
 """Buffers of each transport: how many rows (of one rank, of all, of the ranks that a token's
-experts can be on) of what (a payload row, a row back in 16 or in 32 bits)."""
+experts can be on) of what (a payload row, a row back in 16 or in 32 bits). Symmetric memory has one
+buffer with parts of its own, see `slot_parts`."""
+
+
+def flag_bytes(ranks: int) -> int:
+    """Return the bytes of the flags that ranks raise in each other's memory.
+
+    Each program of each rank has one for dispatches and one for combines.
+    """
+    return round_up(2 * ranks * PROGRAMS * FLAG_BYTES, SLOT_ALIGNMENT)
+
+
+def slot_parts(payload: Payload, ranks: int, max_tokens: int) -> dict[str, Part]:
+    """Return the parts of a slot of symmetric memory by name.
+
+    Unlike rows of bytes, each part of all rows lies together, so that experts read it in place:
+    codes, scales, second scales, weights and ids `[ranks * max_tokens, ...]`, the tokens of each
+    rank as each of its programs tells them, and what comes back, 16 bits an element.
+    """
+    rows = ranks * max_tokens
+    wanted = {name: rows * part.size for name, part in payload.parts.items()}
+    wanted["counts"] = ranks * PROGRAMS * FLAG_BYTES
+    wanted["returned"] = rows * payload.combine_bytes
+    found, at = {}, 0
+    for name, size in wanted.items():
+        found[name] = Part(at, size)
+        at = round_up(at + size, SLOT_ALIGNMENT)
+    return found
 
 
 def union(layers: Iterable[Mapping[str, int]]) -> dict[str, int]:

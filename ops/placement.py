@@ -168,6 +168,16 @@ class Placement:
                 physical += 1
         return tuple(map(tuple, found))
 
+    def turns(self) -> list[list[int]]:
+        """Return for each expert the physical ids that its tokens go to in turn, as many for each.
+
+        Shorter lists are repeated, so that every turn names a copy; how many differ is for
+        `copies` to say.
+        """
+        copies = self.copies()
+        most = max(map(len, copies))
+        return [[places[turn % len(places)] for turn in range(most)] for places in copies]
+
 
 PLACEMENTS = ("linear", "round_robin")
 """Names of placements that follow from the number of experts and ranks alone."""

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from hal.ops.binding import select_for
 from hal.ops.payload import Payload
 from hal.ops.transports import section
-from hal.quant.represent import Coded, encoding_of, numbers
+from hal.quant.represent import Coded, numbers
 from hal.torch_compat import dtype
+
+if TYPE_CHECKING:
+    from hal.ops.quantize import QuantizeFunction
 
 __all__ = ["Rows"]
 
 
 class Rows:
-    """A payload with the quantization that is selected for it on a device.
+    """A payload with the quantization that was selected for it on a device.
 
-    Attributes:
+    Args:
+        payload: What travels.
         encoding: Number format of the codes.
-
-    Raises:
-        NoKernelError: If nothing can quantize to the format there.
+        quantize: What makes the codes, None for activations as given.
     """
 
-    def __init__(self, payload: Payload, device: torch.device, platform: Any) -> None:
-        self.payload, self.encoding = payload, "bfloat16"
-        self._quantize: Any = None
-        how = payload.how
-        if how.format is not None:
-            scheme, problem = payload.scheme.name, {"features": payload.hidden}
-            selection, _ = select_for("quantize", scheme, device, problem, platform=platform)
-            assert selection.kernel is not None
-            self.encoding = encoding_of(how.format, selection.spec.formats.fp8_encoding)
-            self._quantize = selection.kernel.load()
+    def __init__(self, payload: Payload, encoding: str, quantize: QuantizeFunction | None) -> None:
+        self.payload, self.encoding, self._quantize = payload, encoding, quantize
 
     def pack(
         self, rows: torch.Tensor, x: torch.Tensor, physical: torch.Tensor, weights: torch.Tensor

@@ -10,13 +10,16 @@ captured with the old one keep that alive through `retired`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hal.errors import ArgumentError, DeviceMismatchError
-from hal.ops.payload import union
+from hal.errors import ArgumentError, DeviceMismatchError, RankError
+from hal.ops.payload import SYMMETRIC, union
 
 if TYPE_CHECKING:
     import torch
+
+    from hal.ops.ranks import Ranks
+    from hal.ops.window import Window
 
 __all__ = ["Workspace"]
 
@@ -32,11 +35,26 @@ class Workspace:
         self.retired: list[torch.Tensor] = []
         self._held: dict[str, torch.Tensor] = {}
         self._used: set[str] = set()
+        self._window: Window | None = None
+        self._windows: list[Window] = []
+        self._group: Any = None
         self._ranks: int | None = None
         self._device: torch.device | None = None
 
-    def reserve(self, sizes: Mapping[str, int], ranks: int, device: torch.device) -> None:
+    def reserve(
+        self,
+        sizes: Mapping[str, int],
+        ranks: int,
+        device: torch.device,
+        group: Ranks | None = None,
+    ) -> None:
         """Make every buffer at least as large as a layer needs it.
+
+        Args:
+            sizes: Bytes of buffers by name.
+            ranks: Size of the group.
+            device: Where they are.
+            group: The group, for memory that its ranks share.
 
         Raises:
             ArgumentError: If the workspace serves a group of another size; see `reset`.
@@ -55,9 +73,25 @@ class Workspace:
             raise DeviceMismatchError(
                 "expert_parallel: workspace", found=device, needed=self._device
             )
+        if self._window is not None and SYMMETRIC in sizes:
+            assert group is not None
+            if group.group is not self._group:
+                raise ArgumentError(
+                    "expert_parallel: workspace",
+                    found="another process group",
+                    needed="the one whose ranks share its symmetric memory",
+                    cure="give each group a workspace, or call reset() where the old group is gone",
+                )
         held = {name: buffer.numel() for name, buffer in self._held.items()}
         for name, size in union((held, sizes)).items():
-            if size > held.get(name, -1):
+            if size <= held.get(name, -1):
+                continue
+            if name == SYMMETRIC:
+                assert group is not None
+                self._keep_window()
+                self._window, self._group = group.window(size), group.group
+                self._held[name] = self._window.memory
+            else:
                 fresh = torch.zeros(size, dtype=torch.uint8, device=device)
                 if name in self._used:
                     self.retired.append(self._held[name])
@@ -69,16 +103,42 @@ class Workspace:
         self._used.add(name)
         return self._held[name][:size]
 
+    @property
+    def window(self) -> Window:
+        """Return the symmetric memory.
+
+        Raises:
+            RankError: If it was abandoned.
+        """
+        if self._window is None:
+            raise RankError(
+                "expert_parallel: symmetric_memory",
+                missing=(),
+                found="a call after ranks had failed",
+                cause="the memory that they shared was abandoned",
+            )
+        return self._window
+
+    def _keep_window(self) -> None:
+        if self._window is not None:
+            self.retired.append(self._window.memory)
+            self._windows.append(self._window)
+            self._window = None
+
     def abandon(self) -> None:
         """Replace every buffer: a collective that failed may still write into the old ones."""
         import torch
 
+        self._keep_window()
+        self._held.pop(SYMMETRIC, None)
         self._held = {name: torch.zeros_like(buffer) for name, buffer in self._held.items()}
         self._used.clear()
 
     def reset(self) -> None:
         """Forget the size of the group, so that layers of a new group can be made."""
         self._ranks = None
+        self._keep_window()
+        self._held.pop(SYMMETRIC, None)
 
     @property
     def nbytes(self) -> int:

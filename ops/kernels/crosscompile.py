@@ -57,6 +57,9 @@ OWN_FORMAT = {
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
 FEW, MANY = 8, 16384
 
+PAYLOADS = ("bf16", "fp8", "fp8_token", "int8", "mxfp8", "mxfp4", "nvfp4")
+"""The names of `hal.ops.payload.FORMATS`."""
+
 _PTX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[.\w:]*")
 _AMDGCN = re.compile(r"v_s?mfmac?_\w+|v_wmma_\w+")
 _FORMATS = {
@@ -428,6 +431,40 @@ def _store(target: Target, scheme: str, before: str) -> None:
     launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
 
 
+def _exchange(target: Target, format: str, size: str) -> None:
+    """Call the launchers of a one-sided exchange between two ranks; `plain` is their second one."""
+    from hal.ops.kernels.combine_rows import combine_rows
+    from hal.ops.kernels.dispatch_rows import Codec, Places, dispatch_rows
+    from hal.ops.payload import PROGRAMS, Payload
+    from hal.ops.transports.one_sided import codec_of, units_of
+    from hal.quant.represent import encoding_of
+
+    ranks, room = 2, FEW if size == "few" else MANY
+    places = dict.fromkeys(Places.__dataclass_fields__, 256)
+    common: dict[str, Any] = {
+        "peers": _empty(ranks + 1, dtype="int64"),
+        "state": _empty(4 * PROGRAMS, dtype="int64"),
+        "places": Places(**places), "me": 0, "room": room, "programs": PROGRAMS, "limit": 2**40,
+    }  # fmt: skip
+    hits, rows = _empty(room, dtype="int64"), _empty(ranks * room, HIDDEN)
+    if format == "plain":
+        units = units_of(Codec("raw", HIDDEN), room, PROGRAMS)._asdict()
+        shared = _empty(room, HIDDEN) if size == "few" else None
+        combine_rows(
+            rows, _empty(room, HIDDEN), hits, shared, top_k=TOP_K, block=units.pop("groups"),
+            **common, **units,
+        )  # fmt: skip
+        return
+    payload = Payload(format, HIDDEN, TOP_K)
+    codec = codec_of(payload, encoding_of(payload.how.format, target.fp8))
+    ids, weights = _empty(room, TOP_K, dtype="int32"), _empty(room, TOP_K, dtype="float32")
+    dispatch_rows(
+        _empty(room, HIDDEN), ids, weights, hits, None if codec.kind == "raw" else rows,
+        table=_empty(EXPERTS, 1, dtype="int32"), copies=_empty(EXPERTS, dtype="int32"),
+        codec=codec, **common, **units_of(codec, room, PROGRAMS)._asdict(),
+    )  # fmt: skip
+
+
 _CASES: dict[str, Callable[[Target], None]] = {
     **{
         f"{op}/{kind}/{size}": partial(_product, op=op, kind=kind, size=size)
@@ -469,6 +506,14 @@ _CASES: dict[str, Callable[[Target], None]] = {
             ("ragged", 100, 1000, 1056),
             ("wide", MANY, 2**21, HIDDEN),
         )
+    },
+    **{
+        f"{name}/{size}": partial(_exchange, format=format, size=size)
+        for name, format in (
+            *((f"dispatch_rows/{format}", format) for format in PAYLOADS),
+            ("combine_rows", "plain"),
+        )
+        for size in ("few", "many")
     },
     "align/few": lambda _: _align(FEW),
     "align/many": lambda _: _align(MANY),

@@ -12,21 +12,33 @@ travel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hal.needs import Code, Needs
 from hal.ops.checks import ACTIVATION_DTYPES
-from hal.ops.payload import FORMATS, Payload
+from hal.ops.payload import FORMATS, SYMMETRIC, Payload
 from hal.registry import Op
 
 if TYPE_CHECKING:
     import torch
 
     from hal.ops.payload import Part
+    from hal.ops.placement import Placement
+    from hal.ops.quantize import QuantizeFunction
     from hal.ops.ranks import Ranks
+    from hal.ops.routing import Routing
     from hal.ops.workspace import Workspace
 
-__all__ = ["BACKENDS", "EXPERT_PARALLEL", "SIGNATURES", "Exchange", "Setup", "collective"]
+__all__ = [
+    "BACKENDS",
+    "EXPERT_PARALLEL",
+    "SIGNATURES",
+    "Exchange",
+    "Received",
+    "Setup",
+    "collective",
+]
 
 BACKENDS = ("gloo", "nccl", "xccl")
 """Backends of torch.distributed, by their names there; RCCL is called nccl."""
@@ -38,13 +50,14 @@ EXPERT_PARALLEL = Op(
     (
         *("ranks", "experts", "top_k", "hidden", "max_tokens", "dtype", "backend", "host_sync"),
         *COLLECTIVES,
+        SYMMETRIC,
     ),
     "move tokens to the ranks that hold their experts, and the results back",
     choices={
         "dtype": ACTIVATION_DTYPES,
         "backend": BACKENDS,
         "host_sync": (True, False),
-        **dict.fromkeys(COLLECTIVES, (True, False)),
+        **dict.fromkeys((*COLLECTIVES, SYMMETRIC), (True, False)),
     },
     at_most=(("top_k", "experts"),),
     collective=True,
@@ -59,6 +72,23 @@ def collective(name: str) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Received:
+    """What a dispatch brings a rank.
+
+    Attributes:
+        x: `[rows, hidden]` of the activations' dtype.
+        ids: `[rows, top_k]`, as this rank numbers its experts, -1 for those of other ranks.
+        weights: `[rows, top_k]` float32.
+        state: What the transport needs to bring the results back.
+    """
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    state: Any
+
+
 class Setup(Protocol):
     """What a transport is made of."""
 
@@ -70,6 +100,11 @@ class Setup(Protocol):
     @property
     def payload(self) -> Payload:
         """What travels for a token."""
+        ...
+
+    @property
+    def placement(self) -> Placement:
+        """Which rank holds which experts."""
         ...
 
     @property
@@ -87,28 +122,63 @@ class Setup(Protocol):
         """Where the buffers are."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        ...
+
+    @property
+    def encoding(self) -> str:
+        """Number format of the codes."""
+        ...
+
+    @property
+    def quantize(self) -> QuantizeFunction | None:
+        """What makes the codes, None for activations as given."""
+        ...
+
 
 class Exchange(Protocol):
     """A transport that was bound to a group and its buffers."""
 
-    def rows(self, tokens: int) -> torch.Tensor:
-        """Return where the caller writes its rows, `[tokens, row_bytes]` uint8."""
-        ...
-
-    def dispatch(
-        self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[torch.Tensor, Any]:
-        """Send the rows; return those received, `[n, row_bytes]`, and what `combine` takes.
+    def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
+        """Send tokens `[tokens, hidden]` to the ranks of their experts; return what arrives.
 
         Args:
-            tokens: Rows that were written.
-            ranks: `[tokens, top_k]` int64, the rank of each slot, -1 where it is absent.
+            x: Tokens.
+            routing: Ids of experts as all ranks number them, and weights.
             counts: Tokens of every rank, if the caller knows them.
         """
         ...
 
-    def combine(self, partial: torch.Tensor, state: Any) -> torch.Tensor:
-        """Return `[tokens, hidden]` float32: the sums over ranks of what was made of the rows."""
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Any:
+        """Begin a dispatch; return what `receive` takes. There may be work between the two."""
+        ...
+
+    def receive(self, sent: Any) -> Received:
+        """End a dispatch that was begun."""
+        ...
+
+    def combine(
+        self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return `[tokens, hidden]`: sums over ranks of what was made of the rows, plus shared.
+
+        Args:
+            partial: `[rows, hidden]`, one row for each received.
+            state: Of the dispatch.
+            shared: `[tokens, hidden]`, added last, or None.
+            dtype: Of the result. Sums are float32.
+        """
+        ...
+
+    def check(self) -> None:
+        """Wait for the current stream and raise if a rank did not come, where no call would."""
         ...
 
 
@@ -117,5 +187,25 @@ def section(rows: torch.Tensor, part: Part, dtype: torch.dtype) -> torch.Tensor:
     return rows[:, part.start : part.stop].view(dtype)
 
 
+def rows_of_each(setup: Setup, tokens: int, counts: Sequence[int] | None) -> int:
+    """Return how many rows every rank has in one call, where all have as many.
+
+    Args:
+        setup: What the transport is made of.
+        tokens: Of this rank.
+        counts: Of every rank, if the caller knows them.
+    """
+    import torch
+
+    if counts is not None:
+        return max(counts)
+    if not setup.host_sync:
+        return setup.max_tokens
+    mine = torch.tensor([tokens], dtype=torch.int64, device=setup.ranks.device)
+    everyone = mine.new_empty(setup.ranks.size)
+    setup.ranks.all_gather(everyone, mine)
+    return int(everyone.max())
+
+
 # Importing a module is what attaches its transports.
-from hal.ops.transports import all_to_all, gathered  # noqa: E402, F401
+from hal.ops.transports import all_to_all, gathered, one_sided  # noqa: E402, F401

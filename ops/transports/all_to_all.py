@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.needs import Code, Needs
 from hal.ops.transports import BACKENDS, EXPERT_PARALLEL, SIGNATURES, Setup, collective
+from hal.ops.transports.by_rows import ByRows
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -93,4 +94,4 @@ class _AllToAll:
 )
 def bind_all_to_all(setup: Setup) -> Any:
     """Send each row once to each rank that holds one of its experts, in sizes of their own."""
-    return _AllToAll(setup)
+    return ByRows(setup, _AllToAll(setup))

@@ -16,7 +16,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.needs import Code, Needs
-from hal.ops.transports import BACKENDS, EXPERT_PARALLEL, SIGNATURES, Setup, collective, section
+from hal.ops.transports import (
+    BACKENDS,
+    EXPERT_PARALLEL,
+    SIGNATURES,
+    Setup,
+    collective,
+    rows_of_each,
+    section,
+)
+from hal.ops.transports.by_rows import ByRows
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -57,16 +66,7 @@ class _Gathered:
 
     def _room(self, tokens: int, counts: Sequence[int] | None) -> int:
         """Return how many rows every rank sends."""
-        import torch
-
-        if counts is not None:
-            return max(counts)
-        if not self.setup.host_sync:
-            return self.setup.max_tokens
-        mine = torch.tensor([tokens], dtype=torch.int64, device=self.ranks.device)
-        everyone = mine.new_empty(self.ranks.size)
-        self.ranks.all_gather(everyone, mine)
-        return int(everyone.max())
+        return rows_of_each(self.setup, tokens, counts)
 
     def _rows(self, name: str, count: int) -> torch.Tensor:
         width = self.payload.row_bytes
@@ -121,7 +121,7 @@ class _Returned(_Gathered):
 )
 def bind_all_reduce(setup: Setup) -> Any:
     """Gather all rows everywhere and sum all results everywhere: the definition."""
-    return _AllReduce(setup)
+    return ByRows(setup, _AllReduce(setup))
 
 
 @EXPERT_PARALLEL.kernel(
@@ -133,7 +133,7 @@ def bind_all_reduce(setup: Setup) -> Any:
 )
 def bind_all_gather(setup: Setup) -> Any:
     """Gather all rows everywhere and reduce-scatter the results in float32."""
-    return _ReduceScatter(setup)
+    return ByRows(setup, _ReduceScatter(setup))
 
 
 @EXPERT_PARALLEL.kernel(
@@ -145,4 +145,4 @@ def bind_all_gather(setup: Setup) -> Any:
 )
 def bind_all_to_all_padded(setup: Setup) -> Any:
     """Gather all rows everywhere, return 16-bit rows in fixed room and sum them in rank order."""
-    return _Returned(setup)
+    return ByRows(setup, _Returned(setup))

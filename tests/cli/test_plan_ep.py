@@ -64,6 +64,22 @@ def test_more_ranks_spare_bytes_by_all_to_all():
     assert (alone.dispatch_bytes, alone.dispatch_us) == (0, 0.0)
 
 
+def test_one_sided_exchange_moves_what_all_to_all_moves_without_its_sizes():
+    payload, sizes = Payload("bf16", 7168, 8), {"experts": 256, "most": 8192}
+    for tokens in TOKENS:
+        one, all_ = (
+            predict(t, payload, H200, tokens=tokens, **sizes)
+            for t in ("symmetric_memory", "all_to_all")
+        )
+        assert one.dispatch_bytes == all_.dispatch_bytes
+        assert one.combine_bytes == all_.combine_bytes
+        assert one.dispatch_us < all_.dispatch_us
+        # No faster than two H200 write into each other's memory.
+        assert one.combine_us > one.combine_bytes / 388e3
+    far = predict("symmetric_memory", payload, Machine(16, 2, 450e9, 50e9), tokens=8, **sizes)
+    assert (far.dispatch_us, far.combine_us) == (None, None)  # memory is shared on one host
+
+
 ASK = ["plan-ep", "--ranks", "8", "--hidden", "7168", "--experts", "256", "--top-k", "8"]
 
 

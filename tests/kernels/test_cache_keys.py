@@ -39,6 +39,8 @@ CELLS = (
     "grouped_gemm/bf16/biased",
     "align/few",
     "combine/shared",
+    "dispatch_rows/mxfp8/few",
+    "combine_rows/few",
     "route/groups",
     "quantize/fp8_groups",
     "quantize/mxfp8/gate",

@@ -12,7 +12,8 @@ from hal.ops.transports import EXPERT_PARALLEL
 from hal.quant import quantize
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, MAX_TOKENS = 5, 2, 160, 64, 16
-TRANSPORTS = tuple(kernel.name for kernel in EXPERT_PARALLEL.kernels)
+ONE_SIDED = "symmetric_memory"
+TRANSPORTS = tuple(k.name for k in EXPERT_PARALLEL.kernels if k.name != ONE_SIDED)
 ROUTINGS = (
     *("ragged", "one_rank_idle", "no_tokens", "to_one_rank", "to_one_expert", "absent", "skew"),
     *("one_token", "not_finite"),
@@ -56,11 +57,13 @@ def placement_of(name: str, ranks: int) -> str | Placement:
     return name
 
 
-def cases(ranks: int) -> list[Case]:
+def cases(ranks: int, device: str = "cpu") -> list[Case]:
     """Return every case of a group of this size, alike in every process."""
-    found = [Case(t, f, r) for t in TRANSPORTS for f in FORMATS for r in ROUTINGS]
-    for transport in TRANSPORTS:
-        places = ("round_robin", "arbitrary", "redundant")
+    transports = transports_of(device)
+    found = [Case(t, f, r) for t in transports for f in FORMATS for r in ROUTINGS]
+    for transport in transports:
+        # One rank has no room for copies.
+        places = ("round_robin", "arbitrary", *(("redundant",) if ranks > 1 else ()))
         found += [Case(transport, placement=place) for place in places]
         found += [Case(transport, "auto", scheme=scheme) for scheme in SCHEMES]
         found += [Case(transport, f, scheme=s, force="reference") for s, f in SCHEMES.items()]
@@ -72,14 +75,19 @@ def cases(ranks: int) -> list[Case]:
     return found
 
 
+def transports_of(device: str) -> tuple[str, ...]:
+    """Return the transports that there are on a type of device."""
+    return TRANSPORTS if device == "cpu" else (*TRANSPORTS, ONE_SIDED)
+
+
 def tokens_of(routing: str, rank: int) -> int:
     """Return how many tokens a rank has."""
     few = {"one_rank_idle": 0 if rank == 1 else 9, "no_tokens": 0, "one_token": int(rank == 0)}
     return few.get(routing, 7 + 3 * (rank % 4))
 
 
-def inputs(routing: str, rank: int) -> tuple[torch.Tensor, Routing]:
-    """Return tokens and routing of one rank."""
+def inputs(routing: str, rank: int, device: str = "cpu") -> tuple[torch.Tensor, Routing]:
+    """Return tokens and routing of one rank, the same on every device."""
     n = tokens_of(routing, rank)
     generator = torch.Generator().manual_seed(97 * rank + len(routing))
     x = torch.randn(n, HIDDEN, generator=generator).bfloat16()
@@ -99,7 +107,8 @@ def inputs(routing: str, rank: int) -> tuple[torch.Tensor, Routing]:
         ids[: n - 1] = torch.tensor([0, 3])
     elif routing == "not_finite" and n:
         x[2, 5], x[4, 0] = torch.nan, torch.inf
-    return x, Routing(ids=ids.int() if rank % 2 else ids, weights=weights)
+    ids = ids.int() if rank % 2 else ids
+    return x.to(device), Routing(ids=ids.to(device), weights=weights.to(device))
 
 
 def weights(scheme: str = "bf16") -> tuple:
@@ -110,11 +119,15 @@ def weights(scheme: str = "bf16") -> tuple:
     return w13.bfloat16(), w2.bfloat16()
 
 
-def local_weights(case: Case, held: tuple[int, ...], part: int = 0, parts: int = 1) -> list:
+def local_weights(
+    case: Case, held: tuple[int, ...], part: int = 0, parts: int = 1, device: str = "cpu"
+) -> list:
     """Return the weights of some experts, of each a part of the intermediate columns."""
     w13, w2 = (weight[list(held)] for weight in weights())
     halves = [half.chunk(parts, 1)[part] for half in w13.chunk(2, 1)]
     pair = torch.cat(halves, 1).contiguous(), w2.chunk(parts, 2)[part].contiguous()
+    pair = [weight.to(device) for weight in pair]
     if case.scheme == "bf16":
-        return list(pair)
-    return [quantize(weight, case.scheme, platform="cpu") for weight in pair]
+        return pair
+    platform = "cpu" if device == "cpu" else None
+    return [quantize(weight, case.scheme, platform=platform) for weight in pair]

@@ -1,4 +1,4 @@
-"""Run cases of expert parallelism as one rank of a group: RANK WORLD STORE OUT."""
+"""Run cases of expert parallelism as one rank of a group: RANK WORLD STORE OUT [DEVICE]."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from parallel_cases import (
     local_weights,
     placement_of,
     tokens_of,
+    transports_of,
 )
 
 from hal.errors import HalError
-from hal.ops import ExpertParallel, FusedMoE, Workspace
+from hal.ops import ExpertParallel, FusedMoE, Routing, Workspace
+from hal.ops.payload import FORMATS
 
 
 class Layers:
     """Layers by what they are made of: routings share one."""
 
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, device: str = "cpu") -> None:
+        self.rank, self.world, self.device = rank, world, device
         self.workspaces = {world: Workspace(), 2: Workspace()}
         self.made: dict = {}
         self.pairs = [None, None]
@@ -57,7 +59,7 @@ class Layers:
             }
         group = ExpertParallel(
             **groups,
-            **sizes(),
+            **sizes(self.device),
             dispatch=case.format,
             scheme=case.scheme,
             placement=placement_of(case.placement, ranks),
@@ -68,31 +70,31 @@ class Layers:
         )
         assert group.transport == case.transport
         part = (self.rank % 2, 2) if case.tensor else ()
-        pair = local_weights(case, group.local_experts, *part)
+        pair = local_weights(case, group.local_experts, *part, device=self.device)
         return FusedMoE(*pair, group=group, force=case.force)
 
 
-def sizes() -> dict:
+def sizes(device: str = "cpu") -> dict:
     return {
         "experts": EXPERTS,
         "top_k": TOP_K,
         "hidden": HIDDEN,
         "max_tokens": MAX_TOKENS,
-        "device": "cpu",
+        "device": device,
     }
 
 
 def run(layers: Layers, case: Case) -> dict:
     rank = layers.rank // 2 if case.tensor else layers.rank
     layer = layers.of(case)
-    x, routing = inputs(case.routing, rank)
+    x, routing = inputs(case.routing, rank, layers.device)
     if case.told:
         told = [tokens_of(case.routing, each) for each in range(layers.world)]
         received = layer.group.dispatch(x, routing, tokens=told)
         partial = FusedMoE.__call__(layer, received.x, received.routing)
         return {"y": layer.group.combine(partial, received)}
-    shared = torch.full((len(x), HIDDEN), 0.25) if case.placement == "arbitrary" else None
-    y = layer(x, routing, shared=shared)
+    shared = x.new_full((len(x), HIDDEN), 0.25) if case.placement == "arbitrary" else None
+    y = layer(x, routing, shared=shared if shared is None else lambda: shared)
     again = layer(x, routing, shared=shared)
     received = layer.group.dispatch(x, routing)
     layer.group.combine(received.x, received)
@@ -105,7 +107,34 @@ def run(layers: Layers, case: Case) -> dict:
     }
 
 
-def refusals(rank: int) -> dict[str, str]:
+def captured(layers: Layers, case: Case) -> dict:
+    """Return what replays of one captured call make of several inputs, and what calls make."""
+    layer, rank = layers.of(case), layers.rank
+    x = torch.zeros(9, HIDDEN, dtype=torch.bfloat16, device=layers.device)
+    ids = torch.zeros(9, TOP_K, dtype=torch.int64, device=layers.device)
+    routing = Routing(ids=ids, weights=torch.zeros(9, TOP_K, device=layers.device))
+    for _ in range(2):
+        layer(x, routing)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x, routing)
+    found: dict = {"replayed": [], "called": []}
+    for turn in range(5):
+        generator = torch.Generator().manual_seed(11 * turn + rank)
+        x.copy_(torch.randn(9, HIDDEN, generator=generator))
+        ids.copy_(torch.randint(-1, EXPERTS, (9, TOP_K), generator=generator))
+        ids[:, 1].masked_fill_(ids[:, 1] == ids[:, 0], -1)
+        routing.weights.copy_(torch.rand(9, TOP_K, generator=generator))
+        if turn == 3:  # between replays, others calls use the same buffers
+            layer(*inputs("ragged", rank, layers.device))
+        graph.replay()
+        found["replayed"].append(y.clone())
+        found["called"].append(layer(x, routing))
+    return found
+
+
+def refusals(rank: int, device: str) -> dict[str, str]:
     """Return what unlike arguments of ranks lead to; the group is of use afterwards."""
     changes = {
         "hidden": {"hidden": HIDDEN + rank},
@@ -115,24 +144,46 @@ def refusals(rank: int) -> dict[str, str]:
     found = {}
     for name, change in changes.items():
         try:
-            ExpertParallel(**{**sizes(), **change})
+            ExpertParallel(**{**sizes(device), **change})
         except HalError as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
 
 
-def main(rank: int, world: int, store: str, out: str) -> None:
-    warnings.simplefilter("error")
+def on_cpu(value):
+    """Return what a rank found, with all tensors on the CPU."""
+    if isinstance(value, dict):
+        return {name: on_cpu(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(each) for each in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def main(rank: int, world: int, store: str, out: str, device: str = "cpu") -> None:
+    warnings.simplefilter("error" if device == "cpu" else "default")
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device != "cpu":
+        backend, device = "nccl", f"{device}:{rank}"
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world
+        backend, init_method=Path(store).as_uri(), rank=rank, world_size=world
     )
-    layers = Layers(rank, world)
+    layers = Layers(rank, world, device)
+    kind = device.partition(":")[0]
     with torch.inference_mode():
-        for case in cases(world):
+        for case in cases(world, kind):
             layers.of(case)  # all of them first, so that the workspace grows before any call
-        found = {str(case): run(layers, case) for case in cases(world)}
-        found["refusals"] = refusals(rank)
+        found = {str(case): run(layers, case) for case in cases(world, kind)}
+        if kind != "cpu":
+            found["captured"] = {
+                str(case): captured(layers, case)
+                for transport in transports_of(kind)
+                if transport != "all_to_all"
+                for format in FORMATS
+                for case in [Case(transport, format, host_sync=False)]
+            }
+        found["refusals"] = refusals(rank, device)
         found["after refusals"] = run(layers, Case("all_gather"))
     found["workspace"] = {
         "held": layers.workspaces[world].nbytes,
@@ -143,7 +194,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
             if layer.group.workspace is layers.workspaces[world]
         ],
     }
-    torch.save(found, f"{out}/{rank}.pt")
+    torch.save(on_cpu(found), f"{out}/{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -20,7 +20,9 @@ WORLDS = (2, 4)
 EVERY = [(world, case) for world in WORLDS for case in cases(world)]
 
 
-def spawn(script: str, world: int, folder, *more: str, lost: tuple[int, ...] = ()) -> list:
+def spawn(
+    script: str, world: int, folder, *more: str, lost: tuple[int, ...] = (), timeout: float = 120
+) -> list:
     """Run a script as every rank; return what each saved."""
     arguments = str(world), str(folder / "store"), str(folder), *more
     ranks = [
@@ -31,7 +33,7 @@ def spawn(script: str, world: int, folder, *more: str, lost: tuple[int, ...] = (
     ]
     try:
         for rank, process in enumerate(ranks):
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=timeout)
             assert process.returncode == 0 or rank in lost, errors
     finally:
         for process in ranks:
@@ -61,19 +63,24 @@ def found(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     """Return a function that computes a case in one process."""
+    return alone_on("cpu")
+
+
+def alone_on(device: str):
+    """Return a function that computes a case in one process on a device."""
     layers: dict[tuple, FusedMoE] = {}
 
     def compute(case: Case, rank: int) -> torch.Tensor:
         key = case.scheme, case.force
         if key not in layers:
-            pair = local_weights(case, tuple(range(EXPERTS)))
+            pair = local_weights(case, tuple(range(EXPERTS)), device=device)
             layers[key] = FusedMoE(*pair, force=case.force)
-        x, routing = inputs(case.routing, rank)
+        x, routing = inputs(case.routing, rank, device)
         if case.format in FORMATS and case.force is None:
             scheme = find_scheme(FORMATS[case.format])
             encoding = scheme.activation.format or "bfloat16"
             x = fake_quantize(x, scheme, encoding).bfloat16()
-        return layers[key](x, routing)
+        return layers[key](x, routing).cpu()
 
     return compute
 
@@ -86,7 +93,12 @@ def error_of(y: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("world", "case"), EVERY, ids=lambda value: str(value))
 def test_ranks_compute_what_one_process_computes(world, case, found, alone):
-    for rank, results in enumerate(found(world)):
+    compare(case, found(world), alone)
+
+
+def compare(case: Case, found: list, alone) -> None:
+    """Hold what every rank found to what one process computes."""
+    for rank, results in enumerate(found):
         result = results[str(case)]
         y, wanted = result["y"], alone(case, rank // 2 if case.tensor else rank)
         assert y.dtype is torch.bfloat16

@@ -137,7 +137,8 @@ def test_no_device_runs_it_alone():
 
 
 PROBLEM = {"ranks": 8, "experts": 256, "top_k": 8, "hidden": 7168, "max_tokens": 512}
-HAS = {"all_gather": True, "reduce_scatter": True, "all_to_all": True, "host_sync": True}
+COLLECTIVES = {"all_gather": True, "reduce_scatter": True, "all_to_all": True}
+HAS = {**COLLECTIVES, "host_sync": True, "symmetric_memory": False}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,34 @@ def test_what_is_chosen_where_a_collective_is_missing(lacks, chosen, platform, f
         if name in lacks and name != "all_to_all":
             assert name in told
     assert len(selection.candidates) == len(EXPERT_PARALLEL.kernels)
+
+
+@pytest.mark.parametrize("host_sync", [True, False])
+@pytest.mark.parametrize(
+    ("platform", "lacks", "reason"),
+    [
+        ("cuda:h200", {}, ""),
+        ("cuda:h200", {"all_gather": False, "all_to_all": False}, ""),
+        ("rocm:mi300x", {}, ""),
+        ("cuda:h200", {"symmetric_memory": False}, "ranks of one host whose devices reach"),
+        ("cuda:h200", {"ranks": 64}, "ranks <= 32"),
+        ("cuda:h200", {"hidden": 40000}, "hidden <= 32768"),
+        ("cuda:t4", {}, ""),
+        ("xpu:b580", {"backend": "xccl"}, "cuda or rocm"),
+        ("cpu:avx512", {"backend": "gloo"}, "cuda or rocm"),
+    ],
+)
+def test_where_ranks_write_into_each_others_memory(platform, lacks, reason, host_sync):
+    problem = {**PROBLEM, **HAS, "backend": "nccl", "symmetric_memory": True}
+    problem |= {**lacks, "host_sync": host_sync}
+    selection = select("expert_parallel", scheme="fp8", platform=platform, **problem)
+    assert selection.kernel is not None
+    one_sided = selection.candidate("symmetric_memory")
+    assert (selection.kernel.name == "symmetric_memory") == (not one_sided.failures)
+    told = " ".join(map(str, one_sided.failures))
+    assert reason in told, told
+    if reason:
+        assert one_sided.failures
 
 
 def test_no_transport_is_an_error_with_reasons():

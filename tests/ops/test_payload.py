@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hal.errors import UnknownNameError, ValueRangeError
-from hal.ops.payload import BUFFERS, FORMATS, Payload, payload_format, union, workspace
+from hal.ops.payload import (
+    BUFFERS,
+    FORMATS,
+    SYMMETRIC,
+    Payload,
+    flag_bytes,
+    payload_format,
+    slot_parts,
+    union,
+    workspace,
+)
 from hal.quant.scheme import SCHEMES
 
 HIDDEN_AND_SCALES = {
@@ -101,6 +111,20 @@ def test_workspace_grows_with_ranks_and_tokens(payload, transport, ranks, tokens
     for more in ((ranks + 1, tokens), (ranks, tokens + 1)):
         large = workspace(transport, payload, *more)
         assert all(large[name] >= size for name, size in small.items())
+    if transport == SYMMETRIC:
+        parts = slot_parts(payload, ranks, tokens)
+        ends = [0]
+        for part in parts.values():
+            assert part.start >= ends[-1]
+            assert part.start % 256 == 0
+            ends.append(part.stop)
+        slots = small[SYMMETRIC] - flag_bytes(ranks)
+        assert 0 <= slots - 2 * ends[-1] < 512
+        sent = sum(part.size for part in payload.parts.values())
+        held = sum(parts[name].size for name in payload.parts)
+        assert held == ranks * tokens * sent
+        assert parts["returned"].size == ranks * tokens * payload.combine_bytes
+        return
     assert small["receive"] == ranks * tokens * payload.row_bytes
 
 

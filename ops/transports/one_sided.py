@@ -1,0 +1,344 @@
+"""Write tokens straight into the memory of the ranks that have their experts, and results back.
+
+Two kernels a layer, no collectives and no host: `hal.ops.kernels.dispatch_rows` quantizes, sends
+each token once to each rank that has one of its experts, and waits for those of others;
+`combine_rows` sends results back and sums in float32, in the order of ranks, so that equal input
+gives equal bits. Activations as given are read by the experts where they arrived: `Dispatched.x` is
+valid until it is combined.
+
+Every rank has `room` rows for each other one, as with a gather: `max_tokens`, or fewer where the
+host knows better. Rows that nobody sent have ids of -1 and hold whatever was there before.
+
+A rank that does not come within the time limit leaves NaN in the sums of the others, and is named
+by their next call, or by `check`: a kernel cannot raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hal.errors import ArgumentError
+from hal.needs import Code, Needs
+from hal.ops.payload import SYMMETRIC, slot_parts
+from hal.ops.transports import (
+    BACKENDS,
+    EXPERT_PARALLEL,
+    SIGNATURES,
+    Received,
+    Setup,
+    rows_of_each,
+)
+from hal.ops.window import WHERE
+from hal.registry import Level
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.ops.kernels.dispatch_rows import Codec, Places
+    from hal.ops.payload import Payload
+    from hal.ops.routing import Routing
+    from hal.ops.window import Window
+
+SMALL_ROOM = 64
+"""Rows up to which a unit is a piece of a row, so that all programs have one."""
+SMALL_UNIT, LARGE_UNIT = 1024, 8192
+"""Columns of a unit of few and of many rows."""
+STEPS = 8
+"""Units of a program between flags: what waits can go on that much later."""
+MOST_RANKS = 32
+LOOKS_PER_SECOND = 1_000_000
+"""How often a kernel looks at a flag while it waits, about: no clock is the same for all threads of
+a program, and every device has another one."""
+
+
+class _State(NamedTuple):
+    slot: int
+    room: int
+    places: Places
+    hits: torch.Tensor
+
+
+class _Sent(NamedTuple):
+    x: torch.Tensor
+    routing: Routing
+    received: Received
+    state: _State
+
+
+class Units(NamedTuple):
+    """How rows are cut into units, and units dealt to programs.
+
+    groups: Of a unit; of activations as given columns.
+    steps: Units of a program between flags.
+    turns: Flags of a program in a call.
+    warps: Of a program.
+    """
+
+    groups: int
+    steps: int
+    turns: int
+    warps: int
+
+
+def units_of(codec: Codec, room: int, programs: int) -> Units:
+    """Choose how rows are cut up, by what all ranks know alike.
+
+    Args:
+        codec: How rows are coded.
+        room: Rows that each rank has.
+        programs: That share them.
+    """
+    raw = codec.kind == "raw"
+    width, groups = (1, codec.columns) if raw else (codec.width, codec.groups)
+    unit = SMALL_UNIT if room <= SMALL_ROOM else LARGE_UNIT
+    most = _power(groups)
+    each = most if codec.whole else min(most, max(unit // width, 1))
+    pieces = -(-groups // each)
+    units = -(-room * pieces // programs)
+    steps = max(min(units, STEPS), 1)
+    warps = min(max(each * width // 512, 4), 8)
+    return Units(each, steps, max(-(-units // steps), 1), warps)
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+class OneSided:
+    """The exchange of one rank, through its window.
+
+    Args:
+        setup: What it is made of.
+        window: See `hal.ops.window`; None is that of the setup's workspace.
+    """
+
+    def __init__(self, setup: Setup, window: Window | None = None) -> None:
+        import torch
+
+        from hal.ops.kernels.dispatch_rows import LOCAL_BITS, Codec
+
+        self.setup, self.ranks, self.payload = setup, setup.ranks, setup.payload
+        self._window = window
+        placement = setup.placement
+        offsets, rank_of = placement.offsets, placement.rank_of
+        table = [
+            [rank_of[p] << int(LOCAL_BITS) | p - offsets[rank_of[p]] for p in places]
+            for places in placement.turns()
+        ]
+        device = setup.device
+        self._table = torch.tensor(table, dtype=torch.int32, device=device)
+        counts = [len(places) for places in placement.copies()]
+        self._copies = torch.tensor(counts, dtype=torch.int32, device=device)
+        self._plain = Codec("raw", setup.payload.hidden)
+        self._codec = codec_of(setup.payload, setup.encoding)
+
+    @property
+    def window(self) -> Window:
+        """Return the memory that ranks share."""
+        return self.setup.workspace.window if self._window is None else self._window
+
+    def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
+        sent = self._begin(x, routing, counts)
+        self.launch_dispatch(*sent)
+        return sent.received
+
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
+        sent = self._begin(x, routing, counts)
+        self.launch_dispatch(*sent, receive=False)
+        return sent
+
+    def receive(self, sent: _Sent) -> Received:
+        self.ranks.check()
+        self.window.check(self.ranks)
+        self.launch_dispatch(*sent, send=False)
+        return sent.received
+
+    def _begin(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
+        self.ranks.check()
+        self.window.check(self.ranks)
+        room = rows_of_each(self.setup, x.shape[0], counts)
+        return _Sent(x, routing, *self.open(x, room))
+
+    def open(self, x: torch.Tensor, room: int) -> tuple[Received, _State]:
+        """Take a slot, and return what will lie in it."""
+        import torch
+
+        window, payload, ranks = self.window, self.payload, self.ranks.size
+        # Where no rank has a token, nothing is launched and no slot is needed.
+        slot = window.take() if room else 0
+        places = self._places(window, slot)
+        hits = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+        rows, top_k = ranks * room, payload.top_k
+        if self._codec.kind == "raw":
+            arrived = window.view(places.codes, (rows, payload.hidden), x.dtype)
+        else:
+            arrived = x.new_empty(rows, payload.hidden)
+        ids = window.view(places.ids, (rows, top_k), torch.int32)
+        weights = window.view(places.weights, (rows, top_k), torch.float32)
+        state = _State(slot, room, places, hits)
+        return Received(arrived, ids, weights, state), state
+
+    def launch_dispatch(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        received: Received,
+        state: _State,
+        *,
+        send: bool = True,
+        receive: bool = True,
+    ) -> None:
+        """Send, or wait for what was sent, or both."""
+        if not state.room:
+            return
+        from hal.ops.kernels.dispatch_rows import dispatch_rows
+
+        codec, window = self._codec, self.window
+        raw = codec.kind == "raw"
+        units = units_of(codec, state.room, window.programs)
+        x, ids, weights = (
+            part if part.stride(-1) == 1 else part.contiguous()
+            for part in (x, routing.ids, routing.weights)
+        )
+        dispatch_rows(
+            x, ids, weights, state.hits, None if raw else received.x,
+            table=self._table, copies=self._copies, peers=window.peers, state=window.state,
+            places=state.places, codec=codec, me=self.ranks.rank, room=state.room,
+            programs=window.programs, limit=self._limit(), send=send, receive=receive,
+            **units._asdict(),
+        )  # fmt: skip
+
+    def combine(
+        self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        import torch
+
+        from hal.ops.transports.by_rows import finished
+
+        self.ranks.check()
+        window = self.window
+        window.check(self.ranks)
+        if not state.room:
+            sums = torch.zeros(0, self.payload.hidden, device=partial.device)
+            return finished(sums, shared, dtype)
+        if not window.holds(state.slot):
+            raise ArgumentError(
+                WHERE,
+                found="a dispatch that was combined before",
+                needed="one combine for each dispatch",
+            )
+        out = torch.empty(len(state.hits), self.payload.hidden, dtype=dtype, device=partial.device)
+        self.launch_combine(partial, out, state, shared)
+        window.give(state.slot)
+        return out
+
+    def launch_combine(
+        self,
+        partial: torch.Tensor,
+        out: torch.Tensor,
+        state: _State,
+        shared: torch.Tensor | None = None,
+        *,
+        send: bool = True,
+        receive: bool = True,
+    ) -> None:
+        """Send results, or wait for what was sent and sum, or both."""
+        from hal.ops.kernels.combine_rows import combine_rows
+
+        window = self.window
+        units = units_of(self._plain, state.room, window.programs)._asdict()
+        combine_rows(
+            partial if partial.stride(-1) == 1 else partial.contiguous(),
+            out, state.hits,
+            None if shared is None else shared if shared.stride(-1) == 1 else shared.contiguous(),
+            peers=window.peers, state=window.state, places=state.places, me=self.ranks.rank,
+            room=state.room, top_k=self.payload.top_k, programs=window.programs,
+            block=units.pop("groups"), limit=self._limit(), send=send, receive=receive, **units,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        window = self.window
+        window.state[-1:].tolist()  # waits for the stream
+        window.check(self.ranks)
+
+    def _limit(self) -> int:
+        """Return how often a flag is looked at within the time limit."""
+        return int(self.ranks.timeout * LOOKS_PER_SECOND)
+
+    def _places(self, window: Window, slot: int) -> Places:
+        from hal.ops.kernels.dispatch_rows import Places
+
+        parts = slot_parts(self.payload, self.ranks.size, self.setup.max_tokens)
+        begin = window.begin(slot)
+        names = Places.__dataclass_fields__
+        return Places(**{n: begin + parts[n].start if n in parts else 0 for n in names})
+
+
+def codec_of(payload: Payload, format: str) -> Codec:
+    """Return how the codes of a payload, of the number format `format`, are made on this device."""
+    from hal.formats import number_format
+    from hal.ops.kernels.common import converts_fp8
+    from hal.ops.kernels.dispatch_rows import Codec
+    from hal.quant.codec import SCALE_FLOOR
+    from hal.quant.mx import exponent_rule
+    from hal.quant.scheme import group_of
+    from hal.torch_compat import dtype
+
+    how, hidden = payload.how, payload.hidden
+    if how.format is None:
+        return Codec("raw", hidden)
+    packed = how.packed
+    second = how.second != "none"
+    kind = "nvfp4" if second else "mx" if how.scale_format == "e8m0" else "scaled"
+    fnuz = format == "e4m3fnuz"
+    integer = how.format == "int8"
+    if packed:
+        encoding = "" if kind == "mx" or converts_fp8(dtype("e4m3fn")) else "e4m3fn"
+    elif integer:
+        encoding = ""
+    elif kind == "mx" and fnuz:
+        encoding = "e4m3fn"
+    elif fnuz:
+        encoding = "e4m3fnuz"
+    else:
+        encoding = "" if converts_fp8(dtype("e4m3fn")) else "e4m3fn"
+    group = group_of(how.granularity)
+    addend, top = exponent_rule("e2m1" if packed else "e4m3fn")
+    return Codec(
+        kind, hidden,
+        groups=payload.scales,
+        width=max(_power(hidden), 16) if group is None else group,
+        whole=group is None or second,
+        per_word=1 if not packed else 8 if hidden % 8 == 0 else 2,
+        integer=integer, encoding=encoding, fnuz=fnuz, addend=addend, top_exponent=top,
+        quant_max=1.0 if packed else float(number_format(format).quantization_maximum),
+        scale_floor=SCALE_FLOOR,
+    )  # fmt: skip
+
+
+@EXPERT_PARALLEL.kernel(
+    "symmetric_memory",
+    level=Level.NATIVE,
+    band="specialised",
+    signatures=SIGNATURES,
+    requires=(
+        Needs.platform("cuda", "rocm"),
+        Needs.package("torch"),
+        Needs.feature("triton"),
+        Needs.package("triton", "3.2"),
+        Needs.between("hidden", 1, 32768, "a token may have one scale"),
+        Needs.one_of("backend", *BACKENDS, code=Code.RANK),
+        Needs.between("ranks", 1, MOST_RANKS, "a bit for each rank, and flags that each one polls"),
+        Needs.one_of(
+            SYMMETRIC,
+            True,
+            code=Code.RANK,
+            hint="ranks of one host whose devices reach each other's memory, and a torch that has "
+            "torch.distributed._symmetric_memory; it was tried on every rank",
+        ),
+    ),
+)
+def bind_symmetric_memory(setup: Setup) -> Any:
+    """Write tokens into the other ranks' memory, and what was made of them back, by two kernels."""
+    return OneSided(setup)

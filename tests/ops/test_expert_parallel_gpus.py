@@ -1,0 +1,76 @@
+"""Ranks with a GPU each compute what one process computes, called or replayed from graphs.
+
+A group of one rank needs one GPU, and has all collectives and symmetric memory too.
+"""
+
+from __future__ import annotations
+
+import parallel_worker
+import pytest
+import torch
+from parallel_cases import ONE_SIDED, Case, cases, transports_of
+from test_expert_parallel import alone_on, compare, spawn
+
+from hal.ops.payload import FORMATS
+
+WORLDS = (1, 2)
+CAPTURED = [name for name in transports_of("cuda") if name != "all_to_all"]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Return what every rank made of every case, by the size of the group."""
+    made: dict[int, list] = {}
+
+    def of(world: int) -> list:
+        if torch.cuda.device_count() < world:
+            pytest.skip(f"{world} GPUs are needed, {torch.cuda.device_count()} are here")
+        if world not in made:
+            made[world] = []  # what failed once is not started again for every case
+            folder = tmp_path_factory.mktemp(f"gpus{world}")
+            made[world] = spawn(parallel_worker.__file__, world, folder, "cuda", timeout=300)
+        assert made[world], "the ranks did not finish: see the first failure"
+        return made[world]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Return a function that computes a case in one process on one GPU."""
+    return alone_on("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [(world, case) for world in WORLDS for case in cases(world, "cuda")],
+    ids=lambda value: str(value),
+)
+@torch.inference_mode()
+def test_gpus_compute_what_one_computes(world, case, found, alone):
+    compare(case, found(world), alone)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("transport", CAPTURED)
+@pytest.mark.parametrize("format", FORMATS)
+def test_replays_compute_what_calls_compute(world, transport, format, found):
+    for results in found(world):
+        told = results["captured"][str(Case(transport, format, host_sync=False))]
+        for replayed, called in zip(told["replayed"], told["called"], strict=True):
+            assert replayed.isfinite().all()
+            assert torch.equal(replayed.view(torch.int16), called.view(torch.int16))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_sided_sums_are_those_of_another_transport(world, format, found):
+    for results in found(world):
+        mine, other = (
+            results["captured"][str(Case(transport, format, host_sync=False))]["replayed"]
+            for transport in (ONE_SIDED, "all_to_all_padded")
+        )
+        for ours, theirs in zip(mine, other, strict=True):
+            # Both round each rank's part once and add in the order of ranks.
+            assert torch.equal(ours, theirs)

@@ -1,0 +1,139 @@
+"""The kernels of one-sided exchange, ranks of one process one after the other, interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from one_sided_group import EXPERTS, Group, calls, check, made, partials_of, sums
+
+from hal.errors import ArgumentError, RankError
+from hal.ops import Placement
+from hal.ops.kernels.dispatch_rows import Codec
+from hal.ops.payload import FORMATS
+from hal.ops.transports import one_sided
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # numpy warns of infinities, which GPUs compute with.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("ranks", "tokens"), [(2, (7, 3)), (3, (0, 8, 1)), (1, (5,))])
+def test_what_arrives_and_what_comes_back(format, ranks, tokens):
+    # The interpreter truncates to bf16 where devices round, so that what is rounded is fp16 here.
+    dtype = torch.bfloat16 if format == "bf16" else torch.float16
+    calls(Group(ranks, format, dtype=dtype), tokens)
+
+
+def test_ids_of_no_expert_and_tokens_of_none():
+    def absent(x, routing):
+        routing.ids[::2, 1] = -1
+        routing.ids[1::3, 0] = EXPERTS + 3
+        routing.ids[2] = -1
+
+    calls(Group(2), (7, 8), change=absent)
+
+
+def test_all_tokens_to_one_expert():
+    def to_the_last(x, routing):
+        routing.ids[:, 0] = EXPERTS - 1
+        routing.ids[:, 1] = -1
+
+    calls(Group(3), (4, 0, 8), change=to_the_last, shared=True)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int8", "mxfp8", "nvfp4"])
+def test_numbers_that_are_not_finite(format):
+    def broken(x, routing):
+        x[0, 3], x[2, 0], x[3, 159] = torch.nan, torch.inf, -torch.inf
+
+    dtype = torch.bfloat16 if format == "bf16" else torch.float16
+    group = Group(2, format, dtype=dtype)
+    inputs = made(2, 160, (5, 5), dtype=dtype)
+    for x, routing in inputs:
+        broken(x, routing)
+    check(group, inputs, group.dispatch(inputs), group.room)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_copies_of_experts_take_turns(format):
+    placement = Placement.balanced([9.0, 1.0, 2.0, 1.0, 5.0], 2, 4)
+    dtype = torch.bfloat16 if format == "bf16" else torch.float16
+    calls(Group(2, format, placement=placement, dtype=dtype), (6, 8), times=2)
+
+
+@pytest.mark.parametrize(
+    ("format", "hidden"),
+    [("bf16", 1), ("bf16", 1100), ("fp8", 130), ("fp8_token", 33), ("mxfp8", 72), ("mxfp4", 34),
+     ("mxfp4", 96), ("nvfp4", 40), ("nvfp4", 21)],
+)  # fmt: skip
+def test_ragged_columns(format, hidden):
+    dtype = torch.bfloat16 if format == "bf16" else torch.float16
+    calls(Group(2, format, hidden, dtype=dtype), (3, 1), times=1)
+
+
+def test_scales_of_padding_are_zero():
+    group = Group(2, "mxfp8", 160, dtype=torch.float16, alignment=256)
+    inputs = made(2, 160, (5, 3), dtype=torch.float16)
+    received = group.dispatch(inputs)
+    check(group, inputs, received, group.room)
+    window, places = group.windows[0], received[0].state.places
+    scales = window.view(places.scales, (2 * group.room, 8), torch.uint8)
+    assert (scales[received[0].ids.max(1).values >= 0][:, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("room", [1, 5])
+def test_fewer_rows_than_the_most(room):
+    calls(Group(2, max_tokens=8), (room, 0), room=room)
+
+
+def test_units_of_many_rows(monkeypatch):
+    """Several flags a call, as for thousands of tokens."""
+    monkeypatch.setattr(one_sided, "SMALL_ROOM", 0)
+    monkeypatch.setattr(one_sided, "STEPS", 1)
+    monkeypatch.setattr(one_sided, "LARGE_UNIT", 64)
+    assert one_sided.units_of(Codec("raw", 160), 8, 3) == (64, 1, 8, 4)
+    calls(Group(2), (8, 2))
+    monkeypatch.setattr(one_sided, "LARGE_UNIT", 128)
+    calls(Group(2, "fp8", dtype=torch.float16), (8, 2))
+
+
+def test_two_dispatches_may_be_open_and_no_more():
+    group = Group(2)
+    one, two = made(2, 160, (3, 8)), made(2, 160, (8, 2), seed=9)
+    first, second = group.dispatch(one), group.dispatch(two)
+    check(group, one, first, group.room)
+    check(group, two, second, group.room)
+    with pytest.raises(ArgumentError, match="while two others have not been combined"):
+        group.dispatch(one)
+    partials = partials_of(group, group.room, 1)
+    for inputs, received in ((one, first), (two, second)):
+        wanted = sums(group, inputs, partials, group.room)
+        for mine, sum_ in zip(
+            group.combine(partials, received, dtype=torch.float32), wanted, strict=True
+        ):
+            assert torch.equal(mine, sum_)
+    with pytest.raises(ArgumentError, match="combined before"):
+        group.exchanges[0].combine(partials[0], first[0].state, None, torch.float32)
+
+
+def test_a_rank_that_does_not_come_is_named_and_leaves_nothing_finite():
+    group = Group(3)
+    inputs = made(3, 160, (4, 4, 4))
+    opened = [e.open(x, group.room) for e, (x, _) in zip(group.exchanges, inputs, strict=True)]
+    for rank in (0, 1):  # rank 2 sends nothing
+        group.exchanges[rank].launch_dispatch(*inputs[rank], *opened[rank], receive=False)
+    for rank in (0, 1):
+        group.exchanges[rank].launch_dispatch(*inputs[rank], *opened[rank], send=False)
+        assert [bool(told) for told in group.windows[rank].failures] == [False, False, True]
+    out = torch.zeros(4, 160)
+    mine, other = group.exchanges[:2]
+    other.launch_combine(opened[1][0].x, out, opened[1][1], receive=False)
+    mine.launch_combine(opened[0][0].x, out, opened[0][1])
+    assert out.isnan().all()
+    with pytest.raises(RankError, match=r"\[2\]"):
+        mine.combine(opened[0][0].x, opened[0][1], None, torch.bfloat16)
+    with pytest.raises(RankError, match="a call after"):
+        mine.dispatch(*inputs[0], None)
