@@ -48,8 +48,10 @@ STEPS = 8
 """Units of a program between flags: what waits can go on that much later."""
 MOST_RANKS = 32
 LOOKS_PER_SECOND = 1_000_000
-"""How often a kernel looks at a flag while it waits, about: no clock is the same for all threads of
-a program, and every device has another one."""
+"""How often a kernel looks at a flag while it waits: assumed, so that a time limit is one of order.
+
+There is no clock that all threads of a program read alike, and they must leave their loop together.
+"""
 
 
 class _State(NamedTuple):

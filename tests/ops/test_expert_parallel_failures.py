@@ -14,11 +14,15 @@ from hal.errors import (
     HalError,
     NoKernelError,
     PlatformError,
+    RankError,
     ShapeError,
     ValueRangeError,
 )
 from hal.ops import ExpertParallel, FusedMoE, Placement, Routing, Workspace
+from hal.ops.payload import SYMMETRIC, flag_bytes
+from hal.ops.ranks import Ranks
 from hal.ops.transports import EXPERT_PARALLEL
+from hal.ops.window import Window
 from hal.registry import op_names
 from hal.selection import select
 
@@ -129,6 +133,51 @@ def test_a_workspace_serves_groups_of_one_size():
     workspace.reserve({"rows": 128}, 2, torch.device("cpu"))
     assert [buffer.numel() for buffer in workspace.retired] == [64]
     assert workspace.nbytes == 128 + 16 + 64
+
+
+class Sharing:
+    """Stands for ranks that share memory: a group of one, whose memory is its own."""
+
+    def __init__(self):
+        self.group = object()
+
+    def window(self, size):
+        memory = torch.full((size,), 7, dtype=torch.uint8)
+        return Window(memory, (memory.data_ptr(),))
+
+
+def test_symmetric_memory_belongs_to_one_group():
+    workspace, cpu, ours, others = Workspace(), torch.device("cpu"), Sharing(), Sharing()
+    size = flag_bytes(1) + 512
+    workspace.reserve({SYMMETRIC: size, "rows": 16}, 1, cpu, ours)
+    first = workspace.window
+    assert first.slot_bytes == 256
+    assert not first.memory[: first.flags].any()
+    workspace.reserve({SYMMETRIC: size - 1}, 1, cpu, ours)
+    assert workspace.window is first  # nothing smaller takes its place
+    workspace.reserve({"rows": 8}, 1, cpu, others)
+    with pytest.raises(ArgumentError, match="another process group"):
+        workspace.reserve({SYMMETRIC: 1}, 1, cpu, others)
+    workspace.reserve({SYMMETRIC: size + 512}, 1, cpu, ours)
+    assert workspace.window is not first
+    assert workspace.retired == [first.memory]  # graphs may still use it
+    assert workspace.nbytes == 2 * size + 512 + 16
+    workspace.abandon()
+    with pytest.raises(RankError, match="abandoned"):
+        _ = workspace.window
+    workspace.reset()
+    workspace.reserve({SYMMETRIC: size}, 1, cpu, others)
+    assert workspace.window.slot_bytes == 256
+
+
+def test_a_cpu_has_no_symmetric_memory(group):
+    ranks = Ranks(None, torch.device("cpu"), 5.0)
+    assert not ranks.has_symmetric_memory()
+    assert not ranks.has_symmetric_memory()  # as remembered
+    told = ExpertParallel(**SIZES).selection.candidate("symmetric_memory").failures
+    assert "symmetric_memory=False" in str(told)
+    with pytest.raises(ForcedKernelError, match="without it all_to_all is taken"):
+        ExpertParallel(**SIZES, transport="symmetric_memory")
 
 
 def test_no_device_runs_it_alone():
