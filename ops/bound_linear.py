@@ -79,9 +79,11 @@ class Linear(Bound):
             "linear", weight.scheme.name, weight.device, problem, platform=platform, **options
         )
         how, name = weight.scheme.weight, weight.scheme.name
-        for size, axis in (("in_features", "columns"), ("out_features", "rows")):
-            ranks = problem[f"{size}_ranks"]
-            check_shards("linear", size, problem[size], ranks, name, block_of(how, axis))
+        for size, found, ranks, axis in (
+            ("in_features", columns, in_features_ranks, "columns"),
+            ("out_features", rows_out, out_features_ranks, "rows"),
+        ):
+            check_shards("linear", size, found, ranks, name, block_of(how, axis))
         super().__init__(Binding(selection, where, weight.scheme, weight.device), dtype)
         self._columns, self.rows_out, self._device = columns, rows_out, weight.device
         assert selection.kernel is not None

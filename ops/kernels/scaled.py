@@ -249,5 +249,8 @@ def operands_of_sums(
     if spec.b == "e4m3" and a.dtype != b.dtype:
         raise ValueError(f"{kind}: cannot multiply {a.dtype} by {b.dtype}")
     words = words_of(f"{kind}: b", b) if spec.b == "e2m1" else b
-    scales = (words_of(f"{kind}: {n}_scales", s) for n, s in (("a", a_scales), ("b", b_scales)))
-    return (words, *scales)
+    return (
+        words,
+        words_of(f"{kind}: a_scales", a_scales),
+        words_of(f"{kind}: b_scales", b_scales),
+    )

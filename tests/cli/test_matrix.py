@@ -37,7 +37,7 @@ class TestCells:
     def test_all_of_them_are_there(self) -> None:
         matrix = build_matrix(["quantize", "route"], book=Book([]))
         assert len(matrix.columns) == len(arch_rows())
-        assert [key[0] for key in matrix.rows] == ["quantize"] * 13 + ["route"]
+        assert [key[0] for key in matrix.rows] == ["quantize"] * 14 + ["route"]
         assert all(len(cells) == len(matrix.columns) for cells in matrix.rows.values())
 
     def test_the_choice_is_that_of_selection(self) -> None:
@@ -196,7 +196,7 @@ class TestPage:
 
     def test_every_cell_is_a_button_that_says_what_it_is(self, page) -> None:
         buttons = [a for t, a in page.tags if t == "button"]
-        assert len(buttons) == 25 * len(arch_rows())
+        assert len(buttons) == 26 * len(arch_rows())
         assert all(button["aria-label"] and button["type"] == "button" for button in buttons)
         label = next(
             b["aria-label"] for b in buttons if "route none on cuda:sm_90" in b["aria-label"]
@@ -206,7 +206,7 @@ class TestPage:
     def test_the_details_of_every_cell_are_there(self, page) -> None:
         data = json.loads(page.text["data"])
         assert len(data["columns"]) == len(arch_rows())
-        assert len(data["rows"]) == 25
+        assert len(data["rows"]) == 26
         for row in data["rows"]:
             for place in row["cells"]:
                 cell = data["items"][place]
