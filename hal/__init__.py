@@ -13,12 +13,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hal import errors, integrations, nn, ops, platforms, quant, testing, torch_compat
     from hal.arch import Arch, CpuArch, CudaArch, GfxArch, XeArch
+    from hal.compiles import no_compiles
     from hal.device import DeviceSpec, Link, Software
     from hal.errors import HalError, NoKernelError
     from hal.findings import Finding, Severity
     from hal.formats import FORMATS, Format, Support
     from hal.isolation import Isolation
     from hal.needs import Needs
+    from hal.ops.shapes import record_shapes
     from hal.protocol import Platform
     from hal.quant import QTensor, Scheme
     from hal.registry import Level
@@ -49,7 +51,9 @@ _HOME = {
     "Support": "hal.formats",
     "XeArch": "hal.arch",
     "current_platform": "hal.runtime",
+    "no_compiles": "hal.compiles",
     "platform": "hal.runtime",
+    "record_shapes": "hal.ops.shapes",
     "refresh": "hal.runtime",
     "select": "hal.selection",
     "use_platform": "hal.runtime",

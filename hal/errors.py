@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AmbiguousDeviceError",
     "ArgumentError",
+    "CompiledError",
     "DTypeError",
     "DeviceMismatchError",
     "EncodingError",
@@ -104,6 +105,22 @@ class EvidenceError(ArgumentError):
 
 class UnsupportedModelError(ArgumentError, NotImplementedError):
     """Report a model whose conventions hal does not know; nothing in it was changed."""
+
+
+class CompiledError(HalError):
+    """Report kernels that were compiled inside `hal.no_compiles()`.
+
+    Attributes:
+        compiles: One `hal.compiles.Compile` a kernel: its name and the parameter that changed.
+    """
+
+    def __init__(self, compiles: tuple[object, ...]) -> None:
+        self.compiles = compiles
+        told = "".join(f"\n  {each}" for each in compiles)
+        super().__init__(
+            f"no_compiles: found {len(compiles)} kernels compiled, needed none; bind with "
+            f"warmup=[token counts] that cover these calls{told}"
+        )
 
 
 class UnknownNameError(HalError, LookupError):

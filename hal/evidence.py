@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hal.errors import EvidenceError
+from hal.files import write_text
 from hal.registry import find_op, op_names
 from hal.sources import source_hash
 
@@ -235,30 +234,3 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> list[Path]:
         write_text(path, "".join(row.line() + "\n" for row in merge_rows(mine)))
         written.append(path)
     return written
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a device or a pipe is written to and never replaced.
-
-    Raises:
-        EvidenceError: If it cannot be written.
-    """
-    try:
-        path = path.resolve()  # a link is followed, not replaced
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8", newline="\n")
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise EvidenceError(str(path), found=error, needed="a file that can be written") from None

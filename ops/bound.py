@@ -10,12 +10,14 @@ compilers see what it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 
 from hal.config import setting
+from hal.errors import ValueRangeError
 from hal.ops.binding import Binding, Tensors
 from hal.ops.library import enroll
 from hal.ops.prepare import prepare
@@ -24,7 +26,12 @@ from hal.protocol import Platform
 from hal.quant.tensor import QTensor
 from hal.selection import Selection
 
-__all__ = ["READ_BY_CALLS", "Bound"]
+__all__ = ["BIND_HOOKS", "READ_BY_CALLS", "WARMING", "Bound"]
+
+BIND_HOOKS: list[Callable[[Bound], None]] = []
+"""Called with each op once it is bound; `hal.record_shapes` hooks here, so that calls need not."""
+WARMING: ContextVar[bool] = ContextVar("hal_warming", default=False)
+"""Whether calls are no real ones, but those of `Bound.warm`."""
 
 # What a call reads is declared by each op itself, although their base declares it too: before
 # 2.8, torch.compile reads no inherited slot (see the quirk `compile-inherited-slots`).
@@ -86,6 +93,38 @@ class Bound:
         with self.platform.ordered(self.tensors):
             pass
         self.platform.wait(self.tensors)
+        for hook in tuple(BIND_HOOKS):
+            hook(self)
+
+    def warm(self, tokens: Sequence[int], **dtypes: torch.dtype) -> None:
+        """Compile what calls with so many tokens launch, by running each once on zeros.
+
+        Numbers of tokens between two powers of two of rows per weight mostly share their kernels;
+        `hal.no_compiles` tells what is missing.
+
+        Args:
+            tokens: Numbers of rows of x; rows of each expert where the format is batched.
+            **dtypes: Of experts, `ids` and `weights` of the routings to come, where they are not
+                those of `hal.ops.route`, int32 and float32.
+
+        Raises:
+            ValueRangeError: For a number that is not at least 1; nothing was run.
+            ArgumentError: If the op was bound without a size that its calls have.
+        """
+        wrong: list[Any] = [count for count in tokens if type(count) is not int or count < 1]
+        if wrong:
+            raise ValueRangeError(
+                f"{self.op}: warmup", found=repr(wrong[0]), needed="whole numbers of tokens, >= 1"
+            )
+        token = WARMING.set(True)
+        try:
+            for count in tokens:
+                self._warm(count, **dtypes)
+        finally:
+            WARMING.reset(token)
+
+    def _warm(self, tokens: int, **dtypes: torch.dtype) -> None:
+        raise NotImplementedError
 
     def _prepare(
         self, weights: dict[str, QTensor], inplace: bool, **biases: torch.Tensor | None

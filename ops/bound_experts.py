@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from hal.ops.prepare import (
 from hal.ops.reload import overwrite
 from hal.ops.route import Routing
 from hal.ops.shards import block_of, check_shards
+from hal.ops.warmup import even_counts, even_routing
 from hal.quant.tensor import QTensor
 from hal.torch_compat import is_compiling_function
 
@@ -66,6 +68,7 @@ class FusedMoE(Bound):
         top_k: Typical number of experts per token.
         intermediate_ranks: How many ranks have as many intermediate columns each, under tensor
             parallelism: shards that cut through blocks of scales are refused.
+        warmup: Numbers of tokens whose kernels are compiled now, as `warm` does; needs `top_k`.
         **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
 
     Raises:
@@ -116,6 +119,7 @@ class FusedMoE(Bound):
         tokens: int | None = None,
         top_k: int | None = None,
         intermediate_ranks: int | None = None,
+        warmup: Sequence[int] = (),
         **options: Any,
     ) -> None:
         inplace = inplace and isinstance(w13, QTensor) and isinstance(w2, QTensor)
@@ -188,6 +192,16 @@ class FusedMoE(Bound):
             w13, w2 = self._prepare(weights, inplace, w13_bias=w13_bias, w2_bias=w2_bias)
             launch, read = selection.kernel.load()(self._binding, w13, w2, layer)
         self._finish((launch, (*read, *biases)), device)
+        self.warm(warmup)
+
+    def _warm(self, tokens: int, **dtypes: torch.dtype) -> None:
+        x = torch.zeros(tokens, self._hidden, dtype=self._dtype, device=self._device)
+        if self._batched:
+            rows = x.expand(self._experts, *x.shape).contiguous()
+            self.run_batched(rows, even_counts(self._experts, tokens, self._device, **dtypes))
+            return
+        top_k = 1 if self._restricted else self._binding.problem("top_k")
+        self.run(x, *even_routing(tokens, top_k, self._experts, self._device, **dtypes))
 
     def reload(
         self,

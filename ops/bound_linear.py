@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from hal.errors import DTypeError, ShapeError
+from hal.errors import DTypeError, ShapeError, UnknownNameError
 from hal.ops.binding import Binding, select_for
 from hal.ops.bound import READ_BY_CALLS, Bound
 from hal.ops.checks import check_activations, check_same_device
@@ -32,6 +33,7 @@ class Linear(Bound):
         in_features_ranks: How many ranks have as many columns of the weight each, under tensor
             parallelism: shards that cut through blocks of scales are refused.
         out_features_ranks: The same of its rows.
+        warmup: Numbers of rows whose kernels are compiled now, as `warm` does.
         **options: `force`, `minimum`, `fallback`, `batch_invariant`, `deterministic`.
 
     Raises:
@@ -52,6 +54,7 @@ class Linear(Bound):
         tokens: int | None = None,
         in_features_ranks: int | None = None,
         out_features_ranks: int | None = None,
+        warmup: Sequence[int] = (),
         **options: Any,
     ) -> None:
         weight = as_qtensor("linear", weight)
@@ -89,6 +92,12 @@ class Linear(Bound):
         assert selection.kernel is not None
         (weight,) = self._prepare({"weight": weight}, inplace=False, bias=bias)
         self._finish(selection.kernel.load()(self._binding, weight, bias), weight.device)
+        self.warm(warmup)
+
+    def _warm(self, tokens: int, **dtypes: torch.dtype) -> None:
+        if dtypes:
+            raise UnknownNameError("dtype of linear.warm", next(iter(dtypes)), ())
+        self.run(torch.zeros(tokens, self._columns, dtype=self._dtype, device=self._device))
 
     def reload(self, weight: Weight, bias: torch.Tensor | None = None) -> None:
         """Put a new weight into the memory that the kernel reads: captured graphs compute with it.

@@ -16,7 +16,7 @@ import torch
 from hal.errors import ArgumentError
 from hal.torch_compat import register_fake
 
-__all__ = ["enroll"]
+__all__ = ["all_bound", "enroll"]
 
 _bound: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _keys = itertools.count()
@@ -35,6 +35,11 @@ def enroll(bound: Any) -> int:
     key = next(_keys)
     _bound[key] = bound
     return key
+
+
+def all_bound() -> list[Any]:
+    """Return every bound op that lives."""
+    return list(_bound.values())
 
 
 def _run_linear(x: torch.Tensor, tensors: list[torch.Tensor], key: int) -> torch.Tensor:
