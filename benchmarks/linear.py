@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe import time_graph
 
 import hal
 from hal import torch_compat
@@ -33,6 +32,7 @@ from hal.ops import Linear
 from hal.ops import quantize as quantize_rows
 from hal.quant import quantize
 from hal.registry import Level, find_op
+from hal.timing import time_graph
 
 BANDWIDTH = 4.05e12
 SHAPES = "4096x4096,14336x4096,7168x2048,2112x7168"

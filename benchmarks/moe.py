@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from hal.ops import FusedMoE, Routing
 from hal.ops.fused_moe import activate
 from hal.quant import SCHEMES, quantize
 from hal.registry import Level, find_op
+from hal.timing import time_graph
 
 SHAPES = {
     "mixtral": (8, 2, 4096, 14336),
@@ -106,37 +105,6 @@ def time_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                       f"{floor:>8.1f}{found / floor:>7.2f}{error:>9.5f}", flush=True)  # fmt: skip
         del quantized
     return rows
-
-
-def time_graph(call: Callable[[], Any], replays: int = 15, *, clean: bool = False) -> float:
-    """Return the median time of a graph replay in microseconds, with a cold L2.
-
-    Writing 128 MB evicts all else and leaves lines that must be written back while the call reads.
-    `clean`: read 256 MB after that, so that the call finds what other weights left: nothing to do.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    dirt = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-    other = torch.zeros(32 << 20, dtype=torch.int64, device="cuda") if clean else None
-    times = []
-    for _ in range(replays):
-        dirt.zero_()
-        if other is not None:
-            other.sum()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
 
 
 def relative_error(

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe import SHAPES, time_graph
+from moe import SHAPES
 
 import hal
 from hal.ops.align import align_triton
 from hal.ops.kernels.grouped_gemm import grouped_gemm
 from hal.ops.tiles import Tile, choose_tile
 from hal.quant.scheme import scale_shape
+from hal.timing import time_graph
 
 DTYPES = {"bf16": torch.bfloat16, "int8_channel": torch.int8}
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-from moe import time_graph
 from torch.nn import functional
 
 from hal.ops.activations import Activation
@@ -30,6 +29,7 @@ from hal.ops.quantize import quantize_triton
 from hal.ops.quantize_fused import rms_norm_triton, swiglu_triton
 from hal.quant import SCHEMES
 from hal.quant.mx import exponent_rule
+from hal.timing import time_graph
 
 SHAPES = "32768x4096,16384x7168,131072x2048,8192x14336,131072x4096"
 WAYS = "fp8_channel,fp8_block128,int8_channel,mxfp8,mxfp4,nvfp4"
