@@ -20,10 +20,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal import __version__
+from hal.bench_command import add_bench
 from hal.errors import HalError, SettingError, UnknownNameError
 from hal.matrix_command import add_matrix
 from hal.plan_command import add_plan
 from hal.quantize_command import add_quantize
+from hal.tune_command import add_tune
 from hal.verify_command import add_verify
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ __all__ = ["main"]
 
 OK, NO_KERNEL, USAGE = 0, 1, 2
 INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
-
-FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 _EXPLAIN_EPILOG = """\
 Sizes are written name=value. Those that are not given are listed as unchecked.
@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
         options, rest = parser.parse_known_args(arguments)
         # argparse does not take positional arguments on both sides of an option
         sizes = [text for text in rest if not text.startswith("-")]
-        if len(sizes) < len(rest) or (rest and options.command != "explain"):
+        if len(sizes) < len(rest) or (rest and options.command not in TAKING_SIZES):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as leaving:  # argparse has printed help, the version or what is wrong
         return OK if leaving.code in (None, 0) else USAGE
@@ -121,13 +121,14 @@ def _explain(options: argparse.Namespace) -> int:
     from hal.report import explain_report
     from hal.runtime import resolve_platform
     from hal.selection import choose, options_from
+    from hal.size_texts import sizes_of
 
     scheme = options.scheme or _only_scheme(options.op)
     platform = resolve_platform(options.platform)
     insists = options_from(options.op, minimum=options.minimum, force=options.force)
     if options.force is not None:
         insists = replace(insists, force_origin="--force")
-    problem = _problem(options.op, options.sizes)
+    problem = sizes_of("explain", options.op, options.sizes)
     selections = [
         choose(options.op, scheme, spec, problem, insists)
         for spec in _one_of_each_kind(platform, options.device)
@@ -179,33 +180,40 @@ def _progress(title: str) -> None:
 
 def _quantize(options: argparse.Namespace) -> int:
     from hal.quantize_command import quantize_answer
-    from hal.render import to_text
 
-    answer = quantize_answer(options)
-    if isinstance(answer, dict):
-        _write_json(answer)
-    else:
-        _write(to_text(answer, color=_color()))
-    return OK
+    return _give(quantize_answer(options))
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from hal.render import to_text
     from hal.verify_command import verify_answer
 
     answer, status = verify_answer(options)
-    if isinstance(answer, dict):
-        _write_json(answer)
-    else:
-        _write(to_text(answer, color=_color()))
+    _give(answer)
     return status
 
 
 def _plan(options: argparse.Namespace) -> int:
     from hal.plan_command import plan_answer
+
+    return _give(plan_answer(options))
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from hal.tune_command import tune_answer
+
+    return _give(tune_answer(options))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from hal.bench_command import bench_answer
+
+    return _give(bench_answer(options))
+
+
+def _give(answer: Any) -> int:
+    """Write an object as JSON, or sections as text."""
     from hal.render import to_text
 
-    answer = plan_answer(options)
     if isinstance(answer, dict):
         _write_json(answer)
     else:
@@ -220,12 +228,15 @@ def _matrix(options: argparse.Namespace) -> int:
     return OK
 
 
+TAKING_SIZES = ("explain", "bench", "tune")
 COMMANDS = {
     "info": _info,
     "explain": _explain,
     "doctor": _doctor,
     "quantize": _quantize,
     "matrix": _matrix,
+    "bench": _bench,
+    "tune": _tune,
     "plan-ep": _plan,
     "verify": _verify,
 }
@@ -289,6 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     add_matrix(commands)
     add_plan(commands, [shared])
     add_verify(commands)
+    add_bench(commands, shared)
+    add_tune(commands, shared)
     return parser
 
 
@@ -304,41 +317,6 @@ def _only_scheme(op: str) -> str:
     if len(schemes) != 1:
         raise SettingError(f"explain {op}", found="no --scheme", needed=" or ".join(schemes))
     return schemes[0]
-
-
-def _problem(op: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Return the sizes and options that `name=value` texts give.
-
-    Raises:
-        SettingError: If a text is not of that form, a name comes twice or a size is no number.
-    """
-    from hal.registry import find_op
-
-    problem: dict[str, Any] = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not (name and sign and value):
-            raise SettingError(
-                "explain", found=repr(text), needed="name=value, such as hidden=4096"
-            )
-        if name in problem:
-            raise SettingError(f"explain: {name}", found="two values", needed="one")
-        problem[name] = _value(name, value, find_op(op).choices.get(name))
-    return problem
-
-
-def _value(name: str, text: str, choices: tuple[str | bool, ...] | None) -> str | int:
-    if choices is None:
-        if not (text.isascii() and text.isdigit()):
-            raise SettingError(f"explain: {name}", found=repr(text), needed="a whole number")
-        return int(text)
-    if True in choices:
-        return FLAGS.get(text.lower(), text)
-    if name == "dtype":
-        from hal.formats import number_format
-
-        return number_format(text).name
-    return text
 
 
 def _write_json(report: Any) -> None:

@@ -1,4 +1,4 @@
-"""Start a worker that tries kernels, and take its answers one by one."""
+"""Start a worker that tries or times kernels, and take its answers one by one."""
 
 from __future__ import annotations
 
@@ -22,20 +22,28 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """A worker and its answers."""
+    """A worker and its answers.
 
-    def __init__(self, wanted: Mapping[str, Any], first: int) -> None:
+    Args:
+        wanted: What it is told, as plain data; `interpreted` among it, if Triton shall interpret.
+        first: Number of the first trial to run.
+        module: Module that is run, called with both as texts.
+    """
+
+    def __init__(
+        self, wanted: Mapping[str, Any], first: int, module: str = "hal.verify_worker"
+    ) -> None:
         from hal.config import child_environment
 
         environment = child_environment(sys.path)
         environment.pop("TRITON_INTERPRET", None)
         # Threads that spin while they wait take the cores from each other on a busy machine.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-        if wanted["interpreted"]:
+        if wanted.get("interpreted"):
             environment["TRITON_INTERPRET"] = "1"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "hal.verify_worker", json.dumps(dict(wanted)), str(first)],
+            [sys.executable, "-m", module, json.dumps(dict(wanted)), str(first)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,

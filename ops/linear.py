@@ -412,9 +412,11 @@ def _by_column(scales: torch.Tensor) -> torch.Tensor:
 class TileChoice:
     """Choose tiles for a number of rows a matrix, once per power of two of rows and matrices."""
 
-    __slots__ = ("_arguments", "_tiles")
+    __slots__ = ("_arguments", "_binding", "_tiles")
 
     def __init__(self, binding: Binding, kind: str, rows_out: int, columns: int) -> None:
+        from hal.ops.tuned import BIND_HOOKS
+
         spec = binding.spec
         self._tiles: dict[tuple[int, int, int], Tile] = {}
         self._arguments = {
@@ -426,6 +428,9 @@ class TileChoice:
             "shared_memory_bytes": spec.shared_memory_bytes,
             "compute_units": spec.compute_units or 64,
         }
+        self._binding = binding
+        for hook in BIND_HOOKS:
+            hook(self)
 
     def __call__(self, rows: int, matrices: int = 1, block_m: int = 0) -> Tile:
         """Return the tile for `matrices` products of `rows` rows, with `block_m` if that is set."""
@@ -439,8 +444,14 @@ class TileChoice:
         from dataclasses import replace
 
         from hal.ops.tiles import choose_tile, fit
+        from hal.ops.tuned import ProductSizes, find_tile
 
         arguments: dict[str, Any] = self._arguments
+        sizes = ProductSizes(arguments["kind"], arguments["n"], arguments["k"], rows, matrices)
+        chosen = self._binding.selection
+        tuned = find_tile(chosen.op, chosen.scheme, chosen.spec, sizes, block_m)
+        if tuned is not None:
+            return tuned
         tile = choose_tile(rows=rows, matrices=matrices, **arguments)
         if not block_m or tile.block_m == block_m:
             return tile

@@ -24,7 +24,8 @@ TOP = (
     *("hal.quantize_command", "hal.evidence", "hal.verify", "hal.verify_command"),
     *("hal.verify_worker", "hal.pytest_plugin", "hal.matrix", "hal.matrix_command"),
     *("hal.matrix_page", "hal.matrix_text", "hal.evidence_book", "hal.verify_child"),
-    "hal.plan_command",
+    *("hal.plan_command", "hal.tune", "hal.tune_runner", "hal.tune_worker", "hal.tune_command"),
+    "hal.bench_command",
 )
 # layer -> what its modules may import nowhere, neither at the top nor inside a function
 FORBIDDEN = {

@@ -1,0 +1,285 @@
+"""Search tiles for problems on the GPU here: plan, compile in parallel, time, keep the best.
+
+Everything that compiles or launches runs in child processes (`hal.tune_runner`). What was timed
+goes to a journal at once: a search that was interrupted goes on where it stopped, as long as
+device, Triton and sources are the same. Tables are written whole or not at all.
+
+Products of an op are searched one after the other, first to last, each with the best tiles of those
+before it; the time that counts is that of the whole op, replayed as a CUDA graph with a cold L2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hal.files import write_text
+from hal.progress import Progress
+from hal.tune_runner import Item, Journal, Problem, Runner, TuneError
+
+if TYPE_CHECKING:
+    from hal.device import DeviceSpec
+    from hal.ops.tiles import Tile
+    from hal.ops.tuned import ProductSizes, TunedTile
+
+__all__ = ["Found", "merge_table", "planned", "require_gpu", "tune", "tuned_tiles"]
+
+BETTER = 0.98
+"""A tile must take at most this share of the rules' time: less is within the noise of a replay."""
+
+
+@dataclass
+class Found:
+    """What a search found for one number of tokens.
+
+    Attributes:
+        problem: The problem.
+        tokens: Number of tokens.
+        products: Products of a call.
+        tiles: Best tile of each.
+        us: Time of the op with them.
+        default_us: Time with the tiles that rules give.
+        tried: How many settings were timed.
+        note: Why there is nothing, if so.
+    """
+
+    problem: Problem
+    tokens: int
+    products: tuple[ProductSizes, ...]
+    tiles: tuple[Tile, ...] = ()
+    us: float = 0.0
+    default_us: float = 0.0
+    tried: int = 0
+    note: str = ""
+
+
+def require_gpu(spec: DeviceSpec, simulated: bool) -> None:
+    """Raise unless Triton's kernels can be timed on a device.
+
+    Raises:
+        TuneError: Naming what was found and what to do.
+    """
+    cure = "run it on the machine with the GPU, or list what it would do with --dry-run"
+    if simulated:
+        raise TuneError(f"found {spec.name}, which is simulated, needed a GPU that is here; {cure}")
+    if "triton" not in spec.features:
+        raise TuneError(
+            f"found {spec.platform} ({spec.name}), needed a GPU that Triton compiles for; {cure}"
+        )
+    if not spec.software.triton:
+        raise TuneError("found no Triton, needed one; install triton, which torch for GPUs brings")
+
+
+@dataclass
+class _Search:
+    """Searches one problem, product by product, for all numbers of tokens at once."""
+
+    problem: Problem
+    spec: DeviceSpec
+    runner: Runner
+    journal: Journal
+    thorough: bool
+    found: list[Found] = field(default_factory=list)
+
+    def run(self, told: Callable[[int, str], None]) -> list[Found]:
+        from hal.ops.tuning import products_of
+
+        p = self.problem
+        for tokens in p.tokens:
+            products = products_of(p.op, p.scheme, p.kernel, p.sizes, tokens)
+            self.found.append(Found(p, tokens, products))
+        for place in range(max(len(each.products) for each in self.found)):
+            self._product(place, told)
+        return self.found
+
+    def _product(self, place: int, told: Callable[[int, str], None]) -> None:
+        from hal.ops.tuning import candidates
+
+        items: list[Item] = []
+        owners: list[tuple[Found, Tile]] = []
+        for each in self.found:
+            if each.note or (place and not each.tiles):
+                continue
+            block_m = each.tiles[0].block_m if place else 0
+            sizes = each.products[place]
+            for tile in candidates(sizes, self.spec, block_m, thorough=self.thorough):
+                tiles = [*each.tiles, tile, *[None] * (len(each.products) - place - 1)]
+                items.append(_item(each, tiles))
+                owners.append((each, tile))
+        results = self._timed(items, told)
+        for each in self.found:
+            mine = [
+                (tile, result)
+                for (owner, tile), result in zip(owners, results, strict=True)
+                if owner is each
+            ]
+            if mine:
+                self._choose(each, place, mine)
+
+    def _choose(self, each: Found, place: int, mine: list[tuple[Tile, dict[str, Any]]]) -> None:
+        """Take the fastest tile, or the rules' own where that is as fast."""
+        from hal.ops.tuning import default_tile
+
+        times = {tile: result["us"] for tile, result in mine if "us" in result}
+        if not times:
+            told = dict.fromkeys(str(r.get("skipped") or r.get("error")) for _, r in mine)
+            each.note = f"nothing that was tried ran: {next(iter(told))}"
+            return
+        block_m = each.tiles[0].block_m if place else 0
+        default = default_tile(each.products[place], self.spec, block_m)
+        tile = min(times, key=times.__getitem__)
+        if default in times and times[tile] > BETTER * times[default]:
+            tile = default
+        if not place:
+            each.default_us = times.get(default, times[tile])
+        each.tiles, each.us = (*each.tiles, tile), times[tile]
+        each.tried += len(times)
+
+    def _timed(
+        self, items: Sequence[Item], told: Callable[[int, str], None]
+    ) -> list[dict[str, Any]]:
+        """Return what each item took; only what the journal does not know is compiled and run."""
+        results = [self.journal.known(self.problem, item) for item in items]
+        todo = [number for number, result in enumerate(results) if result is None]
+        told(2 * (len(items) - len(todo)), str(self.problem))
+        refused: dict[int, dict[str, Any]] = {}
+
+        def compiled(number: int, result: dict[str, Any]) -> None:
+            if "us" not in result:
+                refused[todo[number]] = result
+            told(1, f"compile {self.problem}")
+
+        self.runner("compile", self.problem, [items[number] for number in todo], compiled)
+        for number, result in refused.items():
+            results[number] = result
+            self.journal.keep(self.problem, items[number], result)
+            told(1, str(self.problem))
+        rest = [number for number in todo if number not in refused]
+
+        def timed(number: int, result: dict[str, Any]) -> None:
+            results[rest[number]] = result
+            self.journal.keep(self.problem, items[rest[number]], result)
+            told(1, f"time {self.problem}")
+
+        self.runner("time", self.problem, [items[number] for number in rest], timed)
+        return [result or {"error": "was not run"} for result in results]
+
+
+def _item(found: Found, tiles: Sequence[Tile | None]) -> Item:
+    return {
+        "kernel": found.problem.kernel,
+        "tokens": found.tokens,
+        "products": [asdict(sizes) for sizes in found.products],
+        "tiles": [None if tile is None else asdict(tile) for tile in tiles],
+    }
+
+
+def planned(problem: Problem, spec: DeviceSpec, thorough: bool) -> int:
+    """Return about how many settings a search tries: later products depend on earlier ones."""
+    from hal.ops.tuning import candidates, products_of
+
+    total = 0
+    for tokens in problem.tokens:
+        block_m = 0
+        for sizes in products_of(problem.op, problem.scheme, problem.kernel, problem.sizes, tokens):
+            tiles = candidates(sizes, spec, block_m, thorough=thorough)
+            block_m = block_m or tiles[0].block_m
+            total += len(tiles)
+    return total
+
+
+def tune(
+    problems: Sequence[Problem],
+    spec: DeviceSpec,
+    runner: Runner,
+    journal: Journal,
+    *,
+    thorough: bool = False,
+    progress: Progress | None = None,
+    finished: Callable[[list[Found]], None] = lambda found: None,
+) -> list[Found]:
+    """Search all problems; call `finished` after each, so that its tiles can be kept.
+
+    Raises:
+        ArgumentError: For a problem whose kernel has no tiles or whose sizes are not known.
+    """
+    total = 2 * sum(planned(problem, spec, thorough) for problem in problems)
+    done = 0
+
+    def told(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total, name)
+
+    found: list[Found] = []
+    for problem in problems:
+        of_one = _Search(problem, spec, runner, journal, thorough).run(told)
+        found += of_one
+        finished(of_one)
+    return found
+
+
+def tuned_tiles(found: Iterable[Found], spec: DeviceSpec, source: str) -> list[TunedTile]:
+    """Return the rows that a search gives a table."""
+    from hal.ops.tuned import TunedTile
+
+    rows = []
+    for each in found:
+        for sizes, tile in zip(each.products, each.tiles, strict=False):
+            p = each.problem
+            triton = spec.software.triton or ""
+            rows.append(
+                TunedTile(
+                    p.op, p.scheme, spec.arch.name, spec.key, sizes, tile,
+                    round(each.us, 2), round(each.default_us, 2), triton, source,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def merge_table(path: Path, rows: Sequence[TunedTile], spec: DeviceSpec) -> int:
+    """Put rows into a table and return how many it has then; later rows of a product replace.
+
+    Raises:
+        TuneError: If the file is there and is no table; it is left as it is.
+        EvidenceError: If it cannot be written.
+    """
+    from hal.ops.tuned import as_row, read_tiles
+
+    try:
+        old = read_tiles(path)
+    except ValueError as error:
+        raise TuneError(f"{error}; move it away, and tune again") from None
+    kept = {(r.op, r.scheme, r.arch, r.device, r.sizes): r for r in (*old, *rows)}
+    runs: dict[tuple[str, ...], list[Any]] = {}
+    for row in kept.values():
+        runs.setdefault((row.arch, row.device, row.triton, row.source), []).append(as_row(row))
+    table = {
+        "runs": [
+            {
+                "arch": arch, "device": device, "unit": "us", "source": source,
+                "software": {"triton": triton}, "rows": [], "tiles": tiles,
+            }
+            for (arch, device, triton, source), tiles in runs.items()
+        ]
+    }  # fmt: skip
+    write_text(path, _dumped(table))
+    return len(kept)
+
+
+def _dumped(table: dict[str, Any]) -> str:
+    """Return JSON with one line a tile."""
+    lines = ['{\n  "runs": [']
+    for last, run in _ends(table["runs"]):
+        head = json.dumps({k: v for k, v in run.items() if k != "tiles"})[:-1]
+        tiles = ",\n".join(f"      {json.dumps(tile)}" for tile in run["tiles"])
+        lines.append(f'    {head}, "tiles": [\n{tiles}\n    ]}}{"" if last else ","}')
+    return "\n".join([*lines, "  ]\n}\n"])
+
+
+def _ends(runs: list[Any]) -> Iterator[tuple[bool, Any]]:
+    return ((place == len(runs) - 1, run) for place, run in enumerate(runs))

@@ -1,0 +1,152 @@
+"""Compile or time what it is told in a process of its own, and print what came of each item.
+
+    python -m hal.tune_worker '{"job": "FILE"}' FIRST
+
+The file is JSON: `mode` (`compile` or `time`), `op`, `scheme`, `problem`, `device` and `items`,
+each with `kernel`, `tokens` and, to tune, `products` and `tiles`: a tile for each product that is
+set, None for those that follow from the others. Items run from number FIRST on. A device that has
+failed stays failed for its process: after an error that is none of hal's the worker ends with
+status 3, and whoever started it starts another one for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hal.errors import HalError
+from hal.verify_worker import MARK
+
+__all__ = ["main"]
+
+_MOST_TEXT = 300
+REPLAYS = 21
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def main(argv: list[str], timer: Timer | None = None) -> int:
+    """Run the items of a job."""
+    job, first = json.loads(Path(json.loads(argv[0])["job"]).read_text("utf-8")), int(argv[1])
+    if timer is None:
+        timer = _compiling if job["mode"] == "compile" else _timing
+    worker = _Worker(job, timer)
+    for number in range(first, len(job["items"])):
+        result, broken = worker.run(job["items"][number])
+        print(MARK + json.dumps({"number": number, **result}), flush=True)
+        if broken:
+            return 3
+    return 0
+
+
+def _timing(call: Callable[[], Any]) -> float:
+    from hal.timing import time_graph
+
+    return time_graph(call, REPLAYS)
+
+
+def _compiling(call: Callable[[], Any]) -> float:
+    """Run it once: what it compiles stays in Triton's cache on disk."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
+    return 0.0
+
+
+class _Worker:
+    """Holds what items share: weights, and the op bound to them by each kernel."""
+
+    def __init__(self, job: Mapping[str, Any], timer: Timer) -> None:
+        import torch
+
+        from hal.ops.samples import Sample
+
+        self._timer, self._tunes = timer, any(item.get("tiles") for item in job["items"])
+        device = torch.device(job["device"])
+        self._sample = Sample(job["op"], job["scheme"], job["problem"], device)
+        self._bound: dict[str, tuple[Any, list[Any]]] = {}
+
+    def run(self, item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Return what came of an item, and whether the process should end."""
+        from hal.ops.tuned import ignoring_tables
+
+        try:
+            with ExitStack() as stack:
+                if self._tunes:
+                    stack.enter_context(ignoring_tables())
+                bound, choices = self._op(item["kernel"], item["tokens"])
+                call = self._sample.call(item["kernel"], item["tokens"], bound)
+                if not item.get("tiles"):
+                    return {"us": self._timer(call)}, False
+                watched = _set_tiles(choices, item["products"], item["tiles"])
+                us = self._timer(call)
+                if not all(each.asked for each in watched):
+                    return {"skipped": "so few rows take a kernel without tiles"}, False
+                return {"us": us}, False
+        except HalError as error:
+            return {"error": _short(error)}, False
+        except Exception as error:
+            # Triton refuses a tile before it starts anything; all else may have hurt the device.
+            refused = type(error).__module__.startswith("triton") or isinstance(error, ValueError)
+            return {"error": _short(error)}, not refused
+
+    def _op(self, kernel: str, tokens: int) -> tuple[Any, list[Any]]:
+        from hal.ops import tuned
+
+        if self._sample.op not in ("linear", "fused_moe"):
+            return None, []
+        if kernel not in self._bound:
+            self._bound.clear()  # weights in another kernel's layout would take memory twice
+            made: list[Any] = []
+            tuned.BIND_HOOKS.append(made.append)
+            try:
+                self._bound[kernel] = self._sample.bind(kernel, tokens=tokens), made
+            finally:
+                tuned.BIND_HOOKS.remove(made.append)
+        return self._bound[kernel]
+
+
+class _Watched(dict[Any, Any]):
+    """Tiles of a choice; `asked` once the one that was set was taken."""
+
+    def __init__(self, key: Any = None, tile: Any = None) -> None:
+        super().__init__({} if tile is None else {key: tile})
+        self._key, self.asked = key, tile is None
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked = self.asked or key == self._key
+        return super().get(key, default)
+
+
+def _set_tiles(
+    choices: Sequence[Any],
+    products: Sequence[Mapping[str, Any]],
+    tiles: Sequence[Mapping[str, Any] | None],
+) -> list[_Watched]:
+    """Give each choice its tile; the second product of experts takes rows from the first."""
+    from hal.ops.tiles import Tile
+
+    if len(choices) != len(products):
+        raise ValueError(f"{len(choices)} products choose tiles, and {len(products)} were planned")
+    watched = []
+    for place, (choice, sizes, told) in enumerate(zip(choices, products, tiles, strict=True)):
+        rows, matrices = (max(sizes[name] - 1, 0).bit_length() for name in ("rows", "matrices"))
+        tile = None if told is None else Tile(**told)
+        block_m = tile.block_m if tile is not None and place else 0
+        found = _Watched((rows, matrices, block_m), tile)
+        choice._tiles = found
+        watched.append(found)
+    return watched
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_MOST_TEXT]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
