@@ -56,6 +56,7 @@ BANDWIDTH = 4.05e12
 RATES = {"e4m3fn": 1309e12, "int8": 1309e12, None: 790e12}
 REPLAY_TWO_US, REPLAY_ONE_US = 5.1, 3.4
 CHECKED_TOKENS = 3
+DEVICE = "cuda"
 X_SCALE, H_SCALE = 5.5 / 448, 8.0 / 448
 """Fixed scales of static activations: normal rows seldom exceed 5.5, gated ones 8."""
 
@@ -94,8 +95,8 @@ class Inputs:
 
 
 def _random(seed: int, *size: int) -> torch.Tensor:
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randn(*size, device="cuda", dtype=torch.bfloat16, generator=generator)
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    return torch.randn(*size, device=DEVICE, dtype=torch.bfloat16, generator=generator)
 
 
 def _rate(scheme: str) -> float:
@@ -122,8 +123,8 @@ class Experts:
     def inputs(self, tokens: int) -> Inputs:
         """Return rows, and a routing that is uniform over the experts."""
         x = _random(1000 + tokens, tokens, self.hidden)
-        generator = torch.Generator(device="cuda").manual_seed(tokens)
-        scores = torch.randn(tokens, self.experts, device="cuda", generator=generator)
+        generator = torch.Generator(device=DEVICE).manual_seed(tokens)
+        scores = torch.randn(tokens, self.experts, device=DEVICE, generator=generator)
         weights, ids = scores.softmax(-1).topk(self.top_k, -1)
         weights = (weights / weights.sum(-1, keepdim=True)).float().contiguous()
         hit = len(ids.unique())
@@ -136,7 +137,7 @@ class Experts:
     def error(self, given: Inputs, found: Any) -> float:
         """Return the relative error of the first three tokens in the Frobenius norm."""
         few = min(CHECKED_TOKENS, given.x.shape[0])
-        routing, wanted = given.routing, torch.zeros(few, self.hidden, device="cuda")
+        routing, wanted = given.routing, torch.zeros(few, self.hidden, device=DEVICE)
         for token in range(few):
             for expert, weight in zip(routing.ids[token], routing.weights[token], strict=True):
                 first, second = (w.matrix(int(expert)).dequantize() for w in (self.w13, self.w2))

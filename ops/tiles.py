@@ -155,7 +155,7 @@ def _cuda_tile(kind: str, rows: int, arch: str, *, several: bool) -> Tile:
     # wgmma and tcgen05 take 64 rows or more: fewer tokens become the instruction's columns.
     warpgroup = arch.startswith(("sm_9", "sm_10", "sm_11"))
     # The rows of several experts are an average, so that many of 32 would need a second tile of
-    # 32: with 64 rows it measured 10 to 15% faster on an H200 (benchmarks/moe_tiles.py).
+    # 32: with 64 rows it measured 10 to 15% faster on an H200.
     if rows <= (16 if several and warpgroup else 32) or (rows <= 64 and not warpgroup):
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         return Tile(block_m, 128 if warpgroup else 64, 128, 4, 4, group_m=1, swap=warpgroup)
