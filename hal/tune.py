@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "merge_table", "planned", "require_gpu", "tune", "tuned_tiles"]
 
+REPLAYING = ("cuda", "rocm")
 BETTER = 0.98
 """A tile must take at most this share of the rules' time: less is within the noise of a replay."""
 
@@ -68,6 +69,11 @@ def require_gpu(spec: DeviceSpec, simulated: bool) -> None:
     if "triton" not in spec.features:
         raise TuneError(
             f"found {spec.platform} ({spec.name}), needed a GPU that Triton compiles for; {cure}"
+        )
+    if spec.platform not in REPLAYING:
+        raise TuneError(
+            f"found {spec.platform} ({spec.name}), needed one of {', '.join(REPLAYING)}, whose "
+            "graphs hal can replay to take times"
         )
     if not spec.software.triton:
         raise TuneError("found no Triton, needed one; install triton, which torch for GPUs brings")
@@ -118,6 +124,8 @@ class _Search:
             ]
             if mine:
                 self._choose(each, place, mine)
+            elif not each.note:
+                each.note = "no tile fits"
 
     def _choose(self, each: Found, place: int, mine: list[tuple[Tile, dict[str, Any]]]) -> None:
         """Take the fastest tile, or the rules' own where that is as fast."""
@@ -186,7 +194,7 @@ def planned(problem: Problem, spec: DeviceSpec, thorough: bool) -> int:
         block_m = 0
         for sizes in products_of(problem.op, problem.scheme, problem.kernel, problem.sizes, tokens):
             tiles = candidates(sizes, spec, block_m, thorough=thorough)
-            block_m = block_m or tiles[0].block_m
+            block_m = block_m or (tiles[0].block_m if tiles else 0)
             total += len(tiles)
     return total
 

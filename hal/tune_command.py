@@ -235,7 +235,7 @@ def _plan(
             block_m = 0
             for sizes in products_of(p.op, p.scheme, p.kernel, p.sizes, tokens):
                 tiles = candidates(sizes, spec, block_m, thorough=options.thorough)
-                block_m = block_m or tiles[0].block_m
+                block_m = block_m or (tiles[0].block_m if tiles else 0)
                 shape = f"{sizes.matrices} x {sizes.rows} x {sizes.n} x {sizes.k}"
                 rows.append((p.op, p.kernel, str(tokens), sizes.kind, shape, tiles))
     if options.json:
@@ -246,7 +246,9 @@ def _plan(
         ]
         return {"device": spec.key, "plan": listed}
     total = sum(planned(p, spec, options.thorough) for p in problems)
-    shown = tuple((*row[:5], str(len(row[5])), _short(row[5][0])) for row in rows)
+    shown = tuple(
+        (*row[:5], str(len(row[5])), _short(row[5][0]) if row[5] else "-") for row in rows
+    )
     head = ("op", "kernel", "tokens", "kind", "matrices x rows x n x k", "tiles", "rules take")
     title = f"About {total:,} tiles would be compiled and timed on {spec.name}"
     return [Section(title, (Table(head, shown),))]

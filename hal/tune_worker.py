@@ -25,6 +25,8 @@ __all__ = ["main"]
 
 _MOST_TEXT = 300
 REPLAYS = 21
+ALLOWED = 0.02
+"""Relative difference in the Frobenius norm: other tiles sum in another order."""
 Timer = Callable[[Callable[[], Any]], float]
 
 
@@ -66,7 +68,12 @@ class _Worker:
         from hal.ops.samples import Sample
 
         self._timer, self._tunes = timer, any(item.get("tiles") for item in job["items"])
+        self._checks = job["mode"] == "time"
+        self._wanted: dict[tuple[str, int], Any] = {}
+        self._calls: dict[tuple[str, int], Callable[[], Any]] = {}
         device = torch.device(job["device"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # graphs are captured and replayed on the current one
         self._sample = Sample(job["op"], job["scheme"], job["problem"], device)
         self._bound: dict[str, tuple[Any, list[Any]]] = {}
 
@@ -79,10 +86,13 @@ class _Worker:
                 if self._tunes:
                     stack.enter_context(ignoring_tables())
                 bound, choices = self._op(item["kernel"], item["tokens"])
-                call = self._sample.call(item["kernel"], item["tokens"], bound)
+                call = self._call(item["kernel"], item["tokens"], bound)
                 if not item.get("tiles"):
                     return {"us": self._timer(call)}, False
+                wanted = self._by_rules(item, choices, call)
                 watched = _set_tiles(choices, item["products"], item["tiles"])
+                if self._checks and (wrong := _difference(call(), wanted)) > ALLOWED:
+                    return {"error": f"wrong by {wrong:.3g} of what the rules' tiles give"}, False
                 us = self._timer(call)
                 if not all(each.asked for each in watched):
                     return {"skipped": "so few rows take a kernel without tiles"}, False
@@ -93,6 +103,26 @@ class _Worker:
             # Triton refuses a tile before it starts anything; all else may have hurt the device.
             refused = type(error).__module__.startswith("triton") or isinstance(error, ValueError)
             return {"error": _short(error)}, not refused
+
+    def _call(self, kernel: str, tokens: int, bound: Any) -> Callable[[], Any]:
+        """Return the call; its inputs stay the same, since outputs are compared."""
+        key = kernel, tokens
+        if key not in self._calls:
+            self._calls.clear()
+            self._calls[key] = self._sample.call(kernel, tokens, bound)
+        return self._calls[key]
+
+    def _by_rules(
+        self, item: Mapping[str, Any], choices: Sequence[Any], call: Callable[[], Any]
+    ) -> Any:
+        """Return the output with the tiles that rules give; a tile must not change it."""
+        key = item["kernel"], item["tokens"]
+        if self._checks and key not in self._wanted:
+            self._wanted.clear()
+            for choice in choices:
+                choice._tiles = {}
+            self._wanted[key] = call().clone()
+        return self._wanted.get(key)
 
     def _op(self, kernel: str, tokens: int) -> tuple[Any, list[Any]]:
         from hal.ops import tuned
@@ -120,6 +150,12 @@ class _Watched(dict[Any, Any]):
     def get(self, key: Any, default: Any = None) -> Any:
         self.asked = self.asked or key == self._key
         return super().get(key, default)
+
+
+def _difference(found: Any, wanted: Any) -> float:
+    """Return the relative difference; infinite where there is a NaN."""
+    off = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    return off if off == off else float("inf")
 
 
 def _set_tiles(

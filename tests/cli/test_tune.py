@@ -13,11 +13,12 @@ import pytest
 import hal
 from hal.bench_command import bench_answer
 from hal.cli import _parser, main
+from hal.device import Software
 from hal.errors import HalError
 from hal.ops import tuned
 from hal.ops.linear import TileChoice
 from hal.ops.tiles import Tile
-from hal.tune import merge_table
+from hal.tune import merge_table, require_gpu
 from hal.tune_command import tune_answer
 from hal.tune_runner import Heard, Item, Journal, Problem, TuneError, in_children
 from hal.verify_worker import MARK
@@ -380,3 +381,22 @@ def test_children_go_on_after_an_item_that_ended_one() -> None:
     in_children("cpu", 2)("time", problem, items, results.__setitem__)
     assert sorted(results) == [0, 1]
     assert all("error" in result or "us" in result for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": frozenset()}, "a GPU that Triton compiles for"),
+        ({"software": Software(python="3.12", torch="2.11.0")}, "found no Triton"),
+    ],
+)
+def test_a_device_that_cannot_be_timed_is_named(change: dict[str, Any], message: str) -> None:
+    spec = hal.platform("cuda:h200").device(0)
+    here = spec.replace(software=Software(torch="2.11.0", triton="3.6.0"))
+    require_gpu(here, simulated=False)
+    with pytest.raises(TuneError, match=message):
+        require_gpu(here.replace(**change), simulated=False)
+    arc = hal.platform("xpu:b580").device(0)
+    arc = arc.replace(features=arc.features | {"triton"})
+    with pytest.raises(TuneError, match="found xpu.*cuda, rocm"):
+        require_gpu(arc, simulated=False)

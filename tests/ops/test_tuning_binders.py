@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -76,3 +77,53 @@ def test_planned_products_are_asked_for(op, kernel, scheme):
     assert [each.asked for each in watched] == [True] * len(products)
     # Nothing else was chosen: what was set is what was taken.
     assert [len(each) for each in watched] == [1] * len(products)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_tile_that_gives_other_numbers_is_refused(tmp_path, capsys, monkeypatch):
+    """The worker itself, in the interpreter: one tile is right, one product is tampered with."""
+    from hal import tune_worker
+    from hal.ops import samples
+    from hal.ops.bound_linear import Linear
+
+    problem = {"in_features": HIDDEN, "out_features": 96}
+    platform = hal.platform("cuda:h100")
+    (sizes,) = products_of("linear", "bf16", "triton", problem, TOKENS)
+    tile = default_tile(sizes, platform.device(0))
+
+    def bind(self, kernel, **options):
+        weight = self._weight(96, HIDDEN)[0]
+        told = {"dtype": "bfloat16", **problem}
+        insists = options_from("linear", force=kernel)
+        selection = choose("linear", "bf16", platform.device(0), told, insists)
+        binding = Binding(selection, platform, find_scheme("bf16"), torch.device("cpu"))
+        launch, tensors = selection.kernel.load()(binding, weight, None)
+        bound = Linear(weight, force="torch_dense")
+
+        def tampered(x, tensors_of_other):
+            stages = {each.stages for each in made[0]._tiles.values()}
+            return launch(x, tensors) * (1.5 if 5 in stages else 1.0)
+
+        bound._launch = tampered
+        return bound
+
+    made = []
+    tuned.BIND_HOOKS.append(made.append)
+    monkeypatch.setattr(samples.Sample, "bind", bind)
+    items = [
+        {"kernel": "triton", "tokens": TOKENS, "products": [asdict(sizes)],
+         "tiles": [asdict(replace(tile, stages=stages))]}
+        for stages in (2, 5)
+    ]  # fmt: skip
+    job = {"mode": "time", "op": "linear", "scheme": "bf16", "problem": problem, "device": "cpu"}
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({**job, "items": items}))
+    try:
+        with hal.use_platform("cpu"):
+            assert tune_worker.main([json.dumps({"job": str(path)}), "0"], lambda call: 1.0) == 0
+    finally:
+        tuned.BIND_HOOKS.clear()
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    right, wrong = (json.loads(line.removeprefix(tune_worker.MARK)) for line in lines)
+    assert right == {"number": 0, "us": 1.0}
+    assert "wrong by 0.5" in wrong["error"]
