@@ -398,5 +398,5 @@ def test_a_device_that_cannot_be_timed_is_named(change: dict[str, Any], message:
         require_gpu(here.replace(**change), simulated=False)
     arc = hal.platform("xpu:b580").device(0)
     arc = arc.replace(features=arc.features | {"triton"})
-    with pytest.raises(TuneError, match="found xpu.*cuda, rocm"):
+    with pytest.raises(TuneError, match=r"found xpu.*cuda, rocm"):
         require_gpu(arc, simulated=False)
