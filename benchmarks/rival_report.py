@@ -30,11 +30,22 @@ def report(folder: Path, failures: dict[str, str], left_out: dict[str, str], tit
             cells.setdefault(where, {})[row["contender"]] = told
     lines = [title, *_cells(cells), *_summary(cells)]
     lines += ["", "left out:", *(f"  {name}: {why}" for name, why in sorted(left_out.items()))]
-    lines += ["", "failed:", *(f"  {name}: {why}" for name, why in sorted(failures.items()))]
+    lines += ["", "failed:", *_failed(failures)]
     text = "\n".join(lines) + "\n"
     (folder / "rivals.txt").write_text(text, encoding="utf-8")
     (folder / "rivals.svg").write_text(chart(cells), encoding="utf-8")
     print(text, flush=True)
+
+
+def _failed(failures: dict[str, str]) -> Iterable[str]:
+    """Yield one line for all cases of a contender that failed alike."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, why in sorted(failures.items()):
+        who, _, case = name.partition(": ")
+        alike.setdefault((who, why), []).append(case)
+    for (who, why), cases in alike.items():
+        told = ", ".join(case for case in cases if case)
+        yield f"  {who}: {why}{f' ({told})' if told else ''}"
 
 
 def _best(times: Times) -> tuple[str, float] | None:

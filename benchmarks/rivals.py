@@ -245,7 +245,8 @@ class Controller:
 
     def _start_more(self) -> None:
         warming = sum(w.state == "warming" for w in self.workers)
-        for each in self.workers:
+        # Rivals take longest to import; they are timed in the order of the list all the same.
+        for each in sorted(self.workers, key=lambda w: not w.job["contender"].startswith("vllm")):
             if each.state == "waiting" and warming < self._options.jobs:
                 warming += 1
                 self._start(each)
