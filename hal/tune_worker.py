@@ -163,18 +163,26 @@ def _set_tiles(
     products: Sequence[Mapping[str, Any]],
     tiles: Sequence[Mapping[str, Any] | None],
 ) -> list[_Watched]:
-    """Give each choice its tile; the second product of experts takes rows from the first."""
+    """Give each product's choice its tile; the second of experts takes rows from the first.
+
+    Binders may make more choices than a call with so many rows asks.
+    """
     from hal.ops.tiles import Tile
 
-    if len(choices) != len(products):
-        raise ValueError(f"{len(choices)} products choose tiles, and {len(products)} were planned")
+    for choice in choices:
+        choice._tiles = {}
     watched = []
-    for place, (choice, sizes, told) in enumerate(zip(choices, products, tiles, strict=True)):
+    for place, (sizes, told) in enumerate(zip(products, tiles, strict=True)):
+        key = sizes["kind"], sizes["n"], sizes["k"]
+        alike = [choice for choice in choices if choice.product == key]
+        if not alike:
+            raise ValueError(f"no product of {sizes['kind']} {sizes['n']} x {sizes['k']} is bound")
         rows, matrices = (max(sizes[name] - 1, 0).bit_length() for name in ("rows", "matrices"))
         tile = None if told is None else Tile(**told)
         block_m = tile.block_m if tile is not None and place else 0
         found = _Watched((rows, matrices, block_m), tile)
-        choice._tiles = found
+        for choice in alike:
+            choice._tiles = found
         watched.append(found)
     return watched
 

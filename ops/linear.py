@@ -432,6 +432,11 @@ class TileChoice:
         for hook in BIND_HOOKS:
             hook(self)
 
+    @property
+    def product(self) -> tuple[str, int, int]:
+        """Return kind, n and k of the product."""
+        return self._arguments["kind"], self._arguments["n"], self._arguments["k"]
+
     def __call__(self, rows: int, matrices: int = 1, block_m: int = 0) -> Tile:
         """Return the tile for `matrices` products of `rows` rows, with `block_m` if that is set."""
         key = max(rows - 1, 0).bit_length(), max(matrices - 1, 0).bit_length(), block_m

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import ArgumentError
+from hal.ops import tiles
 from hal.ops.linear import product_kind
 from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES, PACKED_KINDS, Tile, choose_tile
 from hal.ops.tuned import ProductSizes, fits
@@ -63,7 +64,11 @@ def products_of(
         rows = _rounded(tokens)
         return (ProductSizes(kind, problem["out_features"], problem["in_features"], rows),)
     slots = tokens * problem["top_k"]
-    rows = _rounded(-(-slots // problem["experts"]))
+    rows = -(-slots // problem["experts"])
+    wide = (problem.get("dtype") or "bfloat16") == "bfloat16"
+    if kind.endswith("_decode") and wide and rows > tiles.rows_before_expanding(kind):
+        kind = "bf16"  # weights are expanded first
+    rows = _rounded(rows)
     matrices = _rounded(min(problem["experts"], slots))
     gated = 2 if problem.get("gated", True) else 1
     hidden, intermediate = problem["hidden"], problem["intermediate"]
