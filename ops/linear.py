@@ -435,7 +435,8 @@ class TileChoice:
     @property
     def product(self) -> tuple[str, int, int]:
         """Return kind, n and k of the product."""
-        return self._arguments["kind"], self._arguments["n"], self._arguments["k"]
+        arguments: dict[str, Any] = self._arguments
+        return arguments["kind"], arguments["n"], arguments["k"]
 
     def __call__(self, rows: int, matrices: int = 1, block_m: int = 0) -> Tile:
         """Return the tile for `matrices` products of `rows` rows, with `block_m` if that is set."""
