@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal.ops.linear import own_kind, product_kind
-from hal.quant.scheme import Scheme, find_scheme, group_of
+from hal.quant.scheme import Scheme, find_scheme
 from hal.registry import Kernel, Level
 
 if TYPE_CHECKING:
@@ -95,12 +95,14 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
 
 
 def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
-    from hal.ops.tiles import reads_rows_together
+    from hal.ops.tiles import streams_rows
 
-    group = group_of(scheme.weight.granularity) or 0
     kind = kind_of(kernel, scheme)
-    reads = any(reads_rows_together(kind, group, 4096, rows) for rows in (1, 8))
-    return (f"mma_rows/{kind}",) if kernel.op == "linear" and reads else ()
+    sizes = (("one", 1), ("few", 8), ("sixteen", 16))
+    if kernel.op != "linear" or not streams_rows(kind, 4096, 4096, 8):
+        return ()
+    found = [size for size, rows in sizes if streams_rows(kind, 4096, 4096, rows)]
+    return tuple(f"ring_rows/{kind}/{size}" for size in found)
 
 
 def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:

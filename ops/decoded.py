@@ -2,7 +2,7 @@
 
 | rows | weights are decoded | because |
 |---|---|---|
-| few | in registers, from memory (`kernels.gemv`, `kernels.mma_rows`) | all bytes come at once |
+| few | in registers (`kernels.ring_rows`, `kernels.gemv`) | bytes come while others are decoded |
 | some | in the loop of a tiled product (`kernels.linear`) | rows share what was decoded |
 | many | into memory, then torch multiplies (`kernels.expand`) | matrix units need not wait |
 
@@ -23,13 +23,12 @@ from hal.ops.tiles import (
     MANY,
     few_rows,
     gemv_tile,
-    reads_rows_together,
+    ring_of,
     runs_ptx,
     some_rows,
-    warps_of_rows,
+    streams_rows,
     way_of,
 )
-from hal.quant.scheme import group_of
 
 if TYPE_CHECKING:
     from hal.ops.binding import Binding, Tensors
@@ -69,14 +68,14 @@ def decoded_product(
     from hal.ops.kernels.gemv import gemv
     from hal.ops.kernels.kinds import as_weight, by_row
     from hal.ops.kernels.linear import gemm
-    from hal.ops.kernels.mma_rows import fits, mma_rows
+    from hal.ops.kernels.ring_rows import fits, ring_rows
 
     n, k = shape
     few_tile, spec = gemv_tile(kind, n, k), binding.spec
-    group = group_of(binding.scheme.weight.granularity) or k
     ptx = runs_ptx(spec.platform, spec.arch.name) and not INTERPRETED.value
-    few, some = few_rows(kind, group, n, k, ptx=ptx), some_rows(kind, k)
-    warps = warps_of_rows(n, k, spec.compute_units or 64)
+    few, some = few_rows(kind, n, k, ptx=ptx), some_rows(kind, k)
+    few_apart = few_rows(kind, n, k, ptx=False)
+    units = spec.compute_units or 64
     wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
@@ -88,12 +87,12 @@ def decoded_product(
         if way == MANY and wide:
             return _expanded(x, weight, n, bias, kind)
         out = x.new_empty(rows, n)
-        if way == FEW and ptx and reads_rows_together(kind, group, k, rows):
+        if way == FEW and ptx and streams_rows(kind, n, k, rows):
             held = by_row(kind, weight)
             if fits(kind, x, held):
-                mma_rows(x, held, out, bias=bias, kind=kind, warps=warps)
+                ring_rows(x, held, out, bias=bias, kind=kind, ring=ring_of(kind, n, k, rows, units))
                 return out
-        if way == FEW:
+        if way == FEW and rows <= few_apart:
             gemv(x, weight, out, bias=bias, kind=kind, tile=few_tile)
         else:
             gemm(x, weight, out, bias=bias, kind=kind, tile=tiles(rows))

@@ -7,6 +7,8 @@ never needs more shared memory than the device has: stages go first, then the ti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 # Bytes of an element of (a, b) as they lie in memory, by kind.
 OPERAND_BYTES: dict[str, tuple[float, float]] = {
@@ -88,6 +90,19 @@ class Tile:
             # Scales and zero points: at most a byte for 16 elements, or five for a group.
             total += buffers * self.block_n * max(self.block_k // 16, 5)
         return max(int(total), self.block_m * self.block_n * 4) + SHARED_MEMORY_RESERVE
+
+
+class Ring(NamedTuple):
+    """Describe a program of `kernels.ring_rows`: tiles of 16 rows, and warps that share k of each.
+
+    width: bytes of each row that a warp loads at once, 64 or 128. stages: how many such chunks a
+    warp has on their way.
+    """
+
+    tiles: int
+    splits: int
+    width: int
+    stages: int = 4
 
 
 def choose_tile(
@@ -296,27 +311,32 @@ def rows_before_expanding(kind: str) -> int:
     return 256 if kind in GROUP_SUMS else 512
 
 
-def few_rows(kind: str, group: int, n: int, k: int, *, ptx: bool) -> int:
+def few_rows(kind: str, n: int, k: int, *, ptx: bool) -> int:
     """Return the most rows that are multiplied straight from memory.
 
-    Eight where `kernels.mma_rows` reads such weights. Without matrix instructions, on an H200 a
-    second row costs less than a tile only where the launch is much of the time.
+    Where `kernels.ring_rows` runs, eight, and sixteen under codes of 4 bits. Without matrix
+    instructions, on an H200 a second row costs less than a tile only where the launch is much of
+    the time.
     """
-    if ptx and reads_rows_together(kind, group, k, 2):
-        return 8
+    if ptx:
+        streamed = [rows for rows in (8, 16) if streams_rows(kind, n, k, rows)]
+        if streamed:
+            return streamed[-1]
     return 2 if n * k <= 1 << 25 else 1
 
 
-def reads_rows_together(kind: str, group: int, k: int, rows: int) -> bool:
-    """Say whether `kernels.mma_rows` is the kernel for so many rows, as measured on an H200.
+def streams_rows(kind: str, n: int, k: int, rows: int) -> bool:
+    """Say whether `kernels.ring_rows` is the kernel for so many rows, as measured on an H200.
 
-    One row is as fast without it, but for codes under scales of 16.
+    With codes of 8 bits one row is faster without it, two are in small matrices, and more than
+    eight in tiles.
     """
-    if k % 32:
+    b_bytes = OPERAND_BYTES[kind][1]
+    if not kind.endswith("_decode") or k * b_bytes % 16:
         return False
-    if rows == 1:
-        return kind == "nvfp4_decode"
-    return kind in ("int4_group_decode", "uint4_group_decode") and group >= 128 and rows <= 8
+    if b_bytes < 1:
+        return 1 <= rows <= 16
+    return (3 if n * k <= 1 << 25 else 2) <= rows <= 8
 
 
 def runs_ptx(platform: str, arch: str) -> bool:
@@ -324,13 +344,24 @@ def runs_ptx(platform: str, arch: str) -> bool:
     return platform == "cuda" and int(arch.removeprefix("sm_")) >= 80
 
 
-def warps_of_rows(n: int, k: int, compute_units: int) -> int:
-    """Return how many warps share k in `kernels.mma_rows`: more where programs are few (H200)."""
+@lru_cache(maxsize=4096)
+def ring_of(kind: str, n: int, k: int, rows: int, compute_units: int) -> Ring:
+    """Choose the program of `kernels.ring_rows`: best, or within 5% of it, on an H200.
+
+    More warps share k where programs are few; where they are many, two tiles share what they read
+    of several rows.
+    """
     programs = -(-n // 16)
-    warps = 4 if programs >= 3 * compute_units else 8 if programs >= 1.5 * compute_units else 16
-    while warps > 1 and 256 * (warps // 2) >= k:
-        warps //= 2
-    return warps
+    if OPERAND_BYTES[kind][1] == 1:
+        return Ring(1, 8, 128, 2)
+    if rows == 1:
+        few = programs < 1.5 * compute_units
+        return Ring(1, 8, 64, 3) if few else Ring(1, 4, 128, 4 if k <= 2048 else 2)
+    if programs < 2 * compute_units:
+        return Ring(1, 8, 64)
+    if k <= 2048:
+        return Ring(1, 4, 128)
+    return Ring(1, 4, 128, 2) if kind == "nvfp4_decode" and rows <= 8 else Ring(2, 2, 128)
 
 
 def gemv_tile(kind: str, n: int, k: int) -> Tile:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from hal import config
+from hal.ops.tiles import streams_rows
 
 __all__ = ["OWN_FORMAT", "Cell", "Target", "cell_names", "compile_cells"]
 
@@ -134,7 +135,7 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
-    others = ("grouped_gemm", "gemm", "scaled", "sums", *(() if ptx else ("mma_rows",)))
+    others = ("grouped_gemm", "gemm", "scaled", "sums", *(() if ptx else ("ring_rows",)))
     return names + [name for name in _CASES if not name.startswith(others)]
 
 
@@ -308,15 +309,25 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
 
 
 def _rows(target: Target, *, kind: str, tokens: int) -> None:
-    from hal.ops.kernels.kinds import as_weight, by_row
-    from hal.ops.kernels.mma_rows import mma_rows
-    from hal.ops.tiles import warps_of_rows
+    from hal.ops.kernels.kinds import ALL_KINDS, as_weight, by_row
+    from hal.ops.kernels.ring_rows import fits, ring_rows
+    from hal.ops.tiles import ring_of
 
     n, k = 2 * INTERMEDIATE, HIDDEN
-    b, scales = _packed_weight(kind, (), n, k)
-    warps = warps_of_rows(n, k, target.compute_units)
-    weight = by_row(kind, as_weight(kind, k, b, **scales))
-    mma_rows(_empty(tokens, k), weight, _empty(tokens, n), kind=kind, warps=warps)
+    given: dict[str, Any] = {}
+    if ALL_KINDS[kind].packed:
+        b, given = _packed_weight(kind, (), n, k)
+    else:
+        b, given["b_scales"] = _empty(n, k, dtype="int8"), _empty(n, dtype="float32")
+    if ALL_KINDS[kind].scales == "group" and ALL_KINDS[kind].scale_rows == 1:
+        # As `linear` binds them: those of neighbouring rows side by side.
+        given = {
+            name: one.mT.contiguous().mT if one.dim() == 2 else one for name, one in given.items()
+        }
+    weight, a = by_row(kind, as_weight(kind, k, b, **given)), _empty(tokens, k)
+    assert fits(kind, a, weight)
+    ring = ring_of(kind, n, k, tokens, target.compute_units)
+    ring_rows(a, weight, _empty(tokens, n), kind=kind, ring=ring)
 
 
 def _scaled(
@@ -479,12 +490,11 @@ _CASES: dict[str, Callable[[Target], None]] = {
         if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
     },
     **{
-        f"mma_rows/{kind}": partial(_rows, kind=kind, tokens=tokens)
-        for kind, tokens in (
-            ("int4_group_decode", 8),
-            ("uint4_group_decode", 8),
-            ("nvfp4_decode", 1),
-        )
+        f"ring_rows/{kind}/{size}": partial(_rows, kind=kind, tokens=tokens)
+        for kind in OWN_FORMAT
+        if kind.endswith("_decode")
+        for size, tokens in (("one", 1), ("few", 8), ("sixteen", 16))
+        if streams_rows(kind, 2 * INTERMEDIATE, HIDDEN, tokens)
     },
     **{
         f"{op}/{kind}/{size}": partial(

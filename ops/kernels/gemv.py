@@ -3,8 +3,8 @@
 A program takes some rows of b and goes along k in long steps: all of its weight is on its way to
 the registers at once, and next to nothing is exchanged between threads before the last sum. With
 one row of a or two, that is faster than a tile of 16 rows, which waits for shared memory at every
-step. Two such rows of 4-bit codes are better read together (`mma_rows`). Rows of a are programs
-of their own, which share b through L2.
+step. Where PTX runs, 4-bit codes and second rows are `ring_rows`'s. Rows of a are programs of their
+own, which share b through L2.
 
 Weights are those of `kinds`; codes of a byte come as words too. Products and sums are float32, and
 so are scales, which apply to the sum of a group or of the row.

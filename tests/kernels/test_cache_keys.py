@@ -33,7 +33,7 @@ CELLS = (
     "gemm/mxfp4_decode/few",
     "gemv/int4_group_decode",
     "expand/nvfp4_decode",
-    "mma_rows/int4_group_decode",
+    "ring_rows/int4_group_decode/one",
     "grouped_gemm/int8_channel/few",
     "grouped_gemm/bf16/ragged",
     "grouped_gemm/bf16/biased",
@@ -151,7 +151,7 @@ def test_another_alignment_has_another_key(launching, monkeypatch):
 
 def test_every_op_is_among_the_cells():
     names = set(cell_names(crosscompile.OWN_FORMAT.values(), ptx=True))
-    families = {name.partition("/")[0] for name in [*names, "mma_rows/int4_group_decode"]}
+    families = {name.partition("/")[0] for name in [*names, "ring_rows/int4_group_decode/one"]}
     assert families == {name.partition("/")[0] for name in CELLS}
 
 

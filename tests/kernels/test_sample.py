@@ -23,7 +23,7 @@ MOST = 60
 SAMPLE = {
     "cuda:sm_80": (
         *("gemm/bf16/many", "gemm/int8_channel/many", "gemm/int8_channel_decode/few"),
-        *("mma_rows/uint4_group_decode", "gemm/fp8_e5m2_decode/few"),
+        *("ring_rows/uint4_group_decode/few", "gemm/fp8_e5m2_decode/few"),
     ),
     "cuda:sm_89": ("gemm/fp8_channel/many", "gemm/mxfp8_decode/few", "quantize/fp8_rows"),
     "cuda:sm_90": (
@@ -92,7 +92,7 @@ def test_the_sample_covers_families_kinds_and_vendors():
     every = cell_names(OWN_FORMAT.values(), ptx=True)
     families = {name.partition("/")[0] for name in every} | {"scaled"}
     assert {cell.partition("/")[0] for cell in cuda} == families
-    assert {cell.partition("/")[0] for cell in rocm} == families - {"mma_rows"}
+    assert {cell.partition("/")[0] for cell in rocm} == families - {"ring_rows"}
 
 
 def test_the_sample_has_a_cell_of_every_triton_kernel():

@@ -13,10 +13,10 @@ from hal.ops.tiles import (
     choose_tile,
     few_rows,
     fit,
-    reads_rows_together,
+    ring_of,
     runs_ptx,
     some_rows,
-    warps_of_rows,
+    streams_rows,
     way_of,
 )
 from hal.platforms.tables import device_rows
@@ -101,26 +101,29 @@ def test_impossible_tiles_are_refused():
 
 
 def test_the_way_of_a_decoded_product_depends_on_rows_and_size():
-    def few(kind, group, n, k=4096, ptx=True):
-        return few_rows(kind, group, n, k, ptx=ptx)
+    def few(kind, n, k=4096, ptx=True):
+        return few_rows(kind, n, k, ptx=ptx)
 
-    most = few("mxfp4_decode", 32, 4096), some_rows("mxfp4_decode", 4096)
+    most = few("mxfp4_decode", 4096, ptx=False), some_rows("mxfp4_decode", 4096)
     ways = [way_of(rows, *most) for rows in (1, 2, 3, 128, 129, 10**6)]
     assert ways == [FEW, FEW, SOME, SOME, MANY, MANY]
     assert [some_rows("mxfp4_decode", 2048), some_rows("mxfp8_decode", 4096)] == [64, 64]
-    assert few("mxfp4_decode", 32, 14336) == 1
-    assert [few("int4_group_decode", 128, 14336, ptx=ptx) for ptx in (True, False)] == [8, 1]
-    assert few("int4_group_decode", 64, 4096) == 2
-    assert few("uint4_group_decode", 128, 4096, 4000) == 8
-    assert few("uint4_group_decode", 128, 4096, 4008) == 2  # rows are no multiple of 16 bytes
+    assert [few("int4_group_decode", 14336, ptx=ptx) for ptx in (True, False)] == [16, 1]
+    assert few("uint4_group_decode", 4096, 4000) == 16
+    assert few("uint4_group_decode", 4096, 4008) == 2  # rows are no multiple of 16 bytes
+    assert [few(kind, 4096) for kind in ("bf16", "fp8_block128_decode")] == [2, 8]
 
 
-def test_where_rows_are_read_together():
-    assert reads_rows_together("nvfp4_decode", 16, 4096, 1)
-    assert not reads_rows_together("nvfp4_decode", 16, 4096, 2)
-    assert not reads_rows_together("int4_group_decode", 128, 4096, 1)
-    assert not reads_rows_together("int4_group_decode", 128, 4096, 9)
+def test_where_rows_stream_through_shared_memory():
+    def rows(kind, n=4096):
+        return [m for m in range(20) if streams_rows(kind, n, 4096, m)]
+
+    assert rows("nvfp4_decode") == list(range(1, 17))
+    assert rows("mxfp8_decode") == list(range(3, 9))
+    assert rows("mxfp8_decode", 14336) == list(range(2, 9))
+    assert rows("bf16") == rows("int4_group_fp8") == []
     assert [runs_ptx("cuda", arch) for arch in ("sm_75", "sm_80", "sm_121")] == [False, True, True]
     assert not runs_ptx("rocm", "gfx942")
-    assert [warps_of_rows(n, 4096, 132) for n in (2112, 4096, 14336)] == [16, 8, 4]
-    assert [warps_of_rows(64, k, 132) for k in (32, 256, 512, 2048)] == [1, 1, 2, 8]
+    shapes = (2112, 7168), (4096, 4096), (14336, 4096)
+    assert [ring_of("mxfp4_decode", *shape, 1, 132).splits for shape in shapes] == [8, 4, 4]
+    assert [ring_of("mxfp4_decode", *shape, 4, 132).tiles for shape in shapes] == [1, 1, 2]

@@ -1,0 +1,361 @@
+"""Multiply up to sixteen rows by coded weights that stream through shared memory.
+
+A product of few rows takes as long as its weights take to arrive, if decoding runs beside the
+loads. Loads to registers do not get out of the way of what is computed (`gemv`). Here each warp
+has a ring of its own in shared memory: STAGES chunks of 16 rows of the weight are on their way
+(cp.async) while one is decoded, and no warp waits for another before the last sum.
+
+A chunk is BYTES bytes of each row, with the scales of its groups, and x where a is one row.
+`ldmatrix` hands lane 4r + t the t-th word of row r of a piece (16 bytes of a row); its codes become
+pairs of bf16 or fp16 (`halves`), and `mma.m16n8k16` multiplies 16 rows of the weight by eight of a.
+Which k comes first does not matter to a sum, so that pairs of a follow those of the codes. Scales
+of groups apply to float32 sums, but e4m3 ones (nvfp4) to the codes, exactly.
+
+A program has SPLITS warps for each of TILES tiles of 16 rows; they take turns along k. PTX alone
+says all that: NVIDIA devices from sm_80 on. `gemv` and `linear` are the same product elsewhere.
+
+Source: PTX ISA 8.7 (see `ptx`); H200, benchmarks/linear.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from hal.ops.kernels.common import launch, offsets_need_64_bits
+from hal.ops.kernels.halves import halves_of_bytes, halves_of_nibbles, offset_of
+from hal.ops.kernels.kinds import ALL_KINDS, Weight, decode_options, row_strides, scale_arguments
+from hal.ops.kernels.ptx import (
+    meet_all,
+    meet_warp,
+    multiply,
+    read_byte,
+    read_matrices,
+    read_word,
+    shared_memory,
+    wait_for_groups,
+    write_word,
+)
+from hal.ops.kernels.ring_copies import convert_scales, issue, pair_x, x_held, x_loaded
+from hal.ops.tiles import Ring
+
+MOST_ROWS = 16
+MOST_BYTES = 48 << 10  # what a kernel may declare (PTX ISA, .shared)
+
+
+@triton.jit
+def _add_piece(
+    upper, lower, x0, x1, x2, x3, y0, y1, y2, y3, upper_scale, lower_scale, upper_add, lower_add,
+    c0, c1, c2, c3, e0, e1, e2, e3,
+    CODES: tl.constexpr, BF16: tl.constexpr, SCALED: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """Add the products of a piece of rows r and r + 8 with x, and with y if there are TWO."""
+    if CODES == "int8" or (CODES == "e4m3" or CODES == "e5m2"):
+        u0, u1 = halves_of_bytes(upper, CODES, BF16)
+        l0, l1 = halves_of_bytes(lower, CODES, BF16)
+        c0, c1, c2, c3 = multiply(u0, l0, u1, l1, x0, x1, c0, c1, c2, c3, BF16)
+        if TWO:
+            e0, e1, e2, e3 = multiply(u0, l0, u1, l1, y0, y1, e0, e1, e2, e3, BF16)
+    else:
+        u0, u1, u2, u3 = halves_of_nibbles(upper, upper_scale, upper_add, CODES, BF16, SCALED)
+        l0, l1, l2, l3 = halves_of_nibbles(lower, lower_scale, lower_add, CODES, BF16, SCALED)
+        c0, c1, c2, c3 = multiply(u0, l0, u1, l1, x0, x1, c0, c1, c2, c3, BF16)
+        if TWO:
+            e0, e1, e2, e3 = multiply(u0, l0, u1, l1, y0, y1, e0, e1, e2, e3, BF16)
+        c0, c1, c2, c3 = multiply(u2, l2, u3, l3, x2, x3, c0, c1, c2, c3, BF16)
+        if TWO:
+            e0, e1, e2, e3 = multiply(u2, l2, u3, l3, y2, y3, e0, e1, e2, e3, BF16)
+    return c0, c1, c2, c3, e0, e1, e2, e3
+
+
+@triton.jit
+def _ring_rows_kernel(
+    a_ptr, b_ptr, out_ptr, scales_ptr, zeros_ptr, second_ptr, bias_ptr,
+    n_rows, n_columns, k_size, stride_am, stride_bn, stride_om, stride_on,
+    stride_sn, stride_sk, stride_2n,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, BYTES: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    CODES: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RING: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    BF16: tl.constexpr = a_ptr.dtype.element_ty == tl.bfloat16
+    EIGHT_BITS: tl.constexpr = CODES == "int8" or (CODES == "e4m3" or CODES == "e5m2")
+    HELD: tl.constexpr = 4 if EIGHT_BITS else 8  # codes of a word
+    PIECES: tl.constexpr = BYTES // 16
+    PIECE: tl.constexpr = 4 * HELD
+    CHUNK: tl.constexpr = PIECES * PIECE
+    SPAN: tl.constexpr = GROUP if GROUP < CHUNK else CHUNK
+    GROUPS: tl.constexpr = CHUNK // SPAN if SCALE_FORMAT != "" else 0
+    SHARED: tl.constexpr = SCALE_ROWS > 1  # one scale for all rows of a tile
+    SCALED: tl.constexpr = SCALE_FORMAT == "e4m3fn"
+    SUMS: tl.constexpr = GROUPS > 0 and not SCALED
+    SIZE: tl.constexpr = 1 if SCALE_FORMAT == "e8m0" or SCALED else 4
+    ZEROS: tl.constexpr = CODES == "uint4"
+    SCALES: tl.constexpr = GROUPS * (16 if SHARED else 16 * SIZE)
+    X_AT: tl.constexpr = 16 * BYTES + SCALES + (GROUPS * 16 if ZEROS else 0)
+    STAGE: tl.constexpr = X_AT + (2 * CHUNK if ONE else 0)
+    CONVERTED: tl.constexpr = GROUPS * 64 if SIZE == 1 else 0
+    THREADS: tl.constexpr = 32 * TILES * SPLITS
+    thread = tl.arange(0, THREADS)
+    warp, lane = thread // 32, thread % 32
+    tile, split = warp // SPLITS, warp % SPLITS
+    row, quarter = lane // 4, lane % 4
+    first = (tl.program_id(0) * TILES + tile) * 16
+    ring = shared_memory(thread, RING)
+    mine = ring + warp * (STAGES * STAGE + CONVERTED)
+    converted = mine + STAGES * STAGE
+    row_words = k_size // HELD
+    n_groups = tl.cdiv(k_size, GROUP)
+    n_chunks = tl.cdiv(row_words * 4, BYTES)
+    sums = ring + TILES * SPLITS * (STAGES * STAGE + CONVERTED)
+    first_row = first
+    if not WHOLE:
+        first_row = tl.minimum(first, n_columns - 1)
+    codes = b_ptr + first_row.to(tl.int64) * stride_bn
+    rows_left = n_columns - 1 - first_row
+    if SHARED:
+        scales = scales_ptr + first_row // SCALE_ROWS * stride_sn
+    else:
+        if not WHOLE:
+            first_row = tl.minimum(first, n_columns - 16)
+        scales = scales_ptr + first_row
+    zeros = zeros_ptr + first_row
+    for i in tl.static_range(STAGES):
+        issue(
+            mine + i * STAGE, codes, stride_bn, rows_left, split + i * SPLITS, lane, n_chunks,
+            row_words, scales, zeros, stride_sk, n_groups, a_ptr,
+            BYTES, GROUPS, SPAN, GROUP, SIZE, SHARED, ZEROS, EVEN, WHOLE, ONE, X_AT, HELD,
+        )  # fmt: skip
+    a_row = a_ptr + tl.where(row < n_rows, row, 0).to(tl.int64) * stride_am + quarter * HELD
+    a_next = a_row
+    if TWO:
+        next_row = tl.where(row + 8 < n_rows, row + 8, 0)
+        a_next = a_ptr + next_row.to(tl.int64) * stride_am + quarter * HELD
+    # Where ldmatrix reads: lanes 0 to 15 the rows of one piece, 16 to 31 those of the next.
+    its_row = lane % 16
+    turn = its_row // 2 % 4 if PIECES == 4 else its_row % 8
+    from_row, turn = its_row * BYTES, (turn ^ (lane // 16)) * 16
+    no = tl.zeros((THREADS,), tl.float32)
+    s0, s1, s2, s3, S0, S1, S2, S3 = no, no, no, no, no, no, no, no
+    c0, c1, c2, c3, e0, e1, e2, e3 = no, no, no, no, no, no, no, no
+    add = thread * 0
+    if CODES == "int4":
+        add = offset_of(add + 8, BF16)
+    elif CODES == "e2m1":
+        add += -0x7FFF8000  # -0, so that a zero keeps its sign
+    slot = mine
+    stage = 0
+    for step in range(0, tl.cdiv(n_chunks, SPLITS)):
+        chunk = step * SPLITS + split
+        k = chunk * CHUNK + quarter * HELD
+        wait_for_groups(lane, LEFT)
+        held = slot + 16 * BYTES
+        zeros_held = held + SCALES + row
+        x_at = slot + X_AT
+        if SIZE == 1:
+            convert_scales(converted, held, lane, GROUPS * 4, SCALE_FORMAT, BF16)
+            held = converted
+        if ONE:
+            pair_x(x_at, lane, HELD, CHUNK // 8)
+        if ONE or SIZE == 1:
+            meet_warp(lane)
+        if not SHARED:
+            held += row * 4
+        if SCALED:
+            held += quarter // 2 * 64
+        for pair in tl.static_range(0, PIECES, 2):
+            upper, lower, next_upper, next_lower = read_matrices(
+                slot + from_row + (turn ^ (pair * 16))
+            )
+            for half in tl.static_range(2):
+                if half == 1:
+                    upper, lower = next_upper, next_lower
+                if ONE:
+                    x = x_at + quarter * (2 * HELD) + (pair + half) * (2 * PIECE)
+                    x0, x1, x2, x3 = x_held(x, HELD)
+                else:
+                    offset = chunk * CHUNK + (pair + half) * PIECE
+                    inside = k + (pair + half) * PIECE < k_size
+                    x0, x1, x2, x3 = x_loaded(a_row + offset, inside, HELD, EVEN)
+                y0, y1, y2, y3 = x0, x1, x2, x3
+                if TWO:
+                    y0, y1, y2, y3 = x_loaded(a_next + offset, inside, HELD, EVEN)
+                fu, fl, au, al = add, add, add, add
+                if SCALED:
+                    f = held + (pair + half) * 128
+                    fu, fl = read_word(f), read_word(f + 32)
+                if ZEROS:
+                    z = zeros_held + (pair + half) * PIECE // SPAN * 16
+                    au, al = offset_of(read_byte(z), BF16), offset_of(read_byte(z + 8), BF16)
+                c0, c1, c2, c3, e0, e1, e2, e3 = _add_piece(
+                    upper, lower, x0, x1, x2, x3, y0, y1, y2, y3, fu, fl, au, al,
+                    c0, c1, c2, c3, e0, e1, e2, e3, CODES, BF16, SCALED, TWO,
+                )  # fmt: skip
+                if SUMS and (pair + half + 1) * PIECE % SPAN == 0:
+                    f = held + (pair + half) * PIECE // SPAN * (16 if SHARED else 64)
+                    upper_scale = read_word(f).to(tl.float32, bitcast=True)
+                    lower_scale = upper_scale
+                    if not SHARED:
+                        lower_scale = read_word(f + 32).to(tl.float32, bitcast=True)
+                    s0, s2 = s0 + c0 * upper_scale, s2 + c2 * lower_scale
+                    if not ONE:
+                        s1, s3 = s1 + c1 * upper_scale, s3 + c3 * lower_scale
+                    if TWO:
+                        S0, S2 = S0 + e0 * upper_scale, S2 + e2 * lower_scale
+                        S1, S3 = S1 + e1 * upper_scale, S3 + e3 * lower_scale
+                    c0, c1, c2, c3, e0, e1, e2, e3 = no, no, no, no, no, no, no, no
+        meet_warp(lane)
+        issue(
+            slot, codes, stride_bn, rows_left, chunk + STAGES * SPLITS, lane, n_chunks,
+            row_words, scales, zeros, stride_sk, n_groups, a_ptr,
+            BYTES, GROUPS, SPAN, GROUP, SIZE, SHARED, ZEROS, EVEN, WHOLE, ONE, X_AT, HELD,
+        )  # fmt: skip
+        stage = tl.where(stage + 1 == STAGES, 0, stage + 1)
+        slot = mine + stage * STAGE
+    if not SUMS:
+        s0, s1, s2, s3, S0, S1, S2, S3 = c0, c1, c2, c3, e0, e1, e2, e3
+    if not EVEN:
+        wait_for_groups(lane, "0")
+    # The sums of all warps: [tile, split, row of a, row of the weight]. Of one row of a, all eight
+    # columns of an instruction are the same.
+    ROWS: tl.constexpr = 16 if TWO else 1 if ONE else 8
+    at = sums + (warp * (64 * ROWS) + row * 4)
+    if ONE:
+        _write_sums(at, s0, s1, s2, s3, ONE)
+    else:
+        _write_sums(at + quarter * 128, s0, s1, s2, s3, ONE)
+    if TWO:
+        _write_sums(at + (quarter * 128 + 512), S0, S1, S2, S3, ONE)
+    meet_all(thread)
+    for i in tl.static_range((TILES * 16 * ROWS + THREADS - 1) // THREADS):
+        index = thread + i * THREADS
+        within = index % (16 * ROWS)
+        tile = index // (16 * ROWS)
+        a_at, column = within // 16, (tl.program_id(0) * TILES + tile) * 16 + within % 16
+        inside = (a_at < n_rows) & (column < n_columns) & (tile < TILES)
+        at = sums + (tl.where(tile < TILES, tile, 0) * (SPLITS * 64 * ROWS) + within * 4)
+        total = no
+        for other in tl.static_range(SPLITS):
+            total += read_word(at + other * (64 * ROWS)).to(tl.float32, bitcast=True)
+        if SCALED and BF16:
+            total *= 256.0  # see `scale_bits`
+        if SECOND:
+            total *= tl.load(second_ptr + column * stride_2n, mask=inside, other=0.0)
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        target = out_ptr + a_at.to(tl.int64) * stride_om + column.to(tl.int64) * stride_on
+        tl.store(target, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write_sums(at, s0, s1, s2, s3, ONE: tl.constexpr):
+    write_word(at, s0.to(tl.int32, bitcast=True))
+    write_word(at + 32, s2.to(tl.int32, bitcast=True))
+    if not ONE:
+        write_word(at + 64, s1.to(tl.int32, bitcast=True))
+        write_word(at + 96, s3.to(tl.int32, bitcast=True))
+
+
+def ring_rows(
+    a: torch.Tensor,
+    weight: Weight,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    kind: str,
+    ring: Ring,
+) -> None:
+    """Write a [m, k] @ b [n, k].T to out [m, n] (bf16, fp16 or f32).
+
+    Args:
+        a: At most `MOST_ROWS` rows in bf16 or fp16.
+        weight: What `by_row` returned for `kind`; `fits` says which can be read.
+        out: Output.
+        bias: `[n]`, contiguous, or None.
+        kind: A kind that decodes its weights.
+        ring: Warps of a program and what each has on its way; `stages` become less where the
+            program's shared memory would pass `MOST_BYTES`.
+
+    Raises:
+        ValueError: If one stage alone passes it.
+    """
+    (m, k), n = a.shape, weight.codes.shape[0]
+    if m == 0 or n == 0:
+        return
+    options = decode_options(kind, weight)
+    stages, size = _stages(kind, weight.group, m, ring)
+    whole_chunks = weight.codes.shape[1] * 4 % (ring.width * ring.splits) == 0
+    launch(
+        _ring_rows_kernel, (-(-n // (16 * ring.tiles)),),
+        a, weight.codes, out, *scale_arguments(weight, out), out if bias is None else bias,
+        m, n, k, a.stride(0), weight.codes.stride(0), *out.stride(), *row_strides(weight),
+        TILES=ring.tiles, SPLITS=ring.splits, STAGES=stages, BYTES=ring.width,
+        ONE=m == 1, TWO=m > 8, WHOLE=n % (16 * ring.tiles) == 0,
+        EVEN=whole_chunks and (weight.scales is None or k % weight.group == 0),
+        CODES=options["CODES"], SCALE_FORMAT=options["SCALE_FORMAT"], GROUP=weight.group,
+        SCALE_ROWS=options["SCALE_ROWS"], SECOND=options["SECOND"], HAS_BIAS=bias is not None,
+        RING=str(size), LEFT=str(stages - 1),
+        num_warps=ring.tiles * ring.splits, num_stages=1,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _stages(kind: str, group: int, rows: int, ring: Ring) -> tuple[int, int]:
+    """Return how many stages a warp has, and the bytes of shared memory of a program."""
+    spec, warps = ALL_KINDS[kind], ring.tiles * ring.splits
+    chunk = ring.width * (2 if spec.decode in ("int4", "uint4", "e2m1") else 1)
+    stage, converted = 16 * ring.width + (2 * chunk if rows == 1 else 0), 0
+    if spec.scales == "group":
+        groups = chunk // min(group, chunk)
+        size = 4 if spec.scale_format == "float32" else 1
+        stage += groups * (16 if spec.scale_rows > 1 else 16 * size)
+        stage += groups * 16 if spec.decode == "uint4" else 0
+        converted = groups * 64 if size == 1 else 0
+    sums = warps * (1024 if rows > 8 else 64 if rows == 1 else 512)
+    for stages in range(ring.stages, 0, -1):
+        needed = warps * (stages * stage + converted) + sums
+        if needed <= MOST_BYTES:
+            return stages, needed
+    raise ValueError(
+        f"{kind}: {ring} needs {needed} bytes of shared memory with one stage, a program has "
+        f"{MOST_BYTES}; take fewer warps or a smaller width"
+    )
+
+
+def fits(kind: str, a: torch.Tensor, weight: Weight) -> bool:
+    """Say whether these operands are, and lie, as `ring_rows` reads them.
+
+    Rows of both are in whole 16 bytes; scales of groups lie side by side for 16 rows of the weight.
+    """
+    spec, codes = ALL_KINDS[kind], weight.codes
+    return (
+        bool(spec.decode)
+        and not spec.a_scaled
+        and not weight.fnuz
+        and weight.words
+        and codes.shape[1] % 4 == 0
+        and codes.stride(1) == 1
+        and codes.stride(0) % 4 == 0
+        and codes.data_ptr() % 16 == 0
+        and a.shape[0] <= MOST_ROWS
+        and a.stride(1) == 1
+        and a.stride(0) % 8 == 0
+        and a.data_ptr() % 16 == 0
+        and (spec.scale_rows > 1 or _side_by_side(weight.scales))
+        and _side_by_side(weight.zeros)
+        and (weight.scales is None or not offsets_need_64_bits(weight.scales))
+    )
+
+
+def _side_by_side(scales: torch.Tensor | None) -> bool:
+    """Say whether each 16 rows of a group lie in whole 16 bytes."""
+    return scales is None or (
+        scales.shape[0] % 16 == 0
+        and scales.stride(0) == 1
+        and (scales.shape[1] == 1 or scales.stride(1) * scales.itemsize % 16 == 0)
+        and scales.data_ptr() % 16 == 0
+    )
