@@ -348,7 +348,11 @@ def capturing() -> bool:
     """Say whether launches are recorded into a graph now, so that nothing can be copied to it."""
     if INTERPRETED.value or _recorder.get() is not None:
         return False
-    interface = _active_driver().get_device_interface()
+    try:
+        interface = _active_driver().get_device_interface()
+    except PlatformError:
+        # No device, no graph.
+        return False
     return bool(interface.is_current_stream_capturing())
 
 
