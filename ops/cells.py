@@ -81,6 +81,8 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
         return (*products, "align/few", "align/many", "combine", *quantized)
     if kernel.name.startswith("triton_scaled"):
         return tuple(f"{own}/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
+    if kernel.op == "linear" and not (scheme.weight.symmetric and scheme.activation.symmetric):
+        return (f"gemm/{kind}/shifted",)
     if kernel.op == "linear":
         single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]
         return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single)

@@ -64,8 +64,12 @@ FUSED_MOE = Op(
     at_most=(("top_k", "experts"), ("unpadded_hidden", "hidden")),
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
-BYTEWISE = tuple(name for name in QUANTIZED if SCHEMES[name].weight.bytewise)
-PACKED = tuple(name for name in QUANTIZED if name not in (*BYTEWISE, *E5M2))
+SHIFTED = tuple(name for name in QUANTIZED if not SCHEMES[name].weight.symmetric)
+"""Schemes whose channels have zero points: experts are expanded."""
+BYTEWISE = tuple(
+    name for name in QUANTIZED if SCHEMES[name].weight.bytewise and name not in SHIFTED
+)
+PACKED = tuple(name for name in QUANTIZED if name not in (*BYTEWISE, *E5M2, *SHIFTED))
 
 
 def moe_signatures(

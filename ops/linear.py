@@ -4,6 +4,7 @@
     fp8_channel:   y[m, n] = sx[m] * sw[n] * sum_k qx[m, k] * qw[n, k]
     int8_channel:  the same with int8 codes and an int32 sum
     int8_channel_asymmetric:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
+    int8_weight_zeros:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zw[n] * sum_k qx[m, k])
     fp8_block128:  y[m, n] = sum_g sx[m, g] * sw[n // 128, g] * sum_{k in g} qx[m, k] * qw[n, k]
 
 `x` is `[..., K]` bf16 or fp16, the weight `[N, K]`; activations are quantized at each call as the
@@ -45,13 +46,21 @@ LINEAR = Op(
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}
 WEIGHT_ONLY = {name: SCHEMES[name].operands(weight_only=True) for name in QUANTIZED}
-BYTEWISE = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.bytewise}
+E5M2 = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.format == "e5m2"}
+BYTEWISE = {
+    name: how
+    for name, how in WEIGHT_ONLY.items()
+    if SCHEMES[name].weight.bytewise and SCHEMES[name].weight.symmetric
+}
 FLOAT_BYTES = {
     name: how for name, how in BYTEWISE.items() if SCHEMES[name].weight.scale_format == "float32"
 }
 """Those whose scales libraries can read."""
-E5M2 = {name: how for name, how in WEIGHT_ONLY.items() if SCHEMES[name].weight.format == "e5m2"}
-PACKED = {name: how for name, how in WEIGHT_ONLY.items() if name not in {**BYTEWISE, **E5M2}}
+SHIFTED = {name: how for name, how in WEIGHT_ONLY.items() if not SCHEMES[name].weight.symmetric}
+"""Schemes whose channels have zero points."""
+PACKED = {
+    name: how for name, how in WEIGHT_ONLY.items() if name not in {**BYTEWISE, **E5M2, **SHIFTED}
+}
 W4A8 = "int4_w4a8_fp8"
 FP8 = (
     *("fp8_tensor", "fp8_channel", "fp8_block128", "fp8_block128_ue8m0"),
@@ -59,6 +68,8 @@ FP8 = (
 )
 INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""
+INT8_SHIFTED = ("int8_channel_asymmetric", "int8_weight_zeros")
+"""Those with zero points on one side: of each row, or of each channel."""
 INT4 = {name: how for name, how in WEIGHT_ONLY.items() if name.startswith("int4_w4a16")}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
 TRITON = (TRITON_HERE, needs_triton())
@@ -192,7 +203,7 @@ def bind_triton_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None
     "triton_int8",
     level=Level.NATIVE,
     band="tuned",
-    signatures={name: ALL[name] for name in (*INT8, "int8_channel_asymmetric")},
+    signatures={name: ALL[name] for name in (*INT8, *INT8_SHIFTED)},
     requires=(*TRITON, Needs.triton_math("int8"), QUANTIZED_ROWS),
 )
 def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
@@ -204,13 +215,49 @@ def bind_triton_int8(binding: Binding, weight: QTensor, bias: torch.Tensor | Non
     "triton_decode",
     level=Level.WEIGHT_ONLY,
     band="tuned",
-    signatures={**BYTEWISE, **E5M2},
+    signatures={**BYTEWISE, **E5M2, **SHIFTED},
     requires=(*TRITON, Needs.triton_math("bfloat16")),
 )
 def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Decode weight bytes in the loop by integer shifts; needs no fp8 in hardware."""
+    if weight.zeros is not None:
+        return _bind_shifted(binding, weight, bias)
     kind = product_kind(weight.scheme) + "_decode"
     return _bind_decoded(binding, weight, bias, kind, row_scales(weight))
+
+
+def _bind_shifted(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Multiply by codes, and take what zero points add from the float32 sums: z[n] * sum_k x[k].
+
+    A row with an infinity becomes NaN where the product with the weight may be an infinity.
+    """
+    import torch
+
+    from hal.ops.kernels.linear import gemm
+
+    assert weight.zeros is not None
+    assert weight.scales is not None
+    kind = product_kind(weight.scheme) + "_decode"
+    tiles = TileChoice(binding, kind, *weight.shape)
+    rows_out, has_bias = weight.shape[0], bias is not None
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], rows_out)
+        gemm(
+            x,
+            tensors[0],
+            out,
+            b_scales=tensors[1],
+            bias=tensors[-1] if has_bias else None,
+            a_shifts=x.sum(-1, dtype=torch.float32),
+            b_sums=tensors[2],
+            kind=kind,
+            tile=tiles(x.shape[0]),
+        )
+        return out
+
+    read = weight.values, weight.scales, weight.zeros * weight.scales
+    return launch, _with_bias(read, bias)
 
 
 def product_kind(scheme: Scheme) -> str:
@@ -299,15 +346,18 @@ def _bind_triton(
     kind: str,
     read: Tensors | None = None,
 ) -> Bound:
+    import torch
+
     from hal.ops.kernels.linear import gemm
     from hal.ops.quantize import quantize_triton
 
     encoding, scheme = encoding_of_rows(binding, weight), weight.scheme
     rows_out, columns = weight.shape
-    fixed, shifted = fixed_scale(weight), not scheme.activation.symmetric
+    fixed, shifted = fixed_scale(weight), scheme.name in INT8_SHIFTED
     if shifted:
         assert weight.scales is not None
-        fixed = (column_sums(weight) * weight.scales,)
+        sums = column_sums(weight) if weight.zeros is None else weight.zeros
+        fixed = (sums * weight.scales,)
     tiles = TileChoice(binding, kind, rows_out, columns)
     has_bias = bias is not None
 
@@ -315,8 +365,9 @@ def _bind_triton(
         out = x.new_empty(x.shape[0], rows_out)
         shifts: dict[str, Any] = {}
         if shifted:
-            codes, scales, zeros = quantize_triton(x, encoding, scheme.activation)
-            shifts = {"a_shifts": zeros * scales, "b_sums": tensors[2]}
+            codes, scales, *zeros = quantize_triton(x, encoding, scheme.activation)
+            sums = zeros[0] if zeros else codes.sum(-1, dtype=torch.int32)
+            shifts = {"a_shifts": sums * scales, "b_sums": tensors[2]}
         else:
             given = tensors[2] if fixed else None
             codes, scales = quantize_triton(x, encoding, scheme.activation, given)

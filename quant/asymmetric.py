@@ -1,4 +1,4 @@
-"""Quantize activations to int8 with a zero point for each row, and give them back.
+"""Quantize rows to int8 with a zero point each, of activations or weights, and give them back.
 
 For a row, in float32, with 0 always within its range:
 
@@ -25,24 +25,38 @@ from hal.quant.codec import SCALE_FLOOR
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["decode_asymmetric", "encode_asymmetric"]
+__all__ = ["bounds", "decode_asymmetric", "encode_asymmetric"]
 
 LEAST, MOST = -128, 127
 
 
-def encode_asymmetric(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (codes int8, scales float32 `[..., rows]`, zero points int8 `[..., rows]`) of `x`.
+def bounds(x: torch.Tensor) -> torch.Tensor:
+    """Return how far rows reach to either side of 0, float32 `[2, ..., rows]`: above, then below.
 
-    Args:
-        x: `[..., rows, columns]` of any float dtype.
+    The larger ones of shards are those of the whole.
     """
     import torch
 
     wide = x.float()
-    if x.shape[-1]:
-        low, high = wide.amin(-1).clamp_max(0), wide.amax(-1).clamp_min(0)
-    else:
-        low = high = wide.new_zeros(wide.shape[:-1])
+    if not x.shape[-1]:
+        return wide.new_zeros((2, *wide.shape[:-1]))
+    return torch.stack((wide.amax(-1).clamp_min(0), wide.amin(-1).clamp_max(0).neg()))
+
+
+def encode_asymmetric(
+    x: torch.Tensor, reach: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (codes int8, scales float32 `[..., rows]`, zero points int8 `[..., rows]`) of `x`.
+
+    Args:
+        x: `[..., rows, columns]` of any float dtype.
+        reach: `bounds` of the whole that `x` is a shard of; None means those of `x`.
+    """
+    import torch
+
+    wide = x.float()
+    high, below = bounds(x) if reach is None else reach
+    low = -below
     # Halves, since the difference itself may overflow; a division by a tensor, as in the codec.
     half = high * 0.5 - low * 0.5
     scales = (half / low.new_full((), 127.5)).clamp_min(SCALE_FLOOR)

@@ -23,7 +23,7 @@ class Coded(NamedTuple):
         values: Codes, two in a byte where they have four bits.
         scales: Scales in the format that the scheme names; None for values as given.
         second: float32 second scales, or None.
-        zeros: Codes that mean zero, or None: uint8 of weights, int8 of activations.
+        zeros: Codes that mean zero, or None: uint8 of four bits, int8 of eight.
     """
 
     values: torch.Tensor
@@ -60,13 +60,14 @@ def represent(
         encoding: Number format of the codes.
         maximum: Largest magnitudes to use instead of those of `x`, for shards of one matrix:
             shaped like the scales of granularity tensor, channel or token, or like the second
-            scales (see `largest`). Groups and blocks must be whole in each shard, and take none.
+            scales (see `largest`); of asymmetric ones, two in front (`asymmetric.bounds`). Groups
+            and blocks must be whole in each shard, and take none.
         fixed: The scale of static activations, float32 `[]` or `[...]`; see `encode_static`.
     """
     if fixed is not None:
         return Coded(*encode_static(x, encoding, fixed))
     if not how.symmetric:
-        return _asymmetric(x)
+        return _asymmetric(x, maximum)
     if how.scale_format == "e8m0":
         return _mx(x, how, encoding) if how.granularity == "group32" else _blocks(x, how, encoding)
     if how.second == "channel":
@@ -84,6 +85,10 @@ def largest(x: torch.Tensor, how: Quantization) -> torch.Tensor | None:
         from hal.quant.int4 import largest_of
 
         return largest_of(x, group_of(how.granularity)).amax(-1)
+    if not how.symmetric:
+        from hal.quant.asymmetric import bounds
+
+        return bounds(x)
     for granularity in (how.granularity, how.second):
         if granularity in ("tensor", "channel", "token"):
             return amax(x, granularity)
@@ -107,10 +112,10 @@ def numbers(coded: Coded, how: Quantization, encoding: str, columns: int) -> tor
     return decode(coded.values, coded.scales, how.granularity)
 
 
-def _asymmetric(x: torch.Tensor) -> Coded:
+def _asymmetric(x: torch.Tensor, maximum: torch.Tensor | None) -> Coded:
     from hal.quant.asymmetric import encode_asymmetric
 
-    values, scales, zeros = encode_asymmetric(x)
+    values, scales, zeros = encode_asymmetric(x, maximum)
     return Coded(values, scales, zeros=zeros)
 
 

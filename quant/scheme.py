@@ -76,8 +76,9 @@ class Quantization:
         scaled = (self.scale_format is not None, self.granularity != "none")
         if scaled != (self.format is not None,) * 2:
             raise RegistrationError("quantized values have scales, others have none")
-        if not self.symmetric and (self.format, self.granularity) != ("int8", "token"):
-            raise RegistrationError("zero points belong to int8 activations per token")
+        shifted = self.format, self.granularity
+        if not self.symmetric and shifted not in (("int8", "token"), ("int8", "channel")):
+            raise RegistrationError("zero points belong to int8 per token or channel")
 
     @property
     def bytewise(self) -> bool:
@@ -287,6 +288,20 @@ _ROWS = (
         _GIVEN,
         "int8 weights scaled per output channel, activations as given",
         "symmetric int8, codes -127 to 127",
+    ),
+    Scheme(
+        "int8_weight_zeros",
+        Quantization("int8", "channel", "float32", symmetric=False),
+        Quantization("int8", "token", "float32", dynamic=True),
+        "int8 weights with a zero point per output channel, int8 activations scaled per token",
+        "ONNX operators, DynamicQuantizeLinear, with int8 for uint8, for each channel",
+    ),
+    Scheme(
+        "int8_weight_zeros_w8a16",
+        Quantization("int8", "channel", "float32", symmetric=False),
+        _GIVEN,
+        "int8 weights with a zero point per output channel, activations as given",
+        "ONNX operators, DynamicQuantizeLinear, with int8 for uint8, for each channel",
     ),
     *(
         Scheme(

@@ -24,7 +24,9 @@ TENSORS = ("values", "scales", "global_scale", "zeros", "input_scale")
 
 def _dtype_of(name: str, how: Quantization) -> torch.dtype:
     """Return the dtype of the scales, second scales or zero points of codes stored in one way."""
-    if name == "zeros" or (name == "scales" and how.scale_format == "e8m0"):
+    if name == "zeros":
+        return dtype("int8" if how.format == "int8" else "uint8")
+    if name == "scales" and how.scale_format == "e8m0":
         return dtype("uint8")
     return dtype(how.scale_format or "float32" if name == "scales" else "float32")
 
@@ -49,7 +51,8 @@ class QTensor:
         logical_shape: `[..., N, K]` of the weight, whatever the layout; needed where two codes
             lie in a byte.
         global_scale: float32 second scales, where the scheme has them.
-        zeros: Codes that mean zero, uint8 shaped like the scales; of encoding uint4 only.
+        zeros: Codes that mean zero, shaped like the scales: uint8 of encoding uint4, int8 of
+            schemes whose weights are asymmetric; None of all others.
         input_scale: float32 `[...]`, the scale of the activations that the weight multiplies, for
             activations in the encoding of the weight; of static schemes only, None before
             calibration.
@@ -70,10 +73,11 @@ class QTensor:
 
         how = self.scheme.weight
         self._check_codes(how)
+        shifted = self.encoding == "uint4" or not how.symmetric
         granularities = {
             "scales": how.granularity,
             "global_scale": how.second,
-            "zeros": how.granularity if self.encoding == "uint4" else "none",
+            "zeros": how.granularity if shifted else "none",
         }
         if self.input_scale is not None or not self.scheme.static:
             granularities["input_scale"] = "tensor" if self.scheme.static else "none"

@@ -1,8 +1,9 @@
-"""Multiply int8 codes with `torch._int_mm` where activations have a zero point for each row.
+"""Multiply int8 codes with `torch._int_mm` where rows or channels have zero points.
 
-    y[m, n] = sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
+    of each row:      sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
+    of each channel:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zw[n] * sum_k qx[m, k])
 
-The sums over the weight are taken when it is bound. All of the bracket is exact in int32.
+The sums over a weight are taken when it is bound. All of the bracket is exact in int32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hal.arch import CudaArch
 from hal.needs import Needs
 from hal.ops.adapters.int_mm import CUDA_LEAST_ROWS, exact_sums, int_mm_rows
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import ALL, LINEAR, column_sums
+from hal.ops.linear import ALL, INT8_SHIFTED, LINEAR, column_sums
 from hal.ops.quantize import quantizer
 from hal.registry import Level
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
     from hal.quant.tensor import QTensor
 
-SCHEME = "int8_channel_asymmetric"
 MOST_TERMS = 66311
-"""Products of a code less its zero point, up to 255, and a weight, up to 127: below 2**31."""
+"""Products of a code less its zero point, up to 255, and one without, up to 127: below 2**31."""
+SIGNATURES = {name: ALL[name] for name in INT8_SHIFTED}
 EXACT = Needs.between("in_features", None, MOST_TERMS, "the int32 sum would overflow")
 
 Bound = tuple[Launch, Tensors]
@@ -36,7 +37,7 @@ Products = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
     "torch_int_mm_zeros_cpu",
     level=Level.NATIVE,
     band="portable",
-    signatures={SCHEME: ALL[SCHEME]},
+    signatures=SIGNATURES,
     requires=(
         Needs.platform("cpu"),
         Needs.package("torch"),
@@ -62,7 +63,7 @@ def bind_cpu(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
     "torch_int_mm_zeros",
     level=Level.NATIVE,
     band="portable",
-    signatures={SCHEME: ALL[SCHEME]},
+    signatures=SIGNATURES,
     requires=(
         Needs.platform("cuda"),
         Needs.at_least(CudaArch(7, 5)),
@@ -94,16 +95,23 @@ def bind_cuda(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> B
 def _bind(
     binding: Binding, weight: QTensor, bias: torch.Tensor | None, products: Products
 ) -> Bound:
+    import torch
+
     quantize, how = quantizer(binding, weight.shape[1]), weight.scheme.activation
     has_bias = bias is not None
+    of_rows = weight.zeros is None
+    other = column_sums(weight) if weight.zeros is None else weight.zeros.int()
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, zeros = quantize(x, "int8", how)
+        codes, scales, *zeros = quantize(x, "int8", how)
         sums = products(codes, tensors[0])
-        sums = sums - zeros.int().unsqueeze(-1) * tensors[2]
+        one = zeros[0].int() if of_rows else codes.sum(-1, dtype=torch.int32)
+        sums = sums - one.unsqueeze(-1) * tensors[2]
         out = sums.float().mul_(scales.unsqueeze(-1)).mul_(tensors[1])
         if has_bias:
             out += tensors[3]
         return out.to(x.dtype)
 
-    return launch, (*weight.tensors, column_sums(weight), *(() if bias is None else (bias,)))
+    assert weight.scales is not None
+    tensors = weight.values, weight.scales, other
+    return launch, (*tensors, *(() if bias is None else (bias,)))

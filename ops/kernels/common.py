@@ -336,6 +336,26 @@ def _backend() -> str:
     return str(current_target().backend)
 
 
+def has_signed_pairs() -> bool:
+    """Say whether the current device compares sizes of pairs with signs, or interprets that."""
+    if INTERPRETED.value:
+        return True
+    target = current_target()
+    return bool(target.backend == "cuda" and target.arch >= 86)
+
+
+def capturing() -> bool:
+    """Say whether launches are recorded into a graph now, so that nothing can be copied to it."""
+    if INTERPRETED.value or _recorder.get() is not None:
+        return False
+    try:
+        interface = _active_driver().get_device_interface()
+    except PlatformError:
+        # No device, no graph.
+        return False
+    return bool(interface.is_current_stream_capturing())
+
+
 def is_fp8(dtype: torch.dtype) -> bool:
     """Say whether `dtype` is one of torch's 8-bit floats."""
     return dtype.is_floating_point and dtype.itemsize == 1

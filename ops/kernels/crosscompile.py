@@ -133,6 +133,7 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
         for size in ("few", "many")
     ]
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
+    names += [f"gemm/{kind}/shifted" for kind in kinds if kind.startswith("int8")]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
     others = ("grouped_gemm", "gemm", "scaled", "sums", *(() if ptx else ("ring_rows",)))
@@ -253,6 +254,11 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
     elif spec.scales:
         shape = (-(-n // 128), groups) if blocks else (n,)
         scales["b_scales"] = _empty(*experts, *shape, dtype=stored)
+    if size == "shifted":
+        scales |= {
+            "a_shifts": _empty(tokens, dtype="float32"),
+            "b_sums": _empty(n, dtype="float32"),
+        }
     if not grouped:
         gemm(a, b, _empty(tokens, n), **scales, kind=kind, tile=tile)
         return
@@ -481,7 +487,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
         f"{op}/{kind}/{size}": partial(_product, op=op, kind=kind, size=size)
         for op in ("grouped_gemm", "gemm")
         for kind in OWN_FORMAT
-        for size in ("few", "many", "ragged", "wide", "biased")
+        for size in ("few", "many", "ragged", "wide", "biased", "shifted")
     },
     **{
         f"{op}/{kind}": partial(_decoded, op=op, kind=kind)

@@ -32,6 +32,23 @@ def high_number(word):
 
 
 @triton.jit
+def unpack_again(word):
+    """Return both numbers of a word, f32, by instructions that no other unpacking shares.
+
+    Numbers unpacked before a reduction would else be kept through it, in twice the registers.
+    """
+    if INTERPRETED:
+        return low_number(word), high_number(word)
+    low = tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, 0x1044;", "=r,r", [word], tl.float32, is_pure=True, pack=1
+    )
+    high = tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, 0x3244;", "=r,r", [word], tl.float32, is_pure=True, pack=1
+    )
+    return low, high
+
+
+@triton.jit
 def rounded_bits(x):
     """Return the bf16 nearest to x (f32), ties to even, in the upper half of an int32."""
     bits = x.to(tl.int32, bitcast=True)
@@ -46,6 +63,97 @@ def round_pair(low, high):
         return rounded_bits(high) | ((rounded_bits(low) >> 16) & 0xFFFF)
     return tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def round_halves(low, high):
+    """Return two f32 numbers as the float16 ones nearest to them, ties to even."""
+    if INTERPRETED:
+        return _half_bits(low) | (_half_bits(high) << 16)
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _half_bits(x):
+    """Return the bits of x as float16 in the lower half of an int32."""
+    return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _low_half(word):
+    """Return the first float16 number of a word, f32."""
+    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def fma_halves(x, y, z):
+    """Return x * y + z of float16 numbers, rounded once if the product is exact in float32."""
+    if INTERPRETED:
+        low = _low_half(x) * _low_half(y) + _low_half(z)
+        high = _low_half(x >> 16) * _low_half(y >> 16) + _low_half(z >> 16)
+        return round_halves(low, high)
+    return tl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def smallest_halves(x, y):
+    """Return the smaller of float16 numbers without signs that are no NaN."""
+    if INTERPRETED:
+        high = tl.minimum(x & -0x10000, y & -0x10000)
+        return high | tl.minimum(x & 0xFFFF, y & 0xFFFF)
+    return tl.inline_asm_elementwise(
+        "min.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def size_times(x, factor):
+    """Return |x| * factor, f32: one instruction, where tl.abs would be made another."""
+    factor = tl.broadcast_to(factor, x.shape)
+    if INTERPRETED:
+        return tl.abs(x) * factor
+    return tl.inline_asm_elementwise(
+        "{.reg .f32 size; abs.f32 size, $1; mul.rn.f32 $0, size, $2;}", "=r,r,r", [x, factor],
+        tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def quick_reciprocal(x):
+    """Return 1 / x within a unit of the last place; 0 where that is below 2^-126."""
+    if INTERPRETED:
+        return tl.div_rn(x * 0.0 + 1.0, x)
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def quick_power(x):
+    """Return 2^x within two units of the last place; 0 where that is below 2^-126."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def look_up(table_ptr, places):
+    """Return numbers of a table of 32 bits, int32, where they lie in it: each thread its own.
+
+    As a `tl.load` it would be given another layout, which costs six barriers.
+    """
+    if INTERPRETED:
+        return tl.load(table_ptr + places).to(tl.int32, bitcast=True)
+    addresses = table_ptr.to(tl.int64) + places.to(tl.int64) * 4
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.b32 $0, [$1];", "=r,l", [addresses], tl.int32, is_pure=True, pack=1
     )
 
 
@@ -77,6 +185,16 @@ def largest_pair(x, y):
         return high | tl.maximum(x & 0xFFFF, y & 0xFFFF)
     return tl.inline_asm_elementwise(
         "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def largest_signed_pair(x, y):
+    """Return the larger sizes of numbers with signs, under signs that mean nothing; from sm_86."""
+    if INTERPRETED:
+        return largest_pair(x & SIZES, y & SIZES)
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
     )
 
 
@@ -132,3 +250,19 @@ def four_words(words):
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
+
+
+@triton.jit
+def four_signs(x, y):
+    """Return a byte for each number of two words, as `choose_bytes` 0x6240: 255 if negative."""
+    return choose_bytes(x, y, 0xFBD9)
+
+
+@triton.jit
+def word_of_fours(x, y):
+    """Return a word whose nibbles are the lower ones of the bytes of x and y.
+
+    These are numbers 0, 2, 1, 3 and 4, 6, 5, 7, as `four_signs` has them.
+    """
+    even, odd = choose_bytes(x, y, 0x5410), choose_bytes(x, y, 0x7632)
+    return choose_bits(even, odd << 4, 0x0F0F0F0F)

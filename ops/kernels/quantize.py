@@ -39,9 +39,17 @@ FEW = 1 << 19
 """Elements up to which pieces are smaller, so that all of a device works on them."""
 PER_LANE = 32
 """Elements that a lane of 32 holds."""
-WIDE_LANE = 64
-"""As many where rows are taken by pairs for NVFP4 and nothing is done before: 0.85 of the rate of
-a copy instead of 0.81 on an H200 (benchmarks/results/h200_quantize_pairs.txt)."""
+IN_PAIRS = {
+    ("nvfp4", "plain"): (64, 0),
+    ("nvfp4", "norm"): (64, 0),
+    ("nvfp4", "residual"): (64, 0),
+    ("nvfp4", "gate"): (32, 48),
+    ("mx", "norm"): (32, 48),
+    ("mx", "gate"): (32, 48),
+}
+"""How many elements a lane holds where rows are taken by pairs, and how many registers a thread may
+have (0: what the compiler wants), where that is faster on an H200; else PER_LANE and 0. Not more
+than 64: with 128 an H200 stores wrong codes. See benchmarks/results/h200_quantize_pairs.txt."""
 
 
 class Norm(NamedTuple):
@@ -230,10 +238,12 @@ def quantize(
     # MX codes after a norm of a sum wait for memory: 0.99 of a copy one by one, 0.94 by pairs.
     slower = codec == "mx" and norm is not None and norm.residual is not None
     if per_word == 8 and not slower and _by_pairs(x, norm, gate):
-        if codec == "nvfp4" and norm is None and gate is None:
-            warps = warps_of(groups * width, WIDE_LANE)
+        before = "gate" if gate else "plain" if norm is None else "norm"
+        before = "residual" if norm is not None and norm.residual is not None else before
+        lane, registers = IN_PAIRS.get((codec, before), (PER_LANE, 0))
+        warps = warps_of(groups * width, lane)
         quantize_pairs(
-            x, values, scales, groups=groups, warps=warps, addend=addend,
+            x, values, scales, groups=groups, warps=warps, registers=registers, addend=addend,
             top_exponent=top_exponent, scale_floor=scale_floor, encoding=encoding, norm=norm,
             gate=gate_options(gate), alpha=alpha, limit=limit, counts=counts, capacity=capacity,
             second=second,

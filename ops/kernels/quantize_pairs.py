@@ -6,8 +6,7 @@ A thread loads eight numbers as four words and stores their codes as one word.
 
 - Under scales that are powers of two (mxfp4), ratios keep bf16's eight bits. The three lines of
   `encode_e2m1` are then packed multiply-adds to 96 + 0, 1 and 2, where bf16 counts in halves.
-- Under nvfp4's scales, ratios are float32. A divisor's reciprocal is the sum of two float32
-  numbers, so that one multiplication and one multiply-add divide; see `reciprocal_parts`.
+- nvfp4 is in `nvfp4_pairs`.
 - Codes and signs are gathered byte by byte, four a `prmt`.
 """
 
@@ -19,27 +18,28 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import INTERPRETED, launch
-from hal.ops.kernels.encode import (
-    HALVES,
-    INFINITY_BITS,
-    SIXTH,
-    divide_sizes,
-    encode_fp8,
-)
+from hal.ops.kernels.common import has_signed_pairs, launch
+from hal.ops.kernels.encode import INFINITY_BITS
+from hal.ops.kernels.nvfp4_pairs import nvfp4_words
 from hal.ops.kernels.pairs import (
     SIZES,
     choose_bits,
     choose_bytes,
     fma_pair,
+    four_signs,
     four_words,
     high_number,
     largest_pair,
     low_number,
     multiply_pair,
+    quick_power,
+    quick_reciprocal,
     round_pair,
     smallest_pair,
+    unpack_again,
+    word_of_fours,
 )
+from hal.ops.kernels.reciprocals import reciprocal_table
 from hal.ops.kernels.source import activate, beyond_count, gate_numbers
 
 HALF_PAIR = tl.constexpr(0x3F003F00)
@@ -47,9 +47,6 @@ ONE_PAIR = tl.constexpr(0x3F803F80)
 LINE = tl.constexpr(0x42C042C0)  # 96 twice: from here to 128, bf16 counts in halves
 SECOND_LINE = tl.constexpr(0x42C242C2)
 THIRD_LINE = tl.constexpr(0x42C442C4)
-HUGE_BITS = tl.constexpr(0x71800000)  # 2^100
-SHRINK_PAIR = tl.constexpr(0x1F801F80)  # 2^-64 twice
-TOP_RECIPROCAL = tl.constexpr(0.0003720238164532930)  # 1 / 2688 in float32
 
 
 @triton.jit
@@ -60,22 +57,6 @@ def codes_of_pairs(sizes, factor, second, third):
     line = smallest_pair(line, other)
     other = fma_pair(sizes, third, tl.full(sizes.shape, THIRD_LINE, tl.int32))
     return smallest_pair(line, other)
-
-
-@triton.jit
-def four_signs(x, y):
-    """Return a byte for each number of two words, as `choose_bytes` 0x6240: 255 if negative."""
-    return choose_bytes(x, y, 0xFBD9)
-
-
-@triton.jit
-def word_of_fours(x, y):
-    """Return a word whose nibbles are the lower ones of the bytes of x and y.
-
-    These are numbers 0, 2, 1, 3 and 4, 6, 5, 7, as `four_signs` has them.
-    """
-    even, odd = choose_bytes(x, y, 0x5410), choose_bytes(x, y, 0x7632)
-    return choose_bits(even, odd << 4, 0x0F0F0F0F)
 
 
 @triton.jit
@@ -112,124 +93,54 @@ def mxfp4_words(w0, w1, w2, w3, ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr
 
 
 @triton.jit
-def reciprocal_parts(divisor):
-    """Return two f32 numbers whose sum is 1 / divisor, too large by one part in 2^40.
+def squares(words, total):
+    """Add the squares of the two numbers of each word to total, f32."""
+    low, high = low_number(words), high_number(words)
+    return tl.fma(high, high, tl.fma(low, low, total))
 
-    The sum is off by less than 2^-43, apart from that: see `quotient`.
-    """
-    if INTERPRETED:
-        first = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+
+@triton.jit
+def normalized(words, root, weight):
+    """Return words times root, rounded, times weight, rounded."""
+    low, high = unpack_again(words)
+    return multiply_pair(round_pair(low * root, high * root), weight)
+
+
+@triton.jit
+def store_words(places, words, inside, FULL: tl.constexpr):
+    """Store to places, all of them or those inside."""
+    if FULL:
+        tl.store(places, words)
     else:
-        first = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], tl.float32, is_pure=True, pack=1
-        )
-    left = tl.fma(-first, divisor, tl.full(divisor.shape, 1.0, tl.float32))
-    return first, tl.fma(left, first, first * 2.0**-40)
+        tl.store(places, words, mask=inside)
 
 
 @triton.jit
-def quotient(x, divisor, first, second):
-    """Return x / divisor, f32, as exact as its e2m1 code needs; x has no more than eight bits.
+def quick_gate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr):
+    """Return activation(gate) * up, f32; see `gate_numbers`.
 
-    What needs care are quotients that round to a tie between codes, 1, 3, 5 or 7 times a power of
-    two. None lies closer than 2^-32 to a bound of those that do, except for divisors of 24 ones:
-    2^-48 above the bound. A reciprocal too large by 2^-40 has all of them on the right side.
+    A sigmoid below 2^-126 is 0.
     """
-    if INTERPRETED:
-        return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
-    return tl.fma(x, tl.broadcast_to(first, x.shape), x * second)
-
-
-@triton.jit
-def code_in_halves(size):
-    """Return bits whose last four are the e2m1 code of size (f32), or 8 or 9 where it is above."""
-    line = (size + HALVES).to(tl.int32, bitcast=True)
-    second = (size * 0.5 + (HALVES + 1.0)).to(tl.int32, bitcast=True)
-    third = (size * 0.25 + (HALVES + 2.0)).to(tl.int32, bitcast=True)
-    return tl.minimum(tl.minimum(line, second), third)
-
-
-@triton.jit
-def two_codes(sizes, divisor, first, second):
-    """Return a byte with the codes of a word's two numbers; the bits above mean nothing."""
-    low = code_in_halves(quotient(low_number(sizes), divisor, first, second))
-    high = code_in_halves(quotient(high_number(sizes), divisor, first, second))
-    return low + (high << 4)
-
-
-@triton.jit
-def nvfp4_words(w0, w1, w2, w3, scale_floor, ENCODING: tl.constexpr):
-    """Quantize blocks of 16, all of one row: words [2, blocks] each, by halves of blocks.
-
-    Returns code words [2, blocks], e4m3fn bytes [blocks] and the float32 scale [1].
-    ENCODING: e4m3fn, or empty where the hardware converts.
-    """
-    s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
-    top = largest_pair(largest_pair(s0, s1), largest_pair(s2, s3))
-    top = largest_pair(top, choose_bytes(top, top, 0x1032))
-    top = tl.max(top, axis=0) & -0x10000
-    broken = top >= INFINITY_BITS
-    largest = tl.max(top, axis=0)
-    if largest >= INFINITY_BITS:
-        # Rare: numbers beside a NaN count, the NaN does not.
-        finite = tl.maximum(
-            tl.maximum(_larger_finite(s0), _larger_finite(s1)),
-            tl.maximum(_larger_finite(s2), _larger_finite(s3)),
-        )
-        largest = tl.max(tl.ravel(finite), axis=0)
-    row = (tl.full((1,), 0, tl.int32) + largest).to(tl.float32, bitcast=True)
-    outer = tl.maximum(divide_sizes(row, 448.0 * 6.0, TOP_RECIPROCAL), scale_floor)
-    amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
-    # Where numbers are too small for an exact quotient, the scale is the least one anyway.
-    wanted = divide_sizes(amax, 6.0, SIXTH)
-    wanted = divide_sizes(wanted, outer, tl.div_rn(tl.full((1,), 1.0, tl.float32), outer))
-    wanted = tl.maximum(wanted, 2.0**-9)
-    if ENCODING == "":
-        scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    if ACTIVATION == "silu":
+        if CLAMPED:
+            gate = tl.where(gate > limit, limit, gate)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        return gate * quick_reciprocal(1.0 + quick_power(gate * -1.4426950408889634)) * up
     else:
-        scale = encode_fp8(wanted, ENCODING).to(tl.int32)
-    # The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
-    factor = (scale << 20).to(tl.float32, bitcast=True) * 2.0**120
-    factor = factor * tl.broadcast_to(outer, amax.shape)
-    if largest >= HUGE_BITS:
-        # Rare: the second part of a reciprocal would be too small for a float32.
-        factor *= 2.0**-64
-        shrink = tl.full(s0.shape, SHRINK_PAIR, tl.int32)
-        s0, s1 = multiply_pair(s0, shrink), multiply_pair(s1, shrink)
-        s2, s3 = multiply_pair(s2, shrink), multiply_pair(s3, shrink)
-    first, second = reciprocal_parts(factor)
-    factor, first, second = factor[None, :], first[None, :], second[None, :]
-    front = choose_bytes(
-        two_codes(s0, factor, first, second), two_codes(s1, factor, first, second), 0x0040
-    )
-    back = choose_bytes(
-        two_codes(s2, factor, first, second), two_codes(s3, factor, first, second), 0x0040
-    )
-    codes = choose_bytes(front, back, 0x5410)
-    # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
-    codes = (codes | (((codes >> 3) & 0x11111111) * 7)) & 0x77777777
-    signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
-    codes = tl.where(broken[None, :], 0, codes | (signs & -0x77777778))
-    return codes, tl.where(broken, 0x7F, scale), outer
-
-
-@triton.jit
-def _larger_finite(sizes):
-    """Return the larger finite number of each word without signs, bits of f32, or 0."""
-    low, high = sizes << 16, sizes & -0x10000
-    low = tl.where(low >= INFINITY_BITS, 0, low)
-    return tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))
+        return gate_numbers(gate, up, alpha, limit, ACTIVATION, CLAMPED)
 
 
 @triton.jit
 def _quantize_pairs_kernel(
     x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr, counts_ptr,
-    n_words, n_groups, stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
+    factors_ptr, n_words, n_groups,
+    stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
     scale_floor, epsilon, alpha, limit, capacity,
     GROUPS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
     COUNTED: tl.constexpr, TWO_LEVELS: tl.constexpr, ENCODING: tl.constexpr,
-    ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr,
+    ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FULL: tl.constexpr,
+    SIGNED: tl.constexpr, QUICK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
@@ -244,40 +155,50 @@ def _quantize_pairs_kernel(
     else:
         group, part = tl.arange(0, GROUPS)[:, None], tl.arange(0, 4)[None, :]
         eighths = (first_group + group) * 4 + part
-    places = eighths[:, :, None] * 4 + word
-    inside = places < n_words
+    inside = eighths * 4 < n_words
+    # Beyond a row its last eight numbers are read once more, which changes no maximum.
+    places = (eighths if FULL else tl.minimum(eighths, n_words // 4 - 1))[:, :, None] * 4 + word
     x_ptr += row * stride_xm
-    words = tl.load(x_ptr + places, mask=inside, other=0)
+    words = tl.load(x_ptr + places)
     if ACTIVATION != "":
         low, high = low_number(words), high_number(words)
         if GATED:
-            up = tl.load(x_ptr + n_words + places, mask=inside, other=0)
-            low = gate_numbers(low, low_number(up), alpha, limit, ACTIVATION, CLAMPED)
-            high = gate_numbers(high, high_number(up), alpha, limit, ACTIVATION, CLAMPED)
+            up = tl.load(x_ptr + n_words + places)
+            low = quick_gate(low, low_number(up), alpha, limit, ACTIVATION, CLAMPED)
+            high = quick_gate(high, high_number(up), alpha, limit, ACTIVATION, CLAMPED)
         else:
             low, high = activate(low, alpha, ACTIVATION), activate(high, alpha, ACTIVATION)
         words = round_pair(low, high)
     if NORM:
-        weight = tl.load(weight_ptr + places, mask=inside, other=0)
+        weight = tl.load(weight_ptr + places)
         if RESIDUAL:
-            added = tl.load(residual_ptr + row * stride_rm + places, mask=inside, other=0)
+            added = tl.load(residual_ptr + row * stride_rm + places)
             words = fma_pair(words, tl.full(words.shape, ONE_PAIR, tl.int32), added)
-            tl.store(total_ptr + row * stride_tm + places, words, mask=inside)
-        low, high = low_number(words), high_number(words)
-        square = tl.sum(low * low, axis=2) + tl.sum(high * high, axis=2)
-        square = tl.sum(tl.sum(square, axis=1), axis=0)
+            store_words(total_ptr + row * stride_tm + places, words, inside[:, :, None], FULL)
+        w0, w1, w2, w3 = four_words(words)
+        square = squares(w3, squares(w2, squares(w1, squares(w0, tl.zeros(w0.shape, tl.float32)))))
+        if not FULL:
+            square = tl.where(inside, square, 0.0)
+        # First what one thread has.
+        AXIS: tl.constexpr = 0 if TWO_LEVELS else 1
+        square = tl.sum(tl.sum(square, axis=AXIS), axis=0)
         root = tl.rsqrt(square / (2 * n_words) + epsilon)
-        words = multiply_pair(round_pair(low * root, high * root), weight)
-    w0, w1, w2, w3 = four_words(words)
+        v0, v1, v2, v3 = four_words(weight)
+        w0, w1 = normalized(w0, root, v0), normalized(w1, root, v1)
+        w2, w3 = normalized(w2, root, v2), normalized(w3, root, v3)
+    else:
+        w0, w1, w2, w3 = four_words(words)
     if TWO_LEVELS:
-        codes, scales, second = nvfp4_words(w0, w1, w2, w3, scale_floor, ENCODING)
-        tl.store(second_ptr + row + tl.arange(0, 1), second)
+        codes, scales, second = nvfp4_words(
+            w0, w1, w2, w3, scale_floor, factors_ptr, QUICK, ENCODING, SIGNED
+        )
+        tl.store(second_ptr + row, second)
     else:
         codes, scales = mxfp4_words(w0, w1, w2, w3, ADDEND, TOP_EXPONENT)
-    tl.store(values_ptr + row * stride_vm + eighths, codes, mask=eighths * 4 < n_words)
+    store_words(values_ptr + row * stride_vm + eighths, codes, inside, FULL)
     groups = first_group + tl.arange(0, GROUPS)
     target = scales_ptr + row * stride_sm + groups * stride_sg
-    tl.store(target, scales.to(tl.uint8), mask=groups < n_groups)
+    store_words(target, scales.to(tl.uint8), groups < n_groups, FULL)
 
 
 def quantize_pairs(
@@ -287,6 +208,7 @@ def quantize_pairs(
     *,
     groups: int,
     warps: int,
+    registers: int,
     addend: int,
     top_exponent: int,
     scale_floor: float,
@@ -307,6 +229,7 @@ def quantize_pairs(
         scales: [rows, groups].
         groups: Groups of a program, a power of two.
         warps: Warps of a program.
+        registers: Most registers of a thread; 0 leaves that to the compiler.
         addend: Of `exponent_rule`, as top_exponent.
         top_exponent: See addend.
         scale_floor: Smallest second scale.
@@ -319,22 +242,28 @@ def quantize_pairs(
         capacity: Rows of an expert.
         second: [rows] float32, of nvfp4.
     """
+    table = None if second is None else reciprocal_table(x.device)
     residual, total = (norm.residual, norm.total) if norm else (None, None)
     words = x.view(torch.int32)
     weight = norm.weight.view(torch.int32) if norm else words
     others = [None if part is None else part.view(torch.int32) for part in (residual, total)]
     columns, n_groups = values.shape[1] * 8, scales.shape[1]
+    group = 32 if second is None else 16
+    full = n_groups % groups == 0 and columns == n_groups * group
     gate = {name: value for name, value in gate.items() if name != "INTERLEAVED"}
     launch(
         _quantize_pairs_kernel, (x.shape[0], -(-n_groups // groups)),
         words, *(words if part is None else part for part in others), weight, values,
         scales.view(torch.uint8), scales if second is None else second,
-        x if counts is None else counts, columns // 2, n_groups, words.stride(0),
+        x if counts is None else counts,
+        words if table is None else table, columns // 2, n_groups, words.stride(0),
         *(0 if part is None else part.stride(0) for part in others), values.stride(0),
         *scales.stride(), scale_floor, norm.epsilon if norm else 0.0, alpha, limit, capacity,
         GROUPS=groups, NORM=norm is not None, RESIDUAL=residual is not None,
         **gate, COUNTED=counts is not None, TWO_LEVELS=second is not None, ENCODING=encoding,
-        ADDEND=addend, TOP_EXPONENT=top_exponent, num_warps=warps,
+        ADDEND=addend, TOP_EXPONENT=top_exponent,
+        SIGNED=has_signed_pairs(), QUICK=table is not None, FULL=full, num_warps=warps,
+        **({"maxnreg": registers} if registers else {}),
     )  # fmt: skip
 
 

@@ -97,12 +97,19 @@ def _bytes(source: Source) -> Pieces:
             raise ValueRangeError(source.where(codes), found="codes of 8 bits", needed="-8 to 7")
         values = pack(values.view(torch.uint8))
     static = next((s for s in (".input_scale", ".activation_scale") if s in source.suffixes), None)
+    zeros = None
+    if source.rule.shifted:
+        source.shape(".weight_zero_point", (shape[0], 1))
+        zeros = source.read(".weight_zero_point").clone().view(scales.shape)
+    else:
+        _refuse_zeros(source)
     return Pieces(
         source.module,
         source.rule,
         values.clone(),
         scales,
         shape,
+        zeros=zeros,
         input_scale=None if static is None else read_factor(source, static),
     )
 
@@ -126,10 +133,12 @@ def _packed(source: Source) -> Pieces:
         groups = scales.shape[-1] if scales.ndim == 2 else 1
         source.shape(".weight_zero_point", (-(-rows // 8), groups))
         zeros = unpack_rows(source.read(".weight_zero_point"), rows).view(scales.shape)
-    elif ".weight_zero_point" in source.suffixes:
-        raise ArgumentError(
-            source.where(".weight_zero_point"), found="zero points", needed="none: symmetric"
-        )
+    elif rule.shifted:
+        source.shape(".weight_zero_point", (-(-rows // 4), 1))
+        zeros = from_words(source.read(".weight_zero_point").t(), rows).bitwise_xor_(0x80)
+        zeros = zeros.view(torch.int8).view(scales.shape)
+    else:
+        _refuse_zeros(source)
     words = source.read(".weight_packed")
     if rule.encoding == "int8":
         values = from_words(words, columns).bitwise_xor_(0x80).view(torch.int8)
@@ -138,6 +147,20 @@ def _packed(source: Source) -> Pieces:
         fix = clear_tail if rule.encoding == "uint4" else flip_sign
         values = fix(values, columns)
     return Pieces(source.module, rule, values, scales, (rows, columns), zeros=zeros)
+
+
+def _refuse_zeros(source: Source) -> None:
+    """Raise if there are zero points, which the configuration says there are not.
+
+    Those of symmetric int8 in int-quantized are written by old releases, and are all 0.
+    """
+    if ".weight_zero_point" not in source.suffixes:
+        return
+    if source.rule.format == "int-quantized" and not bool(source.read(".weight_zero_point").any()):
+        return
+    raise ArgumentError(
+        source.where(".weight_zero_point"), found="zero points", needed="none: symmetric"
+    )
 
 
 def _fp4(source: Source) -> Pieces:

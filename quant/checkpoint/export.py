@@ -73,9 +73,11 @@ def store(name: str, weight: QTensor) -> Stored:
         scales = decode_e8m0(scales)
     if how.format != "e2m1":
         kept = {".weight": codes, ".weight_scale": scales}
+        if plain.zeros is not None:
+            kept[".weight_zero_point"] = plain.zeros.unsqueeze(-1)
         if plain.input_scale is not None:
             kept[".input_scale"] = plain.input_scale.reshape(1)
-        return Stored(kept, _format(how))
+        return Stored(kept, _format(how), plain.zeros is None)
     found = {".weight_packed": codes, ".weight_scale": scales}
     if plain.global_scale is not None:
         found[".weight_global_scale"] = (1.0 / plain.global_scale).reshape(1)
@@ -103,7 +105,8 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     if _packs(scheme):
         per_word = 4 if how.format == "int8" else 8
         return rows * -(-columns // per_word) * 4 + scales + 16  # two int64 sizes
-    return prod(code_shape(how, shape)) + scales + (0 if how.second == "none" else 4)
+    shifts = 0 if how.symmetric else rows
+    return prod(code_shape(how, shape)) + scales + shifts + (0 if how.second == "none" else 4)
 
 
 def config_group(scheme: Scheme, format: str, *, symmetric: bool) -> dict[str, Any]:

@@ -75,7 +75,12 @@ _ROWS = (
     Format(
         "int-quantized",
         _CT,
-        (Part(".weight", ("I8",)), Part(".weight_scale", _FLOATS), _INPUT),
+        (
+            Part(".weight", ("I8",)),
+            Part(".weight_scale", _FLOATS),
+            _INPUT,
+            Part(".weight_zero_point", ("I8",), False),
+        ),
         f"{_SOURCE_CT}naive_quantized",
     ),
     Format(

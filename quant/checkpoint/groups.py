@@ -135,9 +135,15 @@ def _rule(where: str, format: str, weights: Mapping[str, Any]) -> Rule:
     fits, rule = known[format]
     if not fits:
         refuse(where, f"{kind} of {bits} bits per {granularity}", f"what {format} holds")
-    if not symmetric and rule.encoding != "uint4":
-        raise UnsupportedModelError(where, found=f"zero points in {format}", needed="symmetric")
-    return rule
+    if symmetric or rule.encoding == "uint4":
+        return rule
+    if rule.encoding != "int8" or granularity != "channel":
+        raise UnsupportedModelError(
+            where,
+            found=f"zero points of {kind}{bits} per {granularity} in {format}",
+            needed="symmetric, int4 of pack-quantized, or int8 per channel",
+        )
+    return replace(rule, shifted=True)
 
 
 def _packed(bits: int, symmetric: bool) -> str:

@@ -247,8 +247,10 @@ def _modules(folder: Folder, recipe: Recipe) -> dict[str, Source]:
 def _require_parts(where: str, module: str, rule: Rule, suffixes: set[str]) -> None:
     parts = FORMATS[rule.format].parts
     needed = {part.suffix for part in parts if part.needed}
-    if rule.encoding == "uint4" and rule.format != "gptq":
-        needed.add(".weight_zero_point" if rule.format == "pack-quantized" else ".qzeros")
+    if rule.shifted or (rule.format == "pack-quantized" and rule.encoding == "uint4"):
+        needed.add(".weight_zero_point")
+    elif rule.encoding == "uint4" and rule.format != "gptq":
+        needed.add(".qzeros")
     if rule.static:
         needed |= {part.suffix for part in parts} & {".input_scale", ".activation_scale"}
     if missing := sorted(needed - suffixes):

@@ -38,6 +38,7 @@ class Rule:
         zero_offset: What GPTQ subtracts from a zero point before storing it.
         static: Whether the scale of activations is fixed and lies in the checkpoint.
         symmetric: Whether activations have no zero points.
+        shifted: Whether int8 weights have zero points.
     """
 
     format: str
@@ -49,6 +50,7 @@ class Rule:
     zero_offset: int = 0
     static: bool = False
     symmetric: bool = True
+    shifted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,12 @@ def scheme_of(rule: Rule) -> Scheme | None:
     scale.
     """
     format = "int4" if rule.encoding == "uint4" else rule.encoding
-    wanted = (format, rule.granularity, rule.scale_format, rule.second)
+    wanted = (format, rule.granularity, rule.scale_format, rule.second, not rule.shifted)
     fitting = {
         (row.activation.format, row.static, row.activation.symmetric): row
         for row in SCHEMES.values()
         if (w := row.weight).format is not None
-        and (w.format, w.granularity, w.scale_format, w.second) == wanted
+        and (w.format, w.granularity, w.scale_format, w.second, w.symmetric) == wanted
     }
     wanted_of_x = (rule.activation, rule.static, rule.symmetric)
     return fitting.get(wanted_of_x) or fitting.get((None, False, True))

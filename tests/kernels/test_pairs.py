@@ -9,18 +9,28 @@ import triton.language as tl
 
 from hal.ops.activations import Activation
 from hal.ops.kernels import quantize as quantize_module
+from hal.ops.kernels import quantize_pairs as pairs_module
 from hal.ops.kernels.common import has_pairs, launch
 from hal.ops.kernels.pairs import (
     choose_bits,
     choose_bytes,
+    fma_halves,
     fma_pair,
     four_words,
     high_number,
     largest_pair,
+    largest_signed_pair,
+    look_up,
     low_number,
     multiply_pair,
+    quick_power,
+    quick_reciprocal,
+    round_halves,
     round_pair,
+    size_times,
+    smallest_halves,
     smallest_pair,
+    unpack_again,
 )
 from hal.ops.kernels.quantize import Norm
 from hal.ops.quantize import launch_triton, quantize_reference, quantize_triton
@@ -46,6 +56,24 @@ def _pairs_kernel(x_ptr, y_ptr, z_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + 5 * SIZE + at, choose_bytes(x, y, 0xFBD9))
     tl.store(out_ptr + 6 * SIZE + at, choose_bytes(x, y, 0x6240))
     tl.store(out_ptr + 7 * SIZE + at, choose_bits(x, y, 0x0F0F0F0F))
+
+
+@triton.jit
+def _halves_kernel(x_ptr, y_ptr, table_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    low, high = unpack_again(x)
+    tl.store(out_ptr + at, round_pair(low, high))
+    factor = tl.full(low.shape, 0.7, tl.float32)
+    ratios = round_halves(size_times(low, factor), size_times(high, factor))
+    tl.store(out_ptr + SIZE + at, ratios)
+    other = round_halves(tl.abs(low_number(y)), tl.abs(high_number(y)))
+    tl.store(out_ptr + 2 * SIZE + at, fma_halves(ratios, other, other))
+    tl.store(out_ptr + 3 * SIZE + at, smallest_halves(ratios, other))
+    tl.store(out_ptr + 4 * SIZE + at, largest_signed_pair(x, y) & 0x7FFF7FFF)
+    tl.store(out_ptr + 5 * SIZE + at, look_up(table_ptr, at * 7 % 64))
+    tl.store(out_ptr + 6 * SIZE + at, quick_reciprocal(low).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 7 * SIZE + at, quick_power(low).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -92,6 +120,69 @@ def test_operations(device, generator):
     chosen = torch.stack((left[:, 0], right[:, 0], left[:, 2], right[:, 2]), -1)
     assert torch.equal(bytes_of(out[6]), chosen)
     assert torch.equal(out[7], (a & 0x0F0F0F0F) | (b & ~0x0F0F0F0F))
+
+
+def test_halves_and_what_is_quick(device, generator):
+    """What `nvfp4_pairs` computes with: float16 numbers by pairs, and approximations."""
+    x, y = (torch.randn(2048, generator=generator, device=device).bfloat16() for _ in range(2))
+    x[:4] = torch.tensor([-0.0, 2.0**-20, -torch.inf, 7e-8])
+    table = torch.arange(64, dtype=torch.int32, device=device) ** 3
+    out = torch.empty(8, 1024, dtype=torch.int32, device=device)
+    a, b = x.view(torch.int32), y.view(torch.int32)
+    launch(_halves_kernel, (1,), a, b, table, out, SIZE=1024)
+    assert torch.equal(out[0], a)
+    halves = out.view(torch.float16)
+    ratios, other = (x.float().abs() * 0.7).half(), y.float().abs().half()
+    assert torch.equal(halves[1], ratios)
+    exact = ratios.double() * other.double() + other.double()
+    assert torch.equal(halves[2], exact.half())
+    assert torch.equal(halves[3], torch.minimum(ratios, other))
+    assert torch.equal(out.view(torch.bfloat16)[4], torch.maximum(x.abs(), y.abs()))
+    assert torch.equal(out[5], table[torch.arange(1024, device=device) * 7 % 64])
+    low = x[::2].float()
+    finite = (low != 0) & low.isfinite()
+    found = out.view(torch.float32)
+    torch.testing.assert_close(found[6][finite], 1 / low[finite], rtol=2**-22, atol=0)
+    torch.testing.assert_close(found[7], torch.exp2(low), rtol=2**-21, atol=0)
+
+
+@pytest.mark.parametrize("before", ["plain", "norm", "gate"])
+@pytest.mark.parametrize("columns", [24, 48, 2880])
+def test_divided_rows_have_the_same_codes(device, generator, before, columns, monkeypatch):
+    """Whether by factors or by divisions; blocks far below their row's largest too."""
+    how, rows = SCHEMES["nvfp4"].activation, 12
+    wide = columns * (2 if before == "gate" else 1)
+    x = torch.randn(rows, wide, generator=generator, device=device)
+    x *= torch.exp2(torch.randint(-20, 1, (rows, wide), generator=generator, device=device))
+    x[:, 0], x[3], x[4, 1] = 160.0, 0.0, torch.nan
+    x[:5, -1] = 3e38 if before == "plain" else 1.0
+    x = x.bfloat16()
+    weight = torch.randn(columns, generator=generator, device=device).bfloat16()
+    options = {"gate": {"gate": Activation()}, "norm": {"norm": Norm(weight, 1e-6)}}
+    results = []
+    for table in (pairs_module.reciprocal_table, lambda device: None):
+        monkeypatch.setattr(pairs_module, "reciprocal_table", table)
+        results.append(launch_triton(x, "e2m1", how, columns, **options.get(before, {})))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    if before == "plain":
+        for one, other in zip(results[0], quantize_reference(x, "e2m1", how), strict=True):
+            assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def test_ratios_above_nine(device):
+    """A block whose scale is the least one: its largest number has ratio 9, and code 7."""
+    how = SCHEMES["nvfp4"].activation
+    largest = torch.arange(128, 256, dtype=torch.float32, device=device)
+    x = torch.zeros(128, 32, device=device)
+    x[:, 0] = largest
+    # Just below one and a half times the least scale, 2^-9, which rounds down to it.
+    x[:, 16:] = (largest / 2688 * 6 * 1.4999 * 2.0**-9)[:, None]
+    x = x.bfloat16()
+    for one, other in zip(
+        launch_triton(x, "e2m1", how, 32), quantize_reference(x, "e2m1", how), strict=True
+    ):
+        assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def test_ties_zeros_and_nan(device):

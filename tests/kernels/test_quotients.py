@@ -25,7 +25,7 @@ def rounded(number: Fraction) -> Fraction:
 
 
 def quotient(x: int, divisor: int, steps: int, bias: Fraction) -> Fraction:
-    """Divide as `quotient` in `quantize_pairs` does, by a reciprocal that is some steps off."""
+    """Divide as `quotient` in `nvfp4_pairs` does, by a reciprocal that is some steps off."""
     first = rounded(Fraction(1, divisor))
     first += steps * (rounded(first * (1 + Fraction(1, 2**23))) - first)
     left = rounded(1 - first * divisor)

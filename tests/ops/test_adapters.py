@@ -29,6 +29,7 @@ CPU_KERNELS = [
     ("torch_int_mm_cpu", "int8_channel"),
     ("torch_int_mm_cpu", "int8_static"),
     ("torch_int_mm_zeros_cpu", "int8_channel_asymmetric"),
+    ("torch_int_mm_zeros_cpu", "int8_weight_zeros"),
     ("torch_dequant", "fp8_channel"),
 ]
 GPU_KERNELS = [
@@ -37,6 +38,7 @@ GPU_KERNELS = [
     ("torch_decode", "fp8_block128"),
     ("torch_int_mm", "int8_static"),
     ("torch_int_mm_zeros", "int8_channel_asymmetric"),
+    ("torch_int_mm_zeros", "int8_weight_zeros"),
     ("torch_scaled_mm", "fp8_channel"),
     ("torch_scaled_mm", "fp8_static"),
     ("torch_scaled_mm", "fp8_static_channel"),

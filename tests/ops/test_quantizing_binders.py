@@ -19,7 +19,11 @@ CASES = [
     ("triton_fp8", "fp8_static_channel"),
     ("triton_int8", "int8_static"),
 ]
-SHIFTED = ("triton_int8", "int8_channel_asymmetric")
+SHIFTED = [
+    ("triton_int8", "int8_channel_asymmetric"),
+    ("triton_int8", "int8_weight_zeros"),
+    ("triton_decode", "int8_weight_zeros_w8a16"),
+]
 
 
 def bind(op, kernel, problem, *operands):
@@ -42,12 +46,14 @@ def error(found, wanted):
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize(("kernel", "scheme"), [*CASES, SHIFTED])
+@pytest.mark.parametrize(("kernel", "scheme"), [*CASES, *SHIFTED])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 80, 256), (33, 72, 200)])
 def test_linear_against_float64(kernel, scheme, with_bias, tokens, rows, columns):
     generator = torch.Generator().manual_seed(tokens)
     weight = torch.randn(rows, columns, generator=generator).bfloat16() * 0.05
+    # Channels on one side of 0 too, where there are zero points that say so.
+    weight[::3] = weight[::3].abs() + 0.02
     weight = quantize(weight, scheme)
     bias = torch.randn(rows, generator=generator).bfloat16() if with_bias else None
     x = torch.randn(tokens, columns, generator=generator).bfloat16() + 0.5

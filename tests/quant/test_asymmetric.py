@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hal.errors import RegistrationError
-from hal.quant import SCALE_FLOOR, Quantization
+from hal.quant import SCALE_FLOOR, QTensor, Quantization, quantize
 from hal.quant.asymmetric import decode_asymmetric, encode_asymmetric
 
 FLOOR = np.float32(SCALE_FLOOR)
@@ -81,7 +81,7 @@ def test_nasty_rows() -> None:
 
 
 def test_where_zero_points_belong() -> None:
-    for how in (("e4m3fn", "token"), ("int8", "channel"), ("int4", "group128")):
+    for how in (("e4m3fn", "token"), ("int8", "tensor"), ("int4", "group128")):
         with pytest.raises(RegistrationError, match="zero points"):
             Quantization(*how, "float32", symmetric=False)
     how = Quantization("int8", "token", "float32", dynamic=True, symmetric=False)
@@ -112,3 +112,31 @@ def test_against_compressed_tensors() -> None:
     moved = (codes.int() - theirs.int()).abs()
     assert moved.max() <= 1
     assert moved.count_nonzero() <= 2
+
+
+def test_weights_with_zero_points() -> None:
+    """Shards of the columns hold the bits of the whole, and what is saved comes back."""
+    weight = torch.randn(20, 96, generator=torch.Generator().manual_seed(5))
+    weight[::2] = weight[::2].abs() + 0.5
+    whole = quantize(weight, "int8_weight_zeros", platform="cpu")
+    assert whole.zeros is not None
+    assert whole.zeros.dtype is torch.int8
+    assert (whole.zeros[::2] == -128).all()
+    error = (whole.dequantize() - weight).abs().amax(1)
+    assert (error <= whole.scales * 0.5001 + 1e-6).all()
+    tops = []
+    for part in weight.split(48, 1):
+        quantize(
+            part, "int8_weight_zeros", platform="cpu", reduce=lambda top: tops.append(top) or top
+        )
+    top = torch.stack(tops).amax(0)
+    parts = [
+        quantize(part, "int8_weight_zeros", platform="cpu", reduce=lambda _: top)
+        for part in weight.split(48, 1)
+    ]
+    assert torch.equal(torch.cat([part.values for part in parts], 1), whole.values)
+    assert all(torch.equal(part.zeros, whole.zeros) for part in parts)
+    again = QTensor.from_state_dict(whole.state_dict(), whole.metadata)
+    assert torch.equal(again.dequantize(), whole.dequantize())
+    symmetric = quantize(weight, "int8_channel", platform="cpu").dequantize()
+    assert (whole.dequantize() - weight)[::2].norm() < 0.6 * (symmetric - weight)[::2].norm()

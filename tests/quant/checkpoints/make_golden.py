@@ -204,6 +204,23 @@ def _(folder):
     return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
 
 
+def shifted(name: str):
+    scheme = preset(name, symmetric=False)
+    if name == "W8A16":
+        scheme.weights.strategy, scheme.weights.group_size = "channel", None
+    return scheme
+
+
+@case("ct_int8_weight_zeros", CT)
+def _(folder):
+    return compressed(folder, shifted("W8A8"), {DOWN: (12, 24), UP: (8, 17)})
+
+
+@case("ct_int8_weight_zeros_w8a16", CT)
+def _(folder):
+    return compressed(folder, shifted("W8A16"), {DOWN: (13, 24), UP: (8, 17)})
+
+
 @case("ct_fp8_block", CT)
 def _(folder):
     return compressed(folder, preset("FP8_BLOCK"), {DOWN: (130, 128), UP: (7, 131)})

@@ -38,6 +38,8 @@ EXPECTED_SCHEMES = {
     "ct_int8_channel": "int8_channel",
     "ct_int8_asymmetric": "int8_channel_asymmetric",
     "ct_int8_static": "int8_static",
+    "ct_int8_weight_zeros": "int8_weight_zeros",
+    "ct_int8_weight_zeros_w8a16": "int8_weight_zeros_w8a16",
     "ct_int8_w8a16": "int8_w8a16",
     "ct_mxfp4": "mxfp4",
     "ct_mxfp4_w4a16": "mxfp4_w4a16",

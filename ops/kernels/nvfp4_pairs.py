@@ -1,0 +1,244 @@
+"""Quantize rows of bf16 words to nvfp4, two numbers an instruction where that is exact.
+
+Ratios are rounded to float16, two at once, after one multiplication each by a factor that
+`hal.ops.kernels.reciprocals` chose so that no code comes out another. The three lines of
+`encode_e2m1` are then packed multiply-adds to 768 + 0, 1 and 2, where float16 counts in halves.
+
+Rows without such factors are divided in float32. A divisor's reciprocal is the sum of two float32
+numbers, so that one multiplication and one multiply-add divide; see `reciprocal_parts`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hal.ops.kernels.common import INTERPRETED
+from hal.ops.kernels.encode import (
+    HALVES,
+    INFINITY_BITS,
+    SIXTH,
+    divide_sizes,
+    encode_fp8,
+)
+from hal.ops.kernels.pairs import (
+    SIZES,
+    choose_bits,
+    choose_bytes,
+    fma_halves,
+    four_signs,
+    high_number,
+    largest_pair,
+    largest_signed_pair,
+    look_up,
+    low_number,
+    multiply_pair,
+    quick_reciprocal,
+    round_halves,
+    size_times,
+    smallest_halves,
+    word_of_fours,
+)
+
+HUGE_BITS = tl.constexpr(0x71800000)  # 2^100
+SHRINK_PAIR = tl.constexpr(0x1F801F80)  # 2^-64 twice
+ONE_HALVES = tl.constexpr(0x3C003C00)
+HALVES_LINE = tl.constexpr(0x62006200)  # 768 twice: from 512 to 1024, float16 counts in halves
+TOP_RECIPROCAL = tl.constexpr(0.0003720238164532930)  # 1 / 2688 in float32
+
+
+@triton.jit
+def reciprocal_parts(divisor):
+    """Return two f32 numbers whose sum is 1 / divisor, too large by one part in 2^40.
+
+    The sum is off by less than 2^-43, apart from that: see `quotient`.
+    """
+    if INTERPRETED:
+        first = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    else:
+        first = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], tl.float32, is_pure=True, pack=1
+        )
+    left = tl.fma(-first, divisor, tl.full(divisor.shape, 1.0, tl.float32))
+    return first, tl.fma(left, first, first * 2.0**-40)
+
+
+@triton.jit
+def quotient(x, divisor, first, second):
+    """Return x / divisor, f32, as exact as its e2m1 code needs; x has no more than eight bits.
+
+    What needs care are quotients that round to a tie between codes, 1, 3, 5 or 7 times a power of
+    two. None lies closer than 2^-32 to a bound of those that do, except for divisors of 24 ones:
+    2^-48 above the bound. A reciprocal too large by 2^-40 has all of them on the right side.
+    """
+    if INTERPRETED:
+        return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    return tl.fma(x, tl.broadcast_to(first, x.shape), x * second)
+
+
+@triton.jit
+def code_in_halves(size):
+    """Return bits whose last four are the e2m1 code of size (f32), or 8 or 9 where it is above."""
+    line = (size + HALVES).to(tl.int32, bitcast=True)
+    second = (size * 0.5 + (HALVES + 1.0)).to(tl.int32, bitcast=True)
+    third = (size * 0.25 + (HALVES + 2.0)).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.minimum(line, second), third)
+
+
+@triton.jit
+def two_codes(sizes, divisor, first, second):
+    """Return a byte with the codes of a word's two numbers; the bits above mean nothing."""
+    low = code_in_halves(quotient(low_number(sizes), divisor, first, second))
+    high = code_in_halves(quotient(high_number(sizes), divisor, first, second))
+    return low + (high << 4)
+
+
+@triton.jit
+def codes_of_ratios(words, factor):
+    """Return 768 in float16 plus half the e2m1 code of each number's size times factor (f32)."""
+    ratio = round_halves(
+        size_times(low_number(words), factor), size_times(high_number(words), factor)
+    )
+    line = fma_halves(
+        ratio, tl.full(ratio.shape, ONE_HALVES, tl.int32),
+        tl.full(ratio.shape, HALVES_LINE, tl.int32),
+    )  # fmt: skip
+    second = fma_halves(
+        ratio, tl.full(ratio.shape, ONE_HALVES - 0x04000400, tl.int32),
+        tl.full(ratio.shape, HALVES_LINE + 0x00020002, tl.int32),
+    )  # fmt: skip
+    third = fma_halves(
+        ratio, tl.full(ratio.shape, ONE_HALVES - 0x08000800, tl.int32),
+        tl.full(ratio.shape, HALVES_LINE + 0x00040004, tl.int32),
+    )  # fmt: skip
+    return smallest_halves(smallest_halves(line, second), third)
+
+
+@triton.jit
+def nvfp4_words(
+    w0, w1, w2, w3, scale_floor, factors_ptr,
+    QUICK: tl.constexpr, ENCODING: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Quantize blocks of 16, all of one row: words [2, blocks] each, by halves of blocks.
+
+    Returns code words [2, blocks], e4m3fn bytes [blocks] and the float32 scale.
+    factors_ptr: `reciprocal_table`, read if QUICK. ENCODING: e4m3fn, or empty where the hardware
+    converts. SIGNED: sizes are compared by one instruction.
+    """
+    if SIGNED:
+        top = largest_signed_pair(largest_signed_pair(w0, w1), largest_signed_pair(w2, w3))
+        top = largest_signed_pair(top, choose_bytes(top, top, 0x1032)) & 0x7FFF0000
+    else:
+        top = largest_pair(
+            largest_pair(w0 & SIZES, w1 & SIZES), largest_pair(w2 & SIZES, w3 & SIZES)
+        )
+        top = largest_pair(top, choose_bytes(top, top, 0x1032)) & -0x10000
+    top = tl.max(top, axis=0)
+    largest = tl.max(top, axis=0)
+    if not QUICK:
+        return exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING)
+    # Rows of 128 mantissas have eight factors each, and then whether all of them exist.
+    mantissa = (largest >> 16) & 0x7F
+    quick = tl.load(factors_ptr + 1024 + mantissa)
+    size = largest.to(tl.float32, bitcast=True)
+    quick = tl.where(size < scale_floor * 2700.0, 0.0, quick)
+    quick = tl.where(largest >= HUGE_BITS, 0.0, quick)
+    if quick > 0.0:
+        codes, scale, outer = quick_nvfp4_words(
+            w0, w1, w2, w3, top, size, factors_ptr + mantissa * 8, ENCODING
+        )
+    else:
+        codes, scale, outer = exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING)
+    return codes, scale, outer
+
+
+@triton.jit
+def exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING: tl.constexpr):
+    """Quantize any row as `nvfp4_words` does, by dividing."""
+    s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
+    broken = top >= INFINITY_BITS
+    if largest >= INFINITY_BITS:
+        # Rare: numbers beside a NaN count, the NaN does not.
+        finite = tl.maximum(
+            tl.maximum(_larger_finite(s0), _larger_finite(s1)),
+            tl.maximum(_larger_finite(s2), _larger_finite(s3)),
+        )
+        largest = tl.max(tl.ravel(finite), axis=0)
+    row = (tl.full((1,), 0, tl.int32) + largest).to(tl.float32, bitcast=True)
+    outer = tl.maximum(divide_sizes(row, 448.0 * 6.0, TOP_RECIPROCAL), scale_floor)
+    amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
+    # Where numbers are too small for an exact quotient, the scale is the least one anyway.
+    wanted = divide_sizes(amax, 6.0, SIXTH)
+    wanted = divide_sizes(wanted, outer, tl.div_rn(tl.full((1,), 1.0, tl.float32), outer))
+    wanted = tl.maximum(wanted, 2.0**-9)
+    if ENCODING == "":
+        scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        scale = encode_fp8(wanted, ENCODING).to(tl.int32)
+    # The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
+    factor = (scale << 20).to(tl.float32, bitcast=True) * 2.0**120
+    factor = factor * tl.broadcast_to(outer, amax.shape)
+    if largest >= HUGE_BITS:
+        # Rare: the second part of a reciprocal would be too small for a float32.
+        factor *= 2.0**-64
+        shrink = tl.full(s0.shape, SHRINK_PAIR, tl.int32)
+        s0, s1 = multiply_pair(s0, shrink), multiply_pair(s1, shrink)
+        s2, s3 = multiply_pair(s2, shrink), multiply_pair(s3, shrink)
+    first, second = reciprocal_parts(factor)
+    factor, first, second = factor[None, :], first[None, :], second[None, :]
+    front = choose_bytes(
+        two_codes(s0, factor, first, second), two_codes(s1, factor, first, second), 0x0040
+    )
+    back = choose_bytes(
+        two_codes(s2, factor, first, second), two_codes(s3, factor, first, second), 0x0040
+    )
+    codes = choose_bytes(front, back, 0x5410)
+    # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
+    codes = (codes | (((codes >> 3) & 0x11111111) * 7)) & 0x77777777
+    signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
+    codes = tl.where(broken[None, :], 0, codes | (signs & -0x77777778))
+    return codes, tl.where(broken, 0x7F, scale), tl.sum(outer, axis=0)
+
+
+@triton.jit
+def quick_nvfp4_words(w0, w1, w2, w3, top, size, factors_ptr, ENCODING: tl.constexpr):
+    """Quantize as `nvfp4_words` does, with factors of `hal.ops.kernels.reciprocals`.
+
+    top: the largest sizes of blocks, finite bits of f32. size: that of the row, f32. factors_ptr:
+    the eight factors of this row.
+    """
+    if INTERPRETED:
+        outer = tl.div_rn(size, size * 0.0 + 2688.0)
+    else:
+        # As `divide_sizes` does, for all threads at once.
+        quotient = size * TOP_RECIPROCAL
+        outer = tl.fma(tl.fma(quotient, -2688.0, size), TOP_RECIPROCAL, quotient)
+    first = quick_reciprocal(outer)
+    reciprocal = tl.fma(tl.fma(-first, outer, 1.0), first, first)
+    wanted = divide_sizes(top.to(tl.float32, bitcast=True), 6.0, SIXTH)
+    wanted = tl.maximum(divide_sizes(wanted, outer, reciprocal), 2.0**-9)
+    if ENCODING == "":
+        scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        scale = encode_fp8(wanted, ENCODING).to(tl.int32)
+    number = ((scale << 20).to(tl.float32, bitcast=True) * 2.0**120).to(tl.int32, bitcast=True)
+    factor = look_up(factors_ptr, (number >> 20) & 7)
+    # Exponents of both scales are subtracted from that of a factor for scales in [1, 2).
+    exponent = 0x7F000000 - (outer.to(tl.int32, bitcast=True) & INFINITY_BITS)
+    factor += exponent - (number & INFINITY_BITS)
+    factor = factor.to(tl.float32, bitcast=True)[None, :]
+    front = choose_bytes(codes_of_ratios(w0, factor), codes_of_ratios(w1, factor), 0x6240)
+    back = choose_bytes(codes_of_ratios(w2, factor), codes_of_ratios(w3, factor), 0x6240)
+    codes = word_of_fours(front, back)
+    # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
+    codes |= ((codes >> 3) & 0x11111111) * 7
+    signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
+    return choose_bits(codes, signs, 0x77777777), scale, outer
+
+
+@triton.jit
+def _larger_finite(sizes):
+    """Return the larger finite number of each word without signs, bits of f32, or 0."""
+    low, high = sizes << 16, sizes & -0x10000
+    low = tl.where(low >= INFINITY_BITS, 0, low)
+    return tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))
