@@ -19,6 +19,7 @@ from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR, QUANTIZED_ROWS, encoding_of_rows
 from hal.ops.quantize import activation_encoding, launch_triton, quantizer
 from hal.ops.tiles import Tile
+from hal.ops.triton_since import needs_triton
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def bind_scaled(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
     band="tuned",
     signatures={name: ALL[name] for name in SUMS},
     requires=(
-        Needs.package("triton", "3.2"),
+        needs_triton(),
         *TRITON,
         SUMMING,
         Needs.triton_math("e4m3fn", "e4m3fnuz"),

@@ -29,6 +29,7 @@ from hal.ops.transports import (
     Setup,
     rows_of_each,
 )
+from hal.ops.triton_since import needs_triton
 from hal.ops.window import WHERE
 from hal.registry import Level
 
@@ -328,7 +329,7 @@ def codec_of(payload: Payload, format: str) -> Codec:
         Needs.platform("cuda", "rocm"),
         Needs.package("torch"),
         Needs.feature("triton"),
-        Needs.package("triton", "3.2"),
+        needs_triton(),
         Needs.between("hidden", 1, 32768, "a token may have one scale"),
         Needs.one_of("backend", *BACKENDS, code=Code.RANK),
         Needs.between("ranks", 1, MOST_RANKS, "a bit for each rank, and flags that each one polls"),

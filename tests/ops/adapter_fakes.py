@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import types
 
+import pytest
 import torch
 
 import hal
@@ -43,6 +44,14 @@ def spec_of(device: str, packages=EVERYTHING, broken=(), torch_version: str = TO
         broken=tuple(sorted(broken)),
     )
     return device_spec(*device.split(":"), software)
+
+
+def skip_without_dtypes(scheme: str) -> None:
+    """Skip where torch lacks a dtype in which the libraries take 4-bit codes or their scales."""
+    names = "float8_e8m0fnu", "float4_e2m1fn_x2"  # since torch 2.7 and 2.8
+    lacking = [name for name in names if not hasattr(torch, name)]
+    if lacking and scheme.startswith(("mxfp4", "nvfp4")):
+        pytest.skip(f"torch {torch.__version__} has no {' nor '.join(lacking)}")
 
 
 def newest(device: str):

@@ -109,12 +109,14 @@ def test_marlin_fp8(packages, scheme, shape, with_bias, dtype, generator):
 @pytest.mark.parametrize("shape", [(64, 128), (192, 384)])
 @pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4_w4a16", "mxfp4", "mxfp4_w4a8", "mxfp4_w4a16"])
 def test_marlin_fp4(packages, scheme, shape, with_bias, generator):
+    fakes.skip_without_dtypes(scheme)
     args = shape, with_bias, torch.bfloat16, generator
     check("cuda:rtx-3090", "vllm_marlin_fp4", scheme, *args)
 
 
 @ONCE
 def test_marlin_takes_second_scales_in_float32_since_0_25_1(packages, generator, monkeypatch):
+    fakes.skip_without_dtypes("nvfp4")
     monkeypatch.setitem(mixed.SECOND_SCALES, "dtype", torch.float32)
     weight, x = make(64, 128, "nvfp4", generator), torch.randn(5, 128, generator=generator)
     around = {"packages": (("vllm", "0.25.1"),)}
@@ -162,6 +164,7 @@ def test_aiter(packages, device, kernel, scheme, shape, with_bias, generator):
 @BIAS
 @pytest.mark.parametrize("shape", [(32, 256), (288, 768)])
 def test_aiter_mxfp4(packages, shape, with_bias, generator):
+    fakes.skip_without_dtypes("mxfp4")
     check("rocm:mi355x", "aiter_mxfp4", "mxfp4", shape, with_bias, torch.bfloat16, generator)
 
 

@@ -106,6 +106,7 @@ def test_deep_gemm(shape, with_bias, generator):
 @pytest.mark.parametrize("device", ["cuda:b200", "cuda:rtx-5090"])
 @pytest.mark.parametrize("shape", [(32, 32), (160, 544)])
 def test_nvfp4(device, kernel, shape, with_bias, generator):
+    fakes.skip_without_dtypes("nvfp4")
     check(device, kernel, "nvfp4", shape, with_bias, torch.bfloat16, generator)
 
 

@@ -83,6 +83,7 @@ def test_activations(kernel, scheme, case):
     ],
 )
 def test_marlin(kernel, scheme, case, dtype):
+    fakes.skip_without_dtypes(scheme)
     dtype = torch.bfloat16 if kernel.endswith("fp4") else dtype
     experts.check("cuda:rtx-3090", kernel, scheme, case, dtype, **SIZES)
 
@@ -111,11 +112,13 @@ def test_marlin_with_zero_points(group):
     ],
 )
 def test_grouped(device, kernel, scheme, tokens, case):
+    fakes.skip_without_dtypes(scheme)
     # 90 slots are more than 64, where the operands of fp8 are not exchanged.
     experts.check(device, kernel, scheme, case, tokens=tokens, **SIZES)
 
 
 def test_one_expert_with_more_rows_than_a_tile():
+    fakes.skip_without_dtypes("nvfp4")
     sizes = {"tokens": 150, "experts": 2, "hidden": 128, "intermediate": 128}
     for device, kernel, scheme in (
         ("cuda:b200", "vllm_cutlass_moe_nvfp4", "nvfp4"),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hal.errors import ValueRangeError
+from hal.matrix import assumed
 from hal.ops import FusedMoE
 from hal.platforms.base import DeviceRecord
 from hal.platforms.cpu import CpuPlatform
@@ -19,7 +20,6 @@ from hal.platforms.tables import device_spec
 from hal.quant import layout as layout_module
 from hal.quant import quantize
 from hal.quant.layout import LAYOUTS, PARTS, keeps_memory, to_layout
-from hal.software import find_software
 
 SCHEME, KERNEL, LAYOUT = "int4_w4a8_fp8", "triton_w4a8", "int4_planes"
 EXPERTS, HIDDEN, INTERMEDIATE = 32, 256, 128
@@ -79,7 +79,7 @@ def matrices(weight):
 
 def bind(w13, w2, force=KERNEL, **options):
     """Bind for an H100 whose tensors lie on the CPU; nothing is launched."""
-    record = DeviceRecord(device_spec("cuda", "h100", find_software()), 0)
+    record = DeviceRecord(device_spec("cuda", "h100", assumed()), 0)
     platform = CpuPlatform([record], HostOrdering())
     return FusedMoE(w13, w2, platform=platform, force=force, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,10 @@ linter = pytest.mark.skipif(
     importlib.util.find_spec("check_jsonschema") is None,
     reason="needs check-jsonschema, of the extra dev: it brings GitHub's schema of workflows",
 )
+
+
+ZIZMOR = Path(sys.executable).parent / "zizmor"
+audit = pytest.mark.skipif(not ZIZMOR.exists(), reason="needs zizmor, of the extra dev")
 
 
 def commands() -> list[str]:
@@ -106,6 +111,41 @@ def test_the_schema_finds_what_is_wrong(good: str, bad: str, schema: str, tmp_pa
     path = tmp_path / "ci.yml"
     path.write_text(text.replace(good, bad, 1), encoding="utf-8")
     assert complaints(path, schema)
+
+
+def unsafe(folder: Path) -> str:
+    """Return what zizmor, a linter of workflows' security, finds in a folder without the network.
+
+    The folder's parent has its configuration, `zizmor.yml`.
+    """
+    command = [str(ZIZMOR), "--offline", "--no-progress", "--format=plain", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (0, *range(10, 15)), done.stderr  # 10 to 14: the worst finding
+    return done.stdout if done.returncode else ""
+
+
+@audit
+def test_nothing_in_a_workflow_is_unsafe() -> None:
+    assert unsafe(WORKFLOWS[0].parent) == ""
+
+
+@audit
+@pytest.mark.parametrize(
+    ("good", "bad", "told"),
+    [
+        ("actions/checkout@v4", "somebody/checkout@v4", "unpinned-uses"),
+        ("  pull_request:\n", "  pull_request_target:\n", "dangerous-triggers"),
+        ("      - run: make lint\n", "      - run: echo ${{ github.head_ref }}\n", "injection"),
+    ],
+)
+def test_what_is_unsafe_is_found(good: str, bad: str, told: str, tmp_path: Path) -> None:
+    text = TEXTS["ci.yml"]
+    assert good in text
+    folder = tmp_path / ".github" / "workflows"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / ".github" / "zizmor.yml", folder.parent)
+    (folder / "ci.yml").write_text(text.replace(good, bad, 1), encoding="utf-8")
+    assert told in unsafe(folder)
 
 
 CONTEXTS = {
