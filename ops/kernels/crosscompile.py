@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from hal import config
+from hal.ops.few_experts import serves_few
 
 __all__ = ["OWN_FORMAT", "Cell", "Target", "cell_names", "compile_cells"]
 
@@ -134,7 +135,9 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
     names += [f"grouped_gemm/{kind}/ragged" for kind in ("bf16", "fp8_block128") if kind in kinds]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
-    others = ("grouped_gemm", "gemm", "scaled", "sums", *(() if ptx else ("mma_rows",)))
+    names += [f"few_experts/{kind}" for kind in kinds if f"few_experts/{kind}" in _CASES]
+    others = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts")
+    others += () if ptx else ("mma_rows",)
     return names + [name for name in _CASES if not name.startswith(others)]
 
 
@@ -305,6 +308,13 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
         expand(weight, _empty(n, k), kind=kind)
         return
     gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=gemv_tile(kind, n, k))
+
+
+def _few(target: Target, *, kind: str) -> None:
+    from hal.ops.kernels.few_cells import few_tokens
+
+    sizes = EXPERTS, TOP_K, HIDDEN, INTERMEDIATE
+    few_tokens(target, kind, _empty, _packed_weight, sizes)
 
 
 def _rows(target: Target, *, kind: str, tokens: int) -> None:
@@ -478,6 +488,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
         for kind in OWN_FORMAT
         if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
     },
+    **{f"few_experts/{kind}": partial(_few, kind=kind) for kind in OWN_FORMAT if serves_few(kind)},
     **{
         f"mma_rows/{kind}": partial(_rows, kind=kind, tokens=tokens)
         for kind, tokens in (
