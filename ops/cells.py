@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hal.ops.few_experts import serves_few
 from hal.ops.linear import own_kind, product_kind
 from hal.quant.scheme import Scheme, find_scheme
 from hal.registry import Kernel, Level
@@ -93,7 +94,8 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
         "fp8_block128_ue8m0": "quantize/fp8_block128_ue8m0/gate",
         "int8_channel": "swiglu/silu_int8_rows",
     }
-    return (*grouped, "align/few", "align/many", "combine", gates.get(kind, "swiglu/silu"))
+    few = (f"few_experts/{kind}",) if serves_few(kind) else ()
+    return (*grouped, *few, "align/few", "align/many", "combine", gates.get(kind, "swiglu/silu"))
 
 
 def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:

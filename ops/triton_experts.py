@@ -1,7 +1,8 @@
 """Run a mixture of experts in Triton: sort slots by expert, multiply, activate, multiply, combine.
 
-Slots are sorted on the device by counting (`align`), so that nothing waits for the host and a
-launch can be captured. Both products are `kernels/grouped_gemm.py`; what differs between schemes
+Few tokens go another way with the same weights, without a sort: `hal.ops.few_experts`. Else slots
+are sorted on the device by counting (`align`), so that nothing waits for the host and a launch can
+be captured. Both products are `kernels/grouped_gemm.py`; what differs between schemes
 is the kind of product, who quantizes the rows, and which tensors of the weight are read.
 """
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from hal.ops.few_experts import FewTokens
     from hal.quant.scheme import Quantization
     from hal.quant.tensor import QTensor
 
@@ -168,6 +170,7 @@ def bind_products(
 ) -> Bound:
     from hal.ops.align import align_triton
     from hal.ops.expanded_experts import expanded_product
+    from hal.ops.few_experts import bind_few_tokens
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
@@ -261,18 +264,23 @@ def bind_products(
             updates.second(wide, y, None)
         return y
 
-    return enter_and_combine(layer, experts, hidden, products), (*read13, *read2)
+    widths = width, len(read2)
+    few = bind_few_tokens(binding, w13, w2, layer, (kind, kind2), widths, quantizes=quantizes)
+    return enter_and_combine(layer, experts, hidden, products, few), (*read13, *read2)
 
 
 def enter_and_combine(
-    layer: ExpertLayer, experts: int, hidden: int, products: Callable[..., torch.Tensor]
+    layer: ExpertLayer,
+    experts: int,
+    hidden: int,
+    products: Callable[..., torch.Tensor],
+    few: FewTokens | None = None,
 ) -> Launch:
     """Return the launcher around `products`, in the format of the layer.
 
     `products(x, ids, tensors, counts, updates)` returns `[slots, hidden]`, in which rows of absent
-    slots may hold anything.
+    slots may hold anything. `few` does all of it where there are few slots.
     """
-    import torch
 
     from hal.ops.kernels.combine import combine
 
@@ -287,10 +295,13 @@ def enter_and_combine(
         ids = ids.contiguous()
         weights = None if weights is None else weights.contiguous()
         rows, weights = layer.enter(x, weights, hidden)
-        y = products(rows, ids, tensors, None, updates)
-        out = torch.empty_like(x)
+        out = x.new_empty(x.shape)
         if shared is not None:
             shared = shared.contiguous()
+        if few is not None and updates is None and ids.numel() <= few.most:
+            few.run(rows, ids, weights, tensors, out, shared)
+            return out
+        y = products(rows, ids, tensors, None, updates)
         combine(y.view(*ids.shape, hidden), out, ids, experts, weights, shared)
         return out
 

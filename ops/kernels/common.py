@@ -101,6 +101,22 @@ def decode_fp8(encoded, DTYPE: tl.constexpr, FNUZ: tl.constexpr):
 
 
 @triton.jit
+def let_next_start():
+    """Let a launch that depends on this one begin as its programs find room (PTX, sm_90)."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_previous():
+    """Wait until the launch before is done and what it wrote can be read (PTX, sm_90)."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def program_tile(n_rows_tiles, n_cols_tiles, GROUP_M: tl.constexpr):
     """Map the program id to (row tile, column tile), GROUP_M row tiles at a time.
 
@@ -354,6 +370,16 @@ def capturing() -> bool:
         # No device, no graph.
         return False
     return bool(interface.is_current_stream_capturing())
+
+
+def starts_dependent(platform: str, arch: str) -> bool:
+    """Say whether a launch may begin while the one before ends: sm_90 and newer, Triton 3.5.
+
+    Its kernel must call `wait_for_previous` before it reads what the earlier one wrote.
+    """
+    if INTERPRETED.value or platform != "cuda" or not hasattr(tl.extra, "cuda"):
+        return False
+    return hasattr(tl.extra.cuda, "gdc_wait") and int(arch.removeprefix("sm_")) >= 90
 
 
 def is_fp8(dtype: torch.dtype) -> bool:

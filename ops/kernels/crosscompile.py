@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from hal import config
+from hal.ops.few_experts import serves_few
 from hal.ops.tiles import streams_rows
 
 __all__ = ["OWN_FORMAT", "Cell", "Target", "cell_names", "compile_cells"]
@@ -136,7 +137,9 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
     names += [f"gemm/{kind}/shifted" for kind in kinds if kind.startswith("int8")]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
-    others = ("grouped_gemm", "gemm", "scaled", "sums", *(() if ptx else ("ring_rows",)))
+    names += [f"few_experts/{kind}" for kind in kinds if f"few_experts/{kind}" in _CASES]
+    others = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts")
+    others += () if ptx else ("ring_rows",)
     return names + [name for name in _CASES if not name.startswith(others)]
 
 
@@ -312,6 +315,13 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
         expand(weight, _empty(n, k), kind=kind)
         return
     gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=gemv_tile(kind, n, k))
+
+
+def _few(target: Target, *, kind: str) -> None:
+    from hal.ops.kernels.few_cells import few_tokens
+
+    sizes = EXPERTS, TOP_K, HIDDEN, INTERMEDIATE
+    few_tokens(target, kind, _empty, _packed_weight, sizes)
 
 
 def _rows(target: Target, *, kind: str, tokens: int) -> None:
@@ -495,6 +505,7 @@ _CASES: dict[str, Callable[[Target], None]] = {
         for kind in OWN_FORMAT
         if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
     },
+    **{f"few_experts/{kind}": partial(_few, kind=kind) for kind in OWN_FORMAT if serves_few(kind)},
     **{
         f"ring_rows/{kind}/{size}": partial(_rows, kind=kind, tokens=tokens)
         for kind in OWN_FORMAT
