@@ -93,7 +93,7 @@ def truncated(rows):
 
 
 def expected(x, ids, weights, w13, w2, quantized, to_bf16=truncated):
-    """Return the sums in float64; h is rounded once, like the kernels, as its codes depend on it."""
+    """Return the sums in float64; h is rounded once: its codes depend on how."""
 
     def seen(rows, weight):
         if not quantized:
