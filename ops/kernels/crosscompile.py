@@ -138,7 +138,7 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
     names += [f"few_experts/{kind}" for kind in kinds if f"few_experts/{kind}" in _CASES]
-    others = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts")
+    others: tuple[str, ...] = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts")
     others += () if ptx else ("ring_rows",)
     return names + [name for name in _CASES if not name.startswith(others)]
 
