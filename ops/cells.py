@@ -103,7 +103,8 @@ def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
 
     kind = kind_of(kernel, scheme)
     sizes = (("one", 1), ("few", 8), ("sixteen", 16))
-    if kernel.op != "linear" or not streams_rows(kind, 4096, 4096, 8):
+    decodes = kernel.op == "linear" and kind.endswith("_decode")
+    if not decodes or not streams_rows(kind, 4096, 4096, 8):
         return ()
     found = [size for size, rows in sizes if streams_rows(kind, 4096, 4096, rows)]
     return tuple(f"ring_rows/{kind}/{size}" for size in found)
