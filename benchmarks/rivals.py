@@ -137,8 +137,9 @@ def _contender(job: dict[str, Any]) -> Any:
 
 
 def _line(error: Exception) -> str:
+    # CUDA's errors say what happened first, and last how to find out more.
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 # --------------------------------------------------------------------------------- the controller

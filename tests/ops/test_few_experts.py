@@ -265,7 +265,9 @@ def test_on_a_device(kernel, scheme, tokens):
         wanted = expected(*given, w13.to("cpu"), w2.to("cpu"), False, torch.Tensor.bfloat16)
     else:
         wanted = hal.ops.FusedMoE(w13, w2, force="reference")(x, routing).cpu().double()
-    assert error_of(found.cpu(), wanted) < 0.012
+    # Quantized activations at the edge of two codes fall to either side, and rows are few here.
+    own = bound.selection.level is not Level.WEIGHT_ONLY and w13.scheme.activation.format
+    assert error_of(found.cpu(), wanted) < (0.02 if own else 0.012)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         again = bound(x, routing)
