@@ -18,6 +18,7 @@ from hal.matrix import TYPICAL, assumed, build_matrix, columns, schemes_of
 from hal.matrix_page import matrix_page
 from hal.matrix_text import matrix_text, used_letters
 from hal.platforms.tables import arch_rows, device_spec
+from hal.quant import SCHEMES
 from hal.registry import find_op, op_names
 from hal.selection import choose
 from hal.sources import source_hash
@@ -37,7 +38,7 @@ class TestCells:
     def test_all_of_them_are_there(self) -> None:
         matrix = build_matrix(["quantize", "route"], book=Book([]))
         assert len(matrix.columns) == len(arch_rows())
-        assert [key[0] for key in matrix.rows] == ["quantize"] * 14 + ["route"]
+        assert [key[0] for key in matrix.rows] == ["quantize"] * 15 + ["route"]
         assert all(len(cells) == len(matrix.columns) for cells in matrix.rows.values())
 
     def test_the_choice_is_that_of_selection(self) -> None:
@@ -196,7 +197,7 @@ class TestPage:
 
     def test_every_cell_is_a_button_that_says_what_it_is(self, page) -> None:
         buttons = [a for t, a in page.tags if t == "button"]
-        assert len(buttons) == 26 * len(arch_rows())
+        assert len(buttons) == (len(SCHEMES) + 1) * len(arch_rows())
         assert all(button["aria-label"] and button["type"] == "button" for button in buttons)
         label = next(
             b["aria-label"] for b in buttons if "route none on cuda:sm_90" in b["aria-label"]
@@ -206,7 +207,7 @@ class TestPage:
     def test_the_details_of_every_cell_are_there(self, page) -> None:
         data = json.loads(page.text["data"])
         assert len(data["columns"]) == len(arch_rows())
-        assert len(data["rows"]) == 26
+        assert len(data["rows"]) == len(SCHEMES) + 1
         for row in data["rows"]:
             for place in row["cells"]:
                 cell = data["items"][place]
