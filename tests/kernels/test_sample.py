@@ -22,24 +22,25 @@ from hal.registry import find_op, op_names
 MOST = 60
 SAMPLE = {
     "cuda:sm_80": (
-        *("gemm/bf16/many", "gemm/int8_channel/many", "gemm/int8_channel_decode/few"),
+        *("gemm/int8_channel/many", "gemm/int8_channel_decode/few"),
         *("ring_rows/uint4_group_decode/few", "gemm/fp8_e5m2_decode/few"),
     ),
-    "cuda:sm_89": ("gemm/fp8_channel/many", "gemm/mxfp8_decode/few", "quantize/fp8_rows"),
+    "cuda:sm_89": ("gemm/mxfp8_decode/few", "sums/mxfp8/few"),
     "cuda:sm_90": (
-        *("gemm/int4_group_fp8/few", "grouped_gemm/fp8_block128/many", "combine"),
-        *("grouped_gemm/nvfp4_decode/many", "route/softmax", "quantize/fp8_channel/norm"),
+        *("gemm/int4_group_fp8/few", "grouped_gemm/fp8_block128/many"),
+        *("grouped_gemm/nvfp4_decode/many", "gemm/fp8_block128_ue8m0/few"),
     ),
     "cuda:sm_100": ("scaled/mxfp8/few", "scaled/nvfp4/many", "grouped_gemm/fp8_channel/few"),
     "cuda:sm_120": ("gemm/uint4_group_decode/few", "scaled/mxfp4/some", "align/most_experts"),
-    "rocm:gfx90a": ("gemm/bf16/few", "gemm/fp8_block128_decode/many", "quantize/int8_rows"),
+    "rocm:gfx90a": ("gemm/fp8_block128_decode/many", "few_experts/int4_group_decode"),
     "rocm:gfx942": (
         *("gemm/fp8_block128/few", "grouped_gemm/mxfp4_decode/few", "expand/nvfp4_decode"),
         *("gemv/int4_group_decode", "align/few", "swiglu/silu_fp8_groups"),
+        *("dispatch_rows/mxfp8/few", "combine_rows/few"),
     ),
     "rocm:gfx950": ("scaled/mxfp4_w4a8/few", "quantize/mxfp4/gate"),
     "rocm:gfx1100": ("gemm/int4_group_decode/many", "route/sigmoid_bias", "combine"),
-    "rocm:gfx1201": ("gemm/fp8_channel/few", "grouped_gemm/fp8_channel_decode/few"),
+    "rocm:gfx1201": ("sums/mxfp8/few", "grouped_gemm/fp8_channel_decode/few"),
 }
 OTHERS = {
     "test_conversion_is_not_taken_for_native": 1,
@@ -90,7 +91,7 @@ def test_the_sample_covers_families_kinds_and_vendors():
     kinds = {cell.split("/")[1] for cell in cuda | rocm if "gemm/" in cell}
     assert kinds == set(OWN_FORMAT)
     every = cell_names(OWN_FORMAT.values(), ptx=True)
-    families = {name.partition("/")[0] for name in every} | {"scaled"}
+    families = {name.partition("/")[0] for name in every} | {"scaled", "sums"}
     assert {cell.partition("/")[0] for cell in cuda} == families
     assert {cell.partition("/")[0] for cell in rocm} == families - {"ring_rows"}
 
