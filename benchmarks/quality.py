@@ -124,8 +124,9 @@ def draw() -> None:
     thick = 0.8 / len(PLACES)
     for index, place in enumerate(PLACES):
         found = scores(place)
-        heights = [found[name].change for name in names]
-        rows = [row + (index - (len(PLACES) - 1) / 2) * thick for row in range(len(names))]
+        scored = [row for row, name in enumerate(names) if name in found]
+        heights = [found[names[row]].change for row in scored]
+        rows = [row + (index - (len(PLACES) - 1) / 2) * thick for row in scored]
         bars = axes.barh(rows, heights, thick, label=place, color=("#4878a8", "#5fa052")[index])
         axes.bar_label(bars, [f"{height:+.2f}%" for height in heights], padding=3, fontsize=7)
     axes.set_yticks(range(len(names)), names)

@@ -178,7 +178,8 @@ def _recording(recorder: Recorder) -> Iterator[None]:
         return selection
 
     for bound in all_bound():
-        recorder.wrap(bound)
+        if hasattr(bound, "_launch"):  # not where binding failed, and something holds what is left
+            recorder.wrap(bound)
     BIND_HOOKS.append(recorder.wrap)
     binding._chosen = recorded
     try:

@@ -77,6 +77,14 @@ def matrices(weight):
         yield replace(weight, logical_shape=weight.shape[1:], **own)
 
 
+@pytest.fixture(autouse=True)
+def _target(monkeypatch):
+    """Binders of Triton kernels ask Triton's driver what the device converts."""
+    common = pytest.importorskip("hal.ops.kernels.common", reason="needs the package triton")
+    GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
+    monkeypatch.setattr(common, "current_target", lambda: GPUTarget("cuda", 90, 32))
+
+
 def bind(w13, w2, force=KERNEL, **options):
     """Bind for an H100 whose tensors lie on the CPU; nothing is launched."""
     record = DeviceRecord(device_spec("cuda", "h100", assumed()), 0)

@@ -58,11 +58,12 @@ def test_a_right_weight_is_accepted_and_described(scheme: str) -> None:
     scales = 0 if how.format is None else math.prod(scale_shape(how.granularity, SHAPE))
     width = {"float32": 4, "e8m0": 1, "e4m3fn": 1, None: 0}[how.scale_format]
     second = {"none": 0, "tensor": 4, "channel": 4 * rows}[how.second]
-    assert made.nbytes == rows * columns * bits // 8 + scales * width + second
+    zeros = 0 if how.symmetric else scales  # a byte each
+    assert made.nbytes == rows * columns * bits // 8 + scales * width + second + zeros
     assert repr(made) == (
         f"QTensor(130x140, {scheme}, {made.encoding}, layout=canonical, cpu, {made.nbytes} bytes)"
     )
-    assert len(made.tensors) == (1 if scheme == "bf16" else 2 + (second > 0))
+    assert len(made.tensors) == (1 if scheme == "bf16" else 2 + (second > 0) + (zeros > 0))
 
 
 @pytest.mark.parametrize(
