@@ -39,6 +39,15 @@ def tiles(kind, matrices):
     return [(rows, tile) for tile, rows in found.items()]
 
 
+def random_scales(spec, shape, generator):
+    """Return scales as the kind stores them, and in float64."""
+    if spec.scale_format == "e8m0":
+        scales = torch.randint(124, 128, shape, generator=generator, device="cuda")
+        return scales.to(torch.uint8), torch.exp2(scales.double() - 127)
+    scales = torch.rand(shape, generator=generator, device="cuda") + 0.1
+    return scales, scales.double()
+
+
 def operands(kind, rows, generator):
     """Return (a, b, scale arguments, a and b in float64) of experts."""
     spec, fp8 = ALL_KINDS[kind], torch.float8_e4m3fn
@@ -47,8 +56,8 @@ def operands(kind, rows, generator):
     if spec.a_scaled:
         a = (a * 30).to(torch.int8 if spec.integer else fp8)
         groups = (rows, K // 128) if spec.scales == "block128" else (rows,)
-        scales["a_scales"] = torch.rand(groups, generator=generator, device="cuda") + 0.1
-        wide = scales["a_scales"].double().view(rows, -1)
+        scales["a_scales"], wide = random_scales(spec, groups, generator)
+        wide = wide.view(rows, -1)
         wide_a = a.to(torch.float32).double() * wide.repeat_interleave(K // wide.shape[1], 1)
     else:
         a = a.to(BF16)
@@ -67,11 +76,11 @@ def operands(kind, rows, generator):
     b = (b * 30).to(torch.int8 if spec.integer or spec.decode == "int8" else fp8)
     wide_b = b.to(torch.float32).double()
     if spec.scales == "block128":
-        given = torch.rand(EXPERTS, N // 128, K // 128, generator=generator, device="cuda") + 0.1
-        wide_b *= given.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+        given, wide = random_scales(spec, (EXPERTS, N // 128, K // 128), generator)
+        wide_b *= wide.repeat_interleave(128, 1).repeat_interleave(128, 2)
     else:
-        given = torch.rand(EXPERTS, N, generator=generator, device="cuda") + 0.1
-        wide_b *= given.double()[..., None]
+        given, wide = random_scales(spec, (EXPERTS, N), generator)
+        wide_b *= wide[..., None]
     return a, b, scales | {"b_scales": given}, wide_a, wide_b
 
 

@@ -17,7 +17,7 @@ TILE = Tile(16, 32, 64, 4, 2, group_m=2)
 TILES = {"plain": TILE, "swap": Tile(16, 64, 128, 4, 2, swap=True), "wide": Tile(32, 256, 64, 4, 2)}
 
 
-def random_operand(shape, scaled_by, fmt, generator, device):
+def random_operand(shape, scaled_by, fmt, generator, device, scale_format="float32"):
     """Return (stored, scales or None, exact float64 value) of a random operand.
 
     scaled_by: "" (no scales), "channel" (last dimension), "rows" or "blocks" of 128.
@@ -41,8 +41,13 @@ def random_operand(shape, scaled_by, fmt, generator, device):
         scale_shape = (*lead, rows, -(-columns // 128))
     else:
         scale_shape = (*lead, -(-rows // 128), -(-columns // 128))
-    scales = torch.rand(scale_shape, generator=generator, device=device) / 50 + 1e-3
-    wide = scales.double()
+    if scale_format == "e8m0":
+        scales = torch.randint(117, 123, scale_shape, generator=generator, device=device)
+        scales = scales.to(torch.uint8)
+        wide = torch.exp2(scales.double() - 127)
+    else:
+        scales = torch.rand(scale_shape, generator=generator, device=device) / 50 + 1e-3
+        wide = scales.double()
     if scaled_by == "channel":
         wide = wide[..., None]
     else:
@@ -63,6 +68,7 @@ def operands(kind, a_shape, b_shape, dtype, generator, device, fp8=torch.float8_
         low if spec.a_scaled else dtype,
         generator,
         device,
+        spec.scale_format,
     )
     b = random_operand(
         b_shape,
@@ -70,6 +76,7 @@ def operands(kind, a_shape, b_shape, dtype, generator, device, fp8=torch.float8_
         low if spec.scales else dtype,
         generator,
         device,
+        spec.scale_format,
     )
     return a, b
 
@@ -80,7 +87,7 @@ def assert_product(out, expected, kind="bf16"):
     if INTERPRETED.value and out.dtype is torch.bfloat16:
         eps = 2**-7  # the interpreter truncates
     # NVIDIA's fp8 matrix instructions before Blackwell add with about 13 bits of fraction.
-    imprecise = out.is_cuda and kind in ("fp8_channel", "fp8_block128")
+    imprecise = out.is_cuda and kind.startswith(("fp8_channel", "fp8_block128"))
     size = expected.abs().max().item() if expected.numel() else 0
     atol = max(size, 1e-3) * (4e-3 if imprecise else 2e-5) + eps
     torch.testing.assert_close(out.double(), expected, rtol=eps, atol=atol)
@@ -132,7 +139,7 @@ def test_gemm_zero_blocks_and_nan(device, generator, kind):
     spec = accumulate.KINDS[kind]
     a[0][0] = 0
     if spec.a_scaled:
-        a[1][3] = float("nan")
+        a[1][3] = 255 if spec.scale_format == "e8m0" else float("nan")
     else:
         a[0][3, 5] = float("nan")
     out = torch.empty(8, 64, dtype=torch.float16, device=device)
@@ -218,7 +225,9 @@ def test_grouped_gemm_nan_and_infinity_stay_in_their_row(device, generator, kind
     ids = torch.tensor([[0], [0], [1], [0]], device=device)
     a, b = operands(kind, (4, 128), (2, 32, 128), torch.float16, generator, device)
     clean = run_grouped(a, b, ids, 2, kind, TILE, divisor=1)
-    if accumulate.KINDS[kind].a_scaled:
+    if accumulate.KINDS[kind].scale_format == "e8m0":
+        a[1][1:3] = 255  # NaN; there is no infinity
+    elif accumulate.KINDS[kind].a_scaled:
         a[1][1] = float("nan")
         a[1][2] = float("inf")
     else:
