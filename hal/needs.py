@@ -76,6 +76,10 @@ class Need:
         """Return the names of sizes and options that were not given and so not checked."""
         return ()
 
+    def block(self) -> tuple[str, int] | None:
+        """Return the size that must be a multiple, and of what; None for needs of another kind."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class _Platform(Need):
@@ -283,6 +287,9 @@ class _MultipleOf(Need):
 
     def unchecked(self, context: Context) -> tuple[str, ...]:
         return (self.size,) if context.problem.get(self.size) is None else ()
+
+    def block(self) -> tuple[str, int] | None:
+        return self.size, self.divisor
 
 
 @dataclass(frozen=True, slots=True)

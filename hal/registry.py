@@ -266,6 +266,10 @@ class Op:
         at_most: Pairs `(small, large)` of sizes of which the first never exceeds the second.
         collective: Whether several ranks run it together, so that no device can run it alone:
             `op_names` leaves it out of what is verified and reported device by device.
+        pads: Sizes along which the op pads weights when it binds them, for kernels that take
+            multiples alone.
+        unpadded: `(scheme, problem, padded sizes)`, returns why weights are not padded so, or an
+            empty text; None where the op pads nothing.
     """
 
     name: str
@@ -275,6 +279,8 @@ class Op:
     choices: Mapping[str, tuple[str | bool, ...]] = field(default_factory=dict)
     at_most: tuple[tuple[str, str], ...] = ()
     collective: bool = False
+    pads: tuple[str, ...] = ()
+    unpadded: Callable[[str, Mapping[str, Any], Mapping[str, int]], str] | None = None
     _kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -282,7 +288,8 @@ class Op:
             raise RegistrationError(f"op {self.name!r} exists already")
         if taken := RESERVED.intersection(self.sizes):
             raise RegistrationError(f"op {self.name!r}: sizes cannot be called {sorted(taken)}")
-        constrained = {*self.choices, *(name for pair in self.at_most for name in pair)}
+        paired = {name for pair in self.at_most for name in pair}
+        constrained = {*self.choices, *paired, *self.pads}
         if unknown := constrained.difference(self.sizes):
             raise RegistrationError(f"op {self.name!r}: no size is called {sorted(unknown)}")
         _OPS[self.name] = self

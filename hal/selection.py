@@ -6,8 +6,8 @@ is computed by the code that runs in production.
 
 Order: a kernel that a measurement on the same architecture shows to be faster than kernels of a
 higher level moves up to that level; then levels decide, then measured times, then bands, then
-names. A claimed kernel, which hal never ran with its real library, comes after all others but the
-reference until it is measured.
+names. Within a level, kernels for which weights must be padded come last. A claimed kernel, which
+hal never ran with its real library, comes after all others but the reference until it is measured.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hal.errors import (
     UnknownNameError,
 )
 from hal.needs import Code, Context, Failure, Need, Needs
+from hal.padding import Padded, padded_or_not, times_the_weights
 from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
 
 __all__ = ["OPTION_NAMES", "Candidate", "Options", "Selection", "choose", "rank"]
@@ -75,6 +76,7 @@ class Candidate:
         rank: Place among those that can run, from 0; None where it cannot.
         measurement: The measured time that ordered it, if any.
         serves: Whether it is made for the scheme at all.
+        padded: Sizes of weights that are padded when they are bound, because it can run so alone.
     """
 
     kernel: Kernel
@@ -82,6 +84,7 @@ class Candidate:
     rank: int | None = None
     measurement: Measurement | None = None
     serves: bool = True
+    padded: tuple[Padded, ...] = ()
 
     @property
     def can_run(self) -> bool:
@@ -152,11 +155,21 @@ class Selection:
             return f"hal has not run {other.kernel.name}, which is claimed"
         if self.kernel.level > other.kernel.level:
             return f"{self.kernel.level} comes before {other.kernel.level} ({other.kernel.name})"
+        if other.padded and not chosen.padded:
+            return f"takes the weights as they are, {other.kernel.name} would have them padded"
         if chosen.measurement and not other.measurement:
             return f"measured here, {other.kernel.name} is not"
         if self.kernel.band != other.kernel.band:
             return f"{self.kernel.band} comes before {other.kernel.band} ({other.kernel.name})"
         return f"by name, before {other.kernel.name} of the same level and band"
+
+    @property
+    def padded(self) -> tuple[Padded, ...]:
+        """Return the sizes of weights that are padded when they are bound; mostly none."""
+        for candidate in self.candidates:
+            if candidate.kernel is self.kernel:
+                return candidate.padded
+        return ()
 
     @property
     def as_given(self) -> str:
@@ -194,6 +207,7 @@ class Selection:
                     "rank": candidate.rank,
                     "serves": candidate.serves,
                     "measured": _measured(candidate.measurement),
+                    "padded": {row.size: row.to for row in candidate.padded},
                     "failures": [
                         {
                             "code": str(failure.code),
@@ -243,7 +257,7 @@ def choose(
         raise UnknownNameError(f"kernel of {op.name}", options.force, known, origin)
     given = {name: value for name, value in problem.items() if value is not None}
     context = Context(spec, scheme, given)
-    candidates = [_examine(kernel, context, options) for kernel in op.kernels]
+    candidates = [_examine(op, kernel, context, options) for kernel in op.kernels]
     unchecked = {
         name
         for kernel in op.kernels
@@ -316,7 +330,8 @@ def rank(
         level = max([kernel.level, *beaten])
         time = mine.time if mine else math.inf
         last = 2 if level is Level.REFERENCE else int(candidate.claimed)
-        return (last, -level, mine is None, time, -BANDS.index(kernel.band), kernel.name)
+        padded = bool(candidate.padded)
+        return (last, -level, padded, mine is None, time, -BANDS.index(kernel.band), kernel.name)
 
     # Not able.sort(): a list is empty while it is being sorted, and `key` looks at all of them.
     in_order = sorted(able, key=key)
@@ -325,7 +340,7 @@ def rank(
     return able, unable
 
 
-def _examine(kernel: Kernel, context: Context, options: Options) -> Candidate:
+def _examine(op: Op, kernel: Kernel, context: Context, options: Options) -> Candidate:
     failures = []
     serves = context.scheme in kernel.signatures
     if not serves:
@@ -334,15 +349,15 @@ def _examine(kernel: Kernel, context: Context, options: Options) -> Candidate:
     if options.force == kernel.name:
         problem["forced"] = True
     context = replace(context, problem=problem)
-    needs = (*kernel.requires, *_dtype_needs(kernel, context))
-    failures += [failure for need in needs if (failure := need.check(context))]
+    padded, unmet = padded_or_not(op, (*kernel.requires, *_dtype_needs(kernel, context)), context)
+    failures += unmet
     if kernel.level < options.minimum:
         failures.append(Failure(Code.ENV, f"level {options.minimum} or above", str(kernel.level)))
     if options.batch_invariant and not kernel.batch_invariant:
         failures.append(Failure(Code.ENV, "batch_invariant", "results depend on the batch"))
     if options.deterministic and not kernel.deterministic:
         failures.append(Failure(Code.ENV, "deterministic", "order of sums can change"))
-    return Candidate(kernel, tuple(failures), serves=serves)
+    return Candidate(kernel, tuple(failures), serves=serves, padded=() if failures else padded)
 
 
 def _dtype_needs(kernel: Kernel, context: Context) -> tuple[Need, ...]:
@@ -444,6 +459,10 @@ def _table(selection: Selection) -> list[str]:
             sizes = " ".join(f"{name}={size}" for name, size in row.sizes)
             at = f" at {sizes}" if sizes else ""
             lines += _wrapped(f"{row.time:g} {row.unit}{at}; {row.source}", "     ")
+        if candidate.padded:
+            what = ", ".join(map(str, candidate.padded))
+            times = times_the_weights(candidate.padded)
+            lines += _wrapped(f"weights are padded: {what}, {times:.2f} times as large", "     ")
         for failure in candidate.failures:
             lines += _wrapped(str(failure), "     ", "       ")
     if elsewhere:

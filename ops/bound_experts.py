@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from hal.errors import ArgumentError, DTypeError, ShapeError
+from hal.errors import ShapeError
 from hal.ops.activations import activation_of
 from hal.ops.binding import Binding, select_for
 from hal.ops.bound import READ_BY_CALLS, Bound
-from hal.ops.checks import check_activations, check_gradient, check_same_device, dtype_name
+from hal.ops.expert_checks import COUNT_DTYPES, check_batches, check_call, check_options
 from hal.ops.expert_layer import ExpertLayer, Updates, check_counts, without_experts
+from hal.ops.padding import padding_of
 from hal.ops.prepare import (
     Weight,
     activation_dtype,
@@ -32,7 +33,6 @@ from hal.torch_compat import is_compiling_function
 __all__ = ["FusedMoE"]
 
 is_compiling = is_compiling_function()
-COUNT_DTYPES = (torch.int32, torch.int64)
 
 
 class FusedMoE(Bound):
@@ -66,6 +66,8 @@ class FusedMoE(Bound):
         platform: Platform to bind for; None means that of the weights' device.
         tokens: Typical number of tokens, to choose between measured kernels.
         top_k: Typical number of experts per token.
+        padding: Whether weights may be padded, once, to sizes that a kernel takes which runs on
+            multiples alone: it is then a candidate, and `selection.padded` says what was done.
         intermediate_ranks: How many ranks have as many intermediate columns each, under tensor
             parallelism: shards that cut through blocks of scales are refused.
         warmup: Numbers of tokens whose kernels are compiled now, as `warm` does; needs `top_k`.
@@ -84,6 +86,7 @@ class FusedMoE(Bound):
         "_hidden",
         "_layer",
         "_lora",
+        "_padding",
         "_restricted",
     )
     op: ClassVar[str] = "fused_moe"
@@ -119,6 +122,7 @@ class FusedMoE(Bound):
         tokens: int | None = None,
         top_k: int | None = None,
         intermediate_ranks: int | None = None,
+        padding: bool = True,
         warmup: Sequence[int] = (),
         **options: Any,
     ) -> None:
@@ -128,24 +132,7 @@ class FusedMoE(Bound):
             "fused_moe", activation, gated=gated, alpha=alpha, limit=limit, interleaved=interleaved
         )
         batched, single = format == "batched", apply_router_weight_on_input
-        if single and batched:
-            raise ArgumentError(
-                "fused_moe",
-                found="apply_router_weight_on_input with format=batched",
-                needed="format=standard: whoever makes batches applies the weights",
-            )
-        if lora and batched:
-            raise ArgumentError(
-                "fused_moe",
-                found="lora=True with format=batched",
-                needed="format=standard: rows in batches belong to no token whose adapter is known",
-            )
-        if single and top_k not in (None, 1):
-            raise ArgumentError(
-                "fused_moe",
-                found=f"apply_router_weight_on_input with top_k={top_k}",
-                needed="one expert a token: a row has one weight before the first product",
-            )
+        check_options(batched=batched, lora=lora, single=single, top_k=top_k)
         dtype = activation_dtype("fused_moe", w13, dtype)
         experts, intermediate, hidden = check_experts(w13, w2, gated)
         if unpadded_hidden is not None and not 0 < unpadded_hidden <= hidden:
@@ -155,7 +142,7 @@ class FusedMoE(Bound):
         device = w13.device
         w13_bias = check_bias("fused_moe: w13_bias", w13_bias, tuple(w13.shape[:2]), device)
         w2_bias = check_bias("fused_moe: w2_bias", w2_bias, (experts, hidden), device)
-        biases = [bias for bias in (w13_bias, w2_bias) if bias is not None]
+        biases = {"w13": w13_bias, "w2": w2_bias}
         problem = {
             "tokens": tokens,
             "experts": experts,
@@ -169,10 +156,11 @@ class FusedMoE(Bound):
             "gated": gated,
             "clamped": how.clamped,
             "interleaved": interleaved,
-            "bias": bool(biases),
+            "bias": any(bias is not None for bias in biases.values()),
             "format": format,
             "lora": lora,
             "apply_router_weight_on_input": single,
+            "padding": None if padding else False,
         }
         selection, where = select_for(
             "fused_moe", w13.scheme.name, device, problem, platform=platform, **options
@@ -188,10 +176,15 @@ class FusedMoE(Bound):
         self._layer = layer
         assert selection.kernel is not None
         weights = {"w13": w13, "w2": w2}
+        self._padding = padding_of(selection, w13, w2, where)
+        if self._padding is not None:
+            # What is padded lies in memory of its own, which may be reordered as it is.
+            weights, inplace = self._padding.weights("fused_moe", weights), True
+            biases = self._padding.biases(biases)
         with put_back_on_failure(weights, where):
-            w13, w2 = self._prepare(weights, inplace, w13_bias=w13_bias, w2_bias=w2_bias)
+            w13, w2 = self._prepare(weights, inplace, **_named(biases))
             launch, read = selection.kernel.load()(self._binding, w13, w2, layer)
-        self._finish((launch, (*read, *biases)), device)
+        self._finish((launch, (*read, *_given(biases))), device)
         self.warm(warmup)
 
     def _warm(self, tokens: int, **dtypes: torch.dtype) -> None:
@@ -228,15 +221,17 @@ class FusedMoE(Bound):
         where = "fused_moe.reload"
         biases = {
             name: None if bias is None else bias.detach().contiguous()
-            for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias))
+            for name, bias in (("w13", w13_bias), ("w2", w2_bias))
         }
         weights = {"w13": as_qtensor(where, w13), "w2": as_qtensor(where, w2)}
-        ready = self._prepare_again(weights, **biases)
+        if self._padding is not None:
+            weights = self._padding.weights(where, weights)
+            biases = self._padding.biases(biases, where)
+        ready = self._prepare_again(weights, **_named(biases))
         kernel = self.selection.kernel
         assert kernel is not None
         _, new = kernel.load()(self._binding, *ready, self._layer)
-        new = (*new, *(bias for bias in biases.values() if bias is not None))
-        overwrite(where, self.tensors, new, self.platform)
+        overwrite(where, self.tensors, (*new, *_given(biases)), self.platform)
 
     def __call__(
         self,
@@ -277,7 +272,7 @@ class FusedMoE(Bound):
             or shared is not None
             or updates is not None
         ):
-            self._check(x, routing, shared, updates)
+            check_call(self, x, routing, shared, updates)
         weights = routing.weights
         if is_compiling():
             result: torch.Tensor = torch.ops.hal.fused_moe(
@@ -303,58 +298,6 @@ class FusedMoE(Bound):
             return without_experts(x, shared)
         return self._launch(x, ids, weights, self.tensors, shared, updates)
 
-    def _check(
-        self,
-        x: torch.Tensor,
-        routing: Routing,
-        shared: torch.Tensor | None,
-        updates: Updates | None,
-    ) -> None:
-        if updates is not None and is_compiling():
-            # Dynamo cannot build hal's errors, and would hide the message.
-            raise ValueError("fused_moe: updates cannot be compiled; call the layer uncompiled")
-        if updates is not None and not self._lora:
-            raise ArgumentError(
-                "fused_moe",
-                found="updates for a layer bound without lora",
-                needed="FusedMoE(..., lora=True), so that the kernel is one that adds them",
-            )
-        if self._batched:
-            raise ArgumentError(
-                "fused_moe",
-                found="a Routing with format=batched",
-                needed="counts [experts] int32, rows of each expert",
-            )
-        dtypes = (str(self._dtype).removeprefix("torch."),)
-        check_activations("fused_moe", x, self._hidden, self._device, dtypes)
-        if x.ndim != 2:
-            raise ShapeError(
-                "fused_moe", found=f"input {list(x.shape)}", needed=f"[tokens, {self._hidden}]"
-            )
-        if routing.tokens != x.shape[0]:
-            raise ShapeError(
-                "fused_moe", found=f"routing of {routing.tokens} tokens", needed=f"{x.shape[0]}"
-            )
-        check_same_device("fused_moe", self._device, ids=routing.ids)
-        check_gradient("fused_moe", routing.weights)
-        if self._restricted and routing.top_k != 1:
-            raise ShapeError(
-                "fused_moe",
-                found=f"top_k={routing.top_k} with apply_router_weight_on_input",
-                needed="one expert a token: a row has one weight before the first product",
-            )
-        if shared is not None:
-            if shared.shape != x.shape:
-                raise ShapeError(
-                    "fused_moe: shared", found=list(shared.shape), needed=list(x.shape)
-                )
-            if dtype_name(shared) not in (*dtypes, "float32"):
-                raise DTypeError(
-                    "fused_moe: shared", found=shared.dtype, needed=f"{dtypes[0]} or float32"
-                )
-            check_same_device("fused_moe", self._device, shared=shared)
-            check_gradient("fused_moe", shared)
-
     def _call_batched(
         self, x: torch.Tensor, counts: torch.Tensor, more: torch.Tensor | Updates | None
     ) -> torch.Tensor:
@@ -372,43 +315,13 @@ class FusedMoE(Bound):
             or counts.device != self._device
             or more is not None
         ):
-            self._check_batched(x, counts, more)
+            check_batches(self, x, counts, more)
         if is_compiling():
             result: torch.Tensor = torch.ops.hal.fused_moe_batched(
                 x, counts, list(self.tensors), self.key
             )
             return result
         return self.run_batched(x, counts)
-
-    def _check_batched(
-        self, x: torch.Tensor, counts: torch.Tensor, more: torch.Tensor | Updates | None
-    ) -> None:
-        if not self._batched:
-            raise ArgumentError(
-                "fused_moe",
-                found=f"{type(counts).__name__} as routing",
-                needed="a Routing(ids=..., weights=...)",
-                cure="counts go with format=batched",
-            )
-        if x.ndim != 3 or x.shape[0] != self._experts:
-            needed = f"[{self._experts}, capacity, {self._hidden}]"
-            raise ShapeError("fused_moe", found=f"input {list(x.shape)}", needed=needed)
-        dtypes = (str(self._dtype).removeprefix("torch."),)
-        check_activations("fused_moe", x, self._hidden, self._device, dtypes)
-        if counts.dtype not in COUNT_DTYPES:
-            raise DTypeError("fused_moe: counts", found=counts.dtype, needed="int32 or int64")
-        if counts.shape != (self._experts,):
-            raise ShapeError(
-                "fused_moe: counts", found=list(counts.shape), needed=f"[{self._experts}]"
-            )
-        check_same_device("fused_moe", self._device, counts=counts)
-        if more is not None:
-            kind = "shared" if isinstance(more, torch.Tensor) else "updates"
-            raise ArgumentError(
-                "fused_moe",
-                found=f"{kind} with format=batched",
-                needed="neither: whoever sums the batches knows the tokens",
-            )
 
     def run_batched(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         if self._checks:
@@ -420,3 +333,13 @@ class FusedMoE(Bound):
             f"FusedMoE({self._experts} experts, hidden {self._hidden}, {self.selection.scheme}, "
             f"{self.kernel} on {self._device})"
         )
+
+
+def _named(biases: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Return the biases by the names of arguments."""
+    return {f"{name}_bias": bias for name, bias in biases.items()}
+
+
+def _given(biases: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:
+    """Return the biases that there are, that of w13 first."""
+    return [bias for bias in biases.values() if bias is not None]

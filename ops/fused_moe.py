@@ -30,6 +30,7 @@ from hal.ops.expert_layer import (
     weighted,
 )
 from hal.ops.linear import E5M2, fixed_scale, multiply
+from hal.ops.padding import why_unpadded
 from hal.ops.quantize import fake_quantize
 from hal.quant.scheme import SCHEMES
 from hal.registry import Level, Op
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ACTIVATIONS", "FUSED_MOE", "activate", "fused_moe"]
 
-SWITCHES = ("gated", "clamped", "interleaved", "bias", "lora", "apply_router_weight_on_input")
+SWITCHES = ("gated", "clamped", "interleaved", "bias", "lora", "apply_router_weight_on_input",
+            "padding")  # fmt: skip
 FUSED_MOE = Op(
     "fused_moe",
     (
@@ -52,6 +54,7 @@ FUSED_MOE = Op(
         "intermediate_ranks",
         *("activation", "gated", "clamped", "interleaved", "bias", "format", "lora"),
         "apply_router_weight_on_input",
+        "padding",
     ),
     "run tokens through their experts",
     measurements("fused_moe"),
@@ -62,6 +65,8 @@ FUSED_MOE = Op(
         **dict.fromkeys(SWITCHES, (True, False)),
     },
     at_most=(("top_k", "experts"), ("unpadded_hidden", "hidden")),
+    pads=("hidden", "intermediate"),
+    unpadded=why_unpadded,
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 SHIFTED = tuple(name for name in QUANTIZED if not SCHEMES[name].weight.symmetric)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from calibrated import quantize
@@ -9,6 +11,8 @@ from calibrated import quantize
 import hal
 from hal.errors import ShapeError, ValueRangeError
 from hal.ops import FusedMoE, Linear, Routing, linear
+from hal.ops.shards import block_of
+from hal.quant import SCHEMES
 
 EXPERTS, HIDDEN = 2, 128
 
@@ -106,14 +110,41 @@ def test_a_number_of_ranks_is_a_number():
 
 def test_candidates_name_the_sizes_that_work():
     """What a kernel cannot take is refused with what to pad to and the ranks that would do."""
-    problem = {"hidden": 4096, "intermediate": 176, "intermediate_ranks": 8, "experts": 64}
-    selection = hal.select("fused_moe", scheme="mxfp4_w4a8", platform="cuda:h200", **problem)
-    (failure,) = selection.candidate("triton_scaled_fp8").failures
-    assert str(failure).endswith(
-        "pad to 192 or of 1408 intermediate in all, tensor-parallel sizes 1, 2, 4, 11, 22, 44 work)"
+    problem = {"hidden": 4096, "intermediate": 176, "intermediate_ranks": 8, "padding": False}
+
+    def reason():
+        selection = hal.select("fused_moe", scheme="mxfp4_w4a8", platform="cuda:h200", **problem)
+        (failure,) = selection.candidate("triton_scaled_fp8").failures
+        return str(failure)
+
+    assert reason().endswith(
+        "pad to 192 or of 1408 intermediate in all, tensor-parallel sizes 1, 2, 4, 11, 22, 44 "
+        "work; hal does not pad: padding=False)"
     )
     del problem["intermediate_ranks"]
-    selection = hal.select("fused_moe", scheme="mxfp4_w4a8", platform="cuda:h200", **problem)
-    (failure,) = selection.candidate("triton_scaled_fp8").failures
-    assert str(failure).endswith("; pad to 192)")
-    assert "tensor-parallel" not in str(failure)
+    assert reason().endswith("; pad to 192; hal does not pad: padding=False)")
+    assert "tensor-parallel" not in reason()
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_every_scheme_with_blocks_of_scales_names_sizes_that_work(scheme):
+    """Each size that the error names divides the whole into shards that are bound as they are."""
+    how = SCHEMES[scheme].weight
+    block = max(block_of(how, axis) for axis in ("rows", "columns"))
+    intermediate, ranks = 3 * block // 2, 4
+    if block == 1:
+        w13, w2 = experts(96, scheme)
+        assert FusedMoE(w13, w2, intermediate_ranks=ranks).kernel
+        return
+    assert block == (128 if how.granularity == "block128" else int(how.granularity[5:]))
+    w13, w2 = experts(intermediate, scheme)
+    with pytest.raises(ShapeError) as caught:
+        FusedMoE(w13, w2, intermediate_ranks=ranks)
+    assert f"intermediate={intermediate} on each of {ranks} ranks" in str(caught.value)
+    assert f"a multiple of {block}, the block of scales of {scheme}" in str(caught.value)
+    named = re.fullmatch(r"pad to (\d+) or of (\d+) .* sizes ([\d, ]+) work", caught.value.cure)
+    padded, whole = int(named[1]), int(named[2])
+    assert (padded % block, whole) == (0, intermediate * ranks)
+    for size in map(int, named[3].split(", ")):
+        w13, w2 = experts(whole // size, scheme)
+        assert FusedMoE(w13, w2, intermediate_ranks=size).kernel
