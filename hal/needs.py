@@ -171,7 +171,7 @@ class _TritonMath(Need):
         return Failure(
             Code.FORMAT,
             f"Triton's own matrix instruction for {' or '.join(self.formats)}",
-            f"on {context.spec.arch} Triton has it for {listed}",
+            f"{listed} on {context.spec.arch}",
             "the device has one; Triton converts, which is emulated" if only_triton else "",
         )
 

@@ -30,6 +30,7 @@ from hal.errors import (
 )
 from hal.needs import Code, Context, Failure, Need, Needs
 from hal.padding import Padded, padded_or_not, times_the_weights
+from hal.reach import higher_levels
 from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
 
 __all__ = ["OPTION_NAMES", "Candidate", "Options", "Selection", "choose", "rank"]
@@ -176,6 +177,13 @@ class Selection:
         """Return in one line what the choice does not quantize, though the scheme does."""
         return left_as_given(self.kernel, (c.kernel for c in self.candidates), self.scheme)
 
+    @property
+    def above(self) -> str:
+        """Return in one sentence what would have to change for a higher level, if there is one."""
+        if self.options.force is not None:
+            return ""
+        return higher_levels(self.kernel, self.candidates, str(self.spec.arch))
+
     def candidate(self, name: str) -> Candidate:
         """Return the candidate called `name`."""
         for candidate in self.candidates:
@@ -197,6 +205,7 @@ class Selection:
             "reason": self.reason,
             "note": self.note,
             "as_given": self.as_given,
+            "above": self.above,
             "unchecked": list(self.unchecked),
             "candidates": [
                 {
@@ -441,6 +450,8 @@ def _table(selection: Selection) -> list[str]:
         lines += _wrapped("-> none: " + selection.reason, "", "   ")
     if selection.as_given:
         lines += _wrapped(selection.as_given, "   ")
+    if selection.above:
+        lines += _wrapped(selection.above, "   ")
     if selection.note:
         lines += _wrapped("note: " + selection.note, "   ")
     elsewhere = []

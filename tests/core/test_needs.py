@@ -45,8 +45,7 @@ CASES = [
         Needs.triton_math("e4m3fn"),
         {"formats": FP8_STORED},
         {},
-        "format: found on sm_90 Triton has it for bfloat16, needs Triton's own matrix instruction "
-        "for e4m3fn",
+        "format: found bfloat16 on sm_90, needs Triton's own matrix instruction for e4m3fn",
     ),
     (
         Needs.feature("tma", "since sm_90"),

@@ -8,10 +8,17 @@ test_platform_activations.py and test_platform_memory.py.
 from __future__ import annotations
 
 import adapter_fakes as fakes
+import expert_cases
 import pytest
+import torch
+from calibrated import quantize
 
 import hal
 from hal.arch import CudaArch
+from hal.ops import FusedMoE, Routing
+from hal.platforms.base import DeviceRecord
+from hal.platforms.cpu import CpuPlatform
+from hal.platforms.ordering import HostOrdering
 from hal.platforms.tables import arch_rows, device_rows
 from hal.quant import SCHEMES
 from hal.registry import Level
@@ -36,7 +43,6 @@ def why(selection, kernel):
 # ------------------------------------------------------------------------------------- int8 W8A8
 WITH_INT8 = ("cuda:rtx-3090", "cuda:h200", "rocm:gfx90a", "rocm:gfx942", "rocm:gfx950",
              "rocm:gfx1100", "rocm:gfx1201", "xpu:arc-b580", "xpu:max-1550")  # fmt: skip
-WITHOUT_TRITON = ("cuda:t4", "rocm:gfx908")
 
 
 @pytest.mark.parametrize("platform", WITH_INT8)
@@ -45,10 +51,37 @@ def test_int8_is_multiplied_as_int8(platform):
     assert (selection.kernel.name, selection.level) == ("triton_int8", Level.NATIVE)
 
 
-@pytest.mark.parametrize("platform", WITHOUT_TRITON)
-def test_int8_goes_through_torch_where_triton_has_no_product(platform):
-    selection = select("int8_channel", platform)
-    assert selection.kernel.name.startswith("torch_experts")
+@pytest.mark.parametrize("scheme", ["int8_channel", "int8_static"])
+def test_int8_on_sm_75_is_multiplied_as_int8_by_torch(scheme):
+    selection = select(scheme, "cuda:t4")
+    assert (selection.kernel.name, selection.level) == ("torch_experts_int_mm", Level.NATIVE)
+    assert "feature triton" in why(selection, "triton_int8")
+    for platform in ("cuda:v100", "rocm:gfx942", "cpu:x86-avx512"):
+        assert "sm_75 or newer" in why(select(scheme, platform), "torch_experts_int_mm")
+    odd = select(scheme, "cuda:t4", hidden=1001)
+    assert list(map(str, odd.padded)) == ["hidden 1001 to 1008"]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 60])
+@pytest.mark.parametrize("scheme", ["int8_channel", "int8_static"])
+@pytest.mark.parametrize("case", expert_cases.CASES, ids=lambda case: case.name.replace(" ", "_"))
+def test_what_sm_75_computes_against_float64(case, scheme, tokens):
+    """torch's product takes the same on a CPU; the facts are those of a T4."""
+    platform = CpuPlatform([DeviceRecord(fakes.newest("cuda:t4"), 0)], HostOrdering())
+    layer = expert_cases.make(case, lambda weight: quantize(weight, scheme), tokens=tokens)
+    bound = FusedMoE(layer.w13, layer.w2, **layer.biases, **case.options, platform=platform)
+    assert bound.kernel == "torch_experts_int_mm"
+    routing = Routing(ids=layer.ids, weights=layer.weights)
+    found = bound(layer.x, routing, shared=layer.shared)
+    wanted = torch.zeros_like(found[-1]) if layer.shared is None else layer.shared[-1]
+    assert torch.equal(found[-1], wanted)
+    if tokens > 1:
+        assert expert_cases.error(found, layer, True) < 0.012
+
+
+def test_int8_is_decoded_where_neither_has_a_product():
+    selection = select("int8_channel", "rocm:gfx908")
+    assert selection.kernel.name == "torch_experts_dequant"
     assert "feature triton" in why(selection, "triton_int8")
 
 
@@ -59,7 +92,7 @@ def test_a_single_int8_product_on_sm_75_is_torchs():
     assert "needs sm_75 or newer" in why(refused, "torch_int_mm")
 
 
-INT8_KERNELS = ("triton_int8", "torch_experts_int8")
+INT8_KERNELS = ("triton_int8", "torch_experts_int8", "torch_experts_int_mm")
 
 
 @pytest.mark.parametrize("platform", ["cuda:h200", "cpu:x86-avx512"])
