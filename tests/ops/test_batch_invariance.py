@@ -9,7 +9,8 @@ from hal.errors import ForcedKernelError
 from hal.ops import FusedMoE, Linear, Routing
 from hal.ops.cases.experts import routing
 from hal.ops.cases.trial import calibrated, random
-from hal.registry import find_op
+from hal.registry import find_op, op_names
+from hal.sources import source_parts
 
 ROWS = 64
 # K and N beside powers of two, and more K than any kernel sums at once.
@@ -96,3 +97,21 @@ def test_a_batch_that_matters_is_seen():
 @pytest.mark.parametrize("op", ["linear", "fused_moe"])
 def test_the_reference_makes_the_claim(op):
     assert find_op(op).find("reference").batch_invariant
+
+
+BY_ROWS = {"bind_few_tokens", "TileChoice", "choose_tile", "few_rows", "some_rows", "way_of",
+           "rows_before_expanding"}  # fmt: skip
+"""What decides by the number of rows in which order products are summed."""
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_no_kernel_claims_it_that_sums_in_another_order_for_other_numbers_of_rows(op):
+    """Experts of few tokens take another way, and tiles are chosen by rows: these claim nothing."""
+    deciding = {}
+    for kernel in find_op(op).kernels:
+        names = {name for _, name in source_parts(kernel.entry)}
+        deciding[kernel.name] = bool(names & BY_ROWS)
+        assert not (kernel.batch_invariant and deciding[kernel.name]), (kernel, names & BY_ROWS)
+    if op in ("linear", "fused_moe"):
+        assert deciding["triton"]
+        assert deciding["triton_fp8"]
