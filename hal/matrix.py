@@ -51,6 +51,7 @@ TYPICAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "format": "standard",
             "lora": False,
             "apply_router_weight_on_input": False,
+            "padding": True,
         },
         "linear": {
             "tokens": 16,

@@ -7,19 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated import quantize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hal.errors import ValueRangeError
 from hal.matrix import assumed
+from hal.needs import Needs
 from hal.ops import FusedMoE
 from hal.platforms.base import DeviceRecord
 from hal.platforms.cpu import CpuPlatform
 from hal.platforms.ordering import HostOrdering
 from hal.platforms.tables import device_spec
+from hal.quant import SCHEMES
 from hal.quant import layout as layout_module
-from hal.quant import quantize
 from hal.quant.layout import LAYOUTS, PARTS, keeps_memory, to_layout
+from hal.registry import Level, find_op, restore, snapshot
 
 SCHEME, KERNEL, LAYOUT = "int4_w4a8_fp8", "triton_w4a8", "int4_planes"
 EXPERTS, HIDDEN, INTERMEDIATE = 32, 256, 128
@@ -130,6 +133,46 @@ def test_small_groups_take_no_more(scheme):
     with Peak() as peak:
         bind(w13, w2, force="triton_packed")
     assert peak.most <= 0.3 * (w13.nbytes + w2.nbytes), peak.most / (w13.nbytes + w2.nbytes)
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_what_a_cpu_takes_beside_what_it_keeps(scheme):
+    """Of its own kernels: those that expand weights keep bf16, and make it an expert at a time."""
+    w13, w2 = weights(scheme)
+    whole = w13.nbytes + w2.nbytes
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*w13.tensors, *w2.tensors)}
+    with Peak() as peak:
+        bound = FusedMoE(w13, w2)
+    kept = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in bound.tensors}
+    kept = sum(size for place, size in kept.items() if place not in given)
+    wide = 2 * EXPERTS * 3 * INTERMEDIATE * HIDDEN
+    assert kept <= (1.01 * wide if bound.selection.level is Level.DEQUANT else 0.1 * whole)
+    # NaN codes are looked for in 4096 rows at a time, much of these small weights.
+    rows = 2 * 4096 * HIDDEN if bound.kernel == "torch_experts_decode" else 0
+    assert peak.most <= kept + max(0.3 * max(whole, kept), rows), (peak.most - kept) / whole
+
+
+def test_a_padded_weight_takes_its_own_memory_and_little_more():
+    """It is reordered where it lies, and the weights that were given are left alone."""
+    op, kept = find_op("fused_moe"), snapshot()
+    kernel = op.find(KERNEL)
+    op.declare(
+        "padded", level=kernel.level, band="tuned", signatures=kernel.signatures,
+        requires=(Needs.multiple_of("hidden", 288),), entry=kernel.entry,
+    )  # fmt: skip
+    try:
+        w13, w2 = weights()
+        before = w13.values.clone()
+        with Peak() as peak:
+            bound = bind(w13, w2, force="padded", inplace=True)
+    finally:
+        restore(kept)
+    assert [row.to for row in bound.selection.padded] == [288]
+    assert torch.equal(w13.values, before)
+    assert w13.layout == "canonical"
+    larger = 288 / HIDDEN
+    whole = w13.nbytes + w2.nbytes
+    assert whole <= peak.most <= (larger + 0.3) * whole, peak.most / whole
 
 
 def test_a_weight_that_cannot_be_bound_leaves_the_other_as_it_was():
