@@ -252,9 +252,9 @@ def test_rows_of_a_bias():
 # --------------------------------------------------------------------------------- on a device
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4_w4a8"])
-def test_padded_for_a_kernel_on_a_device(device, scheme):
+def test_padded_for_a_kernel_on_a_device(scheme):
     """232 columns are no whole groups of 32: padded to 256 they are; x and the output stay 232."""
-    layer = make(CASES[0], scheme, intermediate=136, device=device)
+    layer = make(CASES[0], scheme, intermediate=136, device="cuda")
     try:
         bound = FusedMoE(layer.w13, layer.w2, **layer.biases, force="triton_scaled_fp8")
     except ForcedKernelError as error:
@@ -267,10 +267,10 @@ def test_padded_for_a_kernel_on_a_device(device, scheme):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["triton_packed", "triton_scaled_fp8"])
-def test_mxfp4_padded_to_256_by_its_owner_on_a_device(device, kernel):
+def test_mxfp4_padded_to_256_by_its_owner_on_a_device(kernel):
     case = expert_cases.Case("to 256", CASES[0].formula, {"unpadded_hidden": 200}, second_bias=True)
     layer = expert_cases.make(
-        case, lambda weight: quantize(weight, "mxfp4_w4a8"), hidden=256, device=device
+        case, lambda weight: quantize(weight, "mxfp4_w4a8"), hidden=256, device="cuda"
     )
     bound = FusedMoE(layer.w13, layer.w2, **layer.biases, **case.options, force=kernel)
     found = call(bound, layer)

@@ -99,3 +99,35 @@ def test_kernels_of_unquantized_input_get_it_as_it_is(monkeypatch, kernel, schem
     for where in QUANTIZERS:
         monkeypatch.setattr(*place(where), refuse)
     run(kernel, scheme)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kernel", "scheme"),
+    [("triton_fp8", "fp8_channel"), ("triton_fp8", "fp8_block128"), ("triton_int8", "int8_channel"),
+     ("triton_w4a8", "int4_w4a8_fp8"), ("triton_scaled_fp8", "mxfp8"),
+     ("triton_decode", "fp8_w8a16"), ("triton_packed", "mxfp4_w4a8")],
+)  # fmt: skip
+def test_on_a_device_rows_are_quantized_once_or_not_at_all(monkeypatch, kernel, scheme):
+    """Of many tokens, in launches of their own; few are quantized in registers."""
+    seen = []
+
+    def counted(original):
+        def count(source, *rest, **named):
+            seen.append(source.shape[0])
+            return original(source, *rest, **named)
+
+        return count
+
+    for name in ("quantize.quantize", "swiglu.silu_and_mul_quantize_rows",
+                 "swiglu.silu_and_mul_quantize_groups"):  # fmt: skip
+        module, function = place(f"kernels.{name}")
+        monkeypatch.setattr(module, function, counted(getattr(module, function)))
+    layer = expert_cases.make(
+        CASES[0], lambda weight: quantize_with_scale(weight, scheme), tokens=300, intermediate=128,
+        device="cuda",
+    )  # fmt: skip
+    bound = FusedMoE(layer.w13, layer.w2, force=kernel)
+    bound(layer.x, Routing(ids=layer.ids, weights=layer.weights))
+    later = bound.selection.level is Level.WEIGHT_ONLY
+    assert seen == ([] if later else [300, layer.ids.numel()])

@@ -80,6 +80,26 @@ def test_reordered_shards_sum_to_the_unsharded_result(whole, layout):
     assert float((found - wanted).norm() / wanted.norm()) < 5e-3  # each part is rounded to bf16
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 400])  # in two launches without a sort, and sorted
+@pytest.mark.parametrize(("kernel", "most"), [("triton_packed", 5e-3), ("triton_w4a8", 0.05)])
+def test_shards_on_a_device_sum_to_the_unsharded_result(whole, kernel, most, tokens):
+    """Of quantized h each rank has the largest magnitude of its own columns: other codes."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16().cuda()
+    ids = torch.randint(-1, EXPERTS, (tokens, 2), generator=generator).cuda()
+    weights = torch.rand(tokens, 2, generator=generator).cuda()
+
+    def output(*pair: QTensor) -> torch.Tensor:
+        w13, w2 = (weight.to("cuda") for weight in pair)
+        moe = FusedMoE(w13, w2, force=kernel, inplace=True)
+        return moe(x, Routing(ids=ids, weights=weights)).float()
+
+    wanted = output(*(w4a8_weight(*part) for part in whole))
+    found = sum(output(*shards(whole, rank)) for rank in range(WORLD))
+    assert float((found - wanted).norm() / wanted.norm()) < most
+
+
 def drops_the_number(view):
     """Return torch's `Tensor.view` as it was before 2.10: of a tuple and a number it takes one."""
 

@@ -28,7 +28,8 @@ GUARD = 4096
 def guarded(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tensor between bytes that are NaN in every format of scales, and all memory."""
     raw = tensor.contiguous().view(torch.uint8).flatten()
-    memory = torch.full((raw.numel() + 2 * GUARD,), 0xFF, dtype=torch.uint8)
+    size = raw.numel() + 2 * GUARD
+    memory = torch.full((size,), 0xFF, dtype=torch.uint8, device=tensor.device)
     memory[GUARD : GUARD + raw.numel()] = raw
     inside = memory[GUARD : GUARD + raw.numel()].view(tensor.dtype).view(tensor.shape)
     return inside, memory
@@ -89,13 +90,14 @@ KERNELS = [
 ]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(("kernel", "scheme"), KERNELS)
-def test_kernels_read_their_tensors_alone(kernel, scheme, count):
+def test_kernels_read_their_tensors_alone(device, kernel, scheme, count):
     hidden, intermediate, tokens = 160, 96, 11
     top_k = min(2, count)
-    w13 = experts(count, 2 * intermediate, hidden, scheme, 1)
-    w2 = experts(count, hidden, intermediate, scheme, 2)
+    w13 = experts(count, 2 * intermediate, hidden, scheme, 1).to(device)
+    w2 = experts(count, hidden, intermediate, scheme, 2).to(device)
     (inside13, memories13), (inside2, memories2) = within_guards(w13), within_guards(w2)
     memories = [*memories13, *memories2]
     before = [memory.clone() for memory in memories]
@@ -104,11 +106,12 @@ def test_kernels_read_their_tensors_alone(kernel, scheme, count):
     except ForcedKernelError as refusal:
         pytest.skip(f"{kernel}: {refusal.selection.candidate(kernel).failures[0]}")
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16().to(device)
     ids = torch.rand(tokens, count, generator=generator).argsort(-1)[:, :top_k].int()
     ids[0], ids[1, 0] = -1, count  # absent, and one beyond the last expert
     ids[2] = count - 1
-    route = Routing(ids=ids, weights=torch.rand(tokens, top_k, generator=generator))
+    weights = torch.rand(tokens, top_k, generator=generator)
+    route = Routing(ids=ids.to(device), weights=weights.to(device))
     found = bound(x, route)
     level = bound.selection.level
     wanted = [expected_moe(x, w13, w2, route, "silu", level, order) for order in range(3)]
