@@ -107,10 +107,13 @@ class Memory:
                 write_text(path, "\n".join(lines[-self.MOST // 2 :]) + "\n")
 
     def _take(self, told: dict[str, Any]) -> None:
-        lists = {name: tuple(map(str, told[name])) for name in ("instructions", "options")}
-        numbers = ("shared_memory_bytes", "registers", "spilled_bytes")
         self._known[str(told["key"])] = Facts(
-            **{name: int(told[name]) for name in numbers}, **lists, seconds=float(told["seconds"])
+            shared_memory_bytes=int(told["shared_memory_bytes"]),
+            registers=int(told["registers"]),
+            spilled_bytes=int(told["spilled_bytes"]),
+            instructions=tuple(map(str, told["instructions"])),
+            options=tuple(map(str, told["options"])),
+            seconds=float(told["seconds"]),
         )
 
     @contextlib.contextmanager
