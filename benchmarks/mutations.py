@@ -72,6 +72,15 @@ MUTATIONS = (
         "tests/kernels/test_tiles.py",
     ),
     Mutation(
+        "limit: shared memory of a multiprocessor given to a block", "platforms/archs.toml",
+        "shared_memory_per_block_bytes = 101376", "shared_memory_per_block_bytes = 102400",
+        "tests/kernels/test_limits.py",
+    ),
+    Mutation(
+        "level: conversion taken for the format's own instruction", "ops/cells.py",
+        'if product in ("gemm", "grouped_gemm"):', "if product in ():", "tests/core/test_cells.py",
+    ),
+    Mutation(
         "layout: nibbles exchanged", "quant/nibbles.py",
         "codes[..., 0::2] & MASK, codes[..., 1::2] << 4",
         "codes[..., 1::2] & MASK, codes[..., 0::2] << 4", "tests/quant/test_nibbles.py",
