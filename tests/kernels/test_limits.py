@@ -14,17 +14,17 @@ from test_cache_keys import target_of
 from triton.backends.compiler import GPUTarget
 
 from hal.evidence import evidence_folder, read_rows
-from hal.ops.kernels import common, crosscompile
-from hal.ops.kernels.crosscompile import (
+from hal.ops.kernels import common
+from hal.ops.kernels.compile_cases import (
+    CASES,
     EXPERTS,
     FEW,
     HIDDEN,
     INTERMEDIATE,
     MANY,
     TOP_K,
-    cell_names,
-    compile_cells,
-)  # fmt: skip
+)
+from hal.ops.kernels.crosscompile import cell_names, compile_cells
 from hal.ops.tiles import choose_tile, runs_ptx
 from hal.platforms.tables import device_rows, device_spec
 
@@ -134,7 +134,7 @@ def launches(monkeypatch):
         number = target.arch.removeprefix("sm_")
         own = ("cuda", int(number)) if target.platform == "cuda" else ("hip", target.arch)
         with common.compile_for(GPUTarget(*own, target.lanes)):
-            crosscompile._CASES[cell](target)
+            CASES[cell](target)
         assert told
         return json.dumps(told)
 
