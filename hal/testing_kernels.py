@@ -65,8 +65,9 @@ def check_kernel(name: str, device: torch.device | str | None = None) -> None:
     kernel = find_kernel(name)
     for check in KERNEL_CHECKS:
         check(kernel)
-    for scheme in () if device is None else kernel.schemes:
-        compare_kernel(kernel, scheme, device)
+    if device is not None:
+        for scheme in kernel.schemes:
+            compare_kernel(kernel, scheme, device)
 
 
 def compare_kernel(
@@ -200,7 +201,8 @@ def _devices(kernel: Kernel) -> Iterator[DeviceSpec]:
     packages = tuple((name, _NEWEST) for name in named)
     software = Software(torch=_NEWEST, triton=_NEWEST, packages=packages)
     for name in device_names():
-        yield device_spec(*name.split(":", 1), software)
+        platform, _, key = name.partition(":")
+        yield device_spec(platform, key, software)
 
 
 def _lacks(kernel: Kernel, scheme: str, spec: DeviceSpec) -> list[Failure]:
