@@ -81,7 +81,8 @@ class LaunchingDriver:
         self.launched: list[tuple[str, str]] = []
         self.device = 92  # of no real machine
         self.utils = SimpleNamespace(
-            load_binary=lambda name, *_: ("module", name, 32, 0, 1024)[:LOADED],
+            # No module: Triton 3.8 would unload it through whichever driver is active by then.
+            load_binary=lambda name, *_: (None, name, 32, 0, 1024)[:LOADED],
             get_device_properties=lambda _: {"max_shared_mem": 232448},
             launch=None,
         )
