@@ -3,7 +3,9 @@
 Writes docs/kernels-compiled.md, and rows of evidence (hal.evidence) for every kernel and scheme
 that selection offers on a target.
 
-Usage: python benchmarks/compile_matrix.py [--jobs N] [--evidence-only] [--only TARGET ...]
+What a kernel compiled to is remembered, so that only those are compiled again that have changed.
+
+Usage: python benchmarks/compile_matrix.py [--jobs N] [--evidence-only] [--anew] [--only TARGET ...]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hal.config import cache_folder
 from hal.device import DeviceSpec
 from hal.evidence import Row, evidence_folder, read_rows, write_rows
 from hal.evidence_book import is_current
@@ -79,8 +82,11 @@ fused with a norm or a gate), gated activations.
 """
 
 
-def compile_target(platform: str, arch: str) -> list[Cell]:
-    """Compile all cells of one target, without what was compiled before."""
+def compile_target(platform: str, arch: str, memory: Path | None) -> list[Cell]:
+    """Compile all cells of one target.
+
+    memory: Folder of what kernels compiled to before, or None.
+    """
     spec = device_spec(platform, arch)
     target = Target(
         platform,
@@ -97,7 +103,8 @@ def compile_target(platform: str, arch: str) -> list[Cell]:
     }
     with tempfile.TemporaryDirectory() as cache:
         further = sorted(wanted.difference(names))
-        return compile_cells(target, [*names, *further], cache=Path(cache))
+        file = memory and memory / f"{platform}-{arch}.jsonl"
+        return compile_cells(target, [*names, *further], cache=Path(cache), memory=file)
 
 
 def offered(spec: DeviceSpec) -> Iterator[tuple[Kernel, str]]:
@@ -215,14 +222,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="children at a time")
     parser.add_argument("--evidence-only", action="store_true", help="leave the page as it is")
     parser.add_argument("--only", metavar="TARGET", nargs="+", help="such as cuda:sm_90; no page")
+    parser.add_argument("--anew", action="store_true", help="compile what is known, too")
     options = parser.parse_args()
+    memory = None if options.anew else cache_folder() / "compiled"
     targets = [
         target
         for target in (*TARGETS, *FURTHER)
         if not options.only or ":".join(target) in options.only
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda target: compile_target(*target), targets))
+        results = list(pool.map(lambda target: compile_target(*target, memory), targets))
     date = datetime.date.today().isoformat()
     rows = [
         row

@@ -3,6 +3,8 @@
 Each mutation replaces one text of one file, runs the check that is named for it, and must make it
 fail; the same check passes without it. The table of what caught what goes to docs/matrix.md.
 
+With `--only` the rows of the others stay as they are.
+
 Usage: python benchmarks/mutations.py [--only NAME ...]
 """
 
@@ -70,6 +72,15 @@ MUTATIONS = (
         "tile: shared memory not looked at", "ops/tiles.py",
         "    return fit(tile, kind, shared_memory_bytes, platform=platform)\n", "    return tile\n",
         "tests/kernels/test_tiles.py",
+    ),
+    Mutation(
+        "limit: shared memory of a multiprocessor given to a block", "platforms/archs.toml",
+        "shared_memory_per_block_bytes = 101376", "shared_memory_per_block_bytes = 102400",
+        "tests/kernels/test_limits.py",
+    ),
+    Mutation(
+        "level: conversion taken for the format's own instruction", "ops/cells.py",
+        'if product in ("gemm", "grouped_gemm"):', "if product in ():", "tests/core/test_cells.py",
     ),
     Mutation(
         "layout: nibbles exchanged", "quant/nibbles.py",
@@ -187,10 +198,25 @@ def table(caught: Sequence[tuple[Mutation, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def caught_before(text: str) -> dict[str, str]:
+    """Return by its name what caught each mutation of a page."""
+    rows = text.partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    return {name: test.strip("`") for name, _, test in cells}
+
+
+def with_table(text: str, caught: Sequence[tuple[Mutation, str]]) -> str:
+    """Return a page with what caught the mutations now, and what caught the others before."""
+    found = caught_before(text) | {mutation.name: test for mutation, test in caught}
+    rows = [(mutation, found[mutation.name]) for mutation in MUTATIONS if mutation.name in found]
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}{table(rows)}{END}{rest.partition(END)[2]}"
+
+
 def main() -> int:
     """Try all mutations; return 0 when each was caught."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="start of a name; no page")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="start of a name")
     options = parser.parse_args()
     wanted = [m for m in MUTATIONS if not options.only or m.name.startswith(tuple(options.only))]
     caught, missed, sound = [], [], {}
@@ -210,12 +236,8 @@ def main() -> int:
             told = test if sound[mutation.check] else "its check fails without it"
             print(f"{time.perf_counter() - start:4.0f} s  {mutation.name}: {told or 'MISSED'}",
                   flush=True)  # fmt: skip
-    if not options.only and not missed:
-        text = PAGE.read_text(encoding="utf-8")
-        head, _, rest = text.partition(BEGIN)
-        PAGE.write_text(
-            f"{head}{BEGIN}{table(caught)}{END}{rest.partition(END)[2]}", encoding="utf-8"
-        )
+    if not missed:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), caught), encoding="utf-8")
     print(f"{len(caught)} caught, {len(missed)} missed")
     return bool(missed)
 

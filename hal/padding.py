@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hal.needs import Context, Failure, Need
+from hal.need import Context, Failure, Need
 
 if TYPE_CHECKING:
     from hal.registry import Op

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hal.needs import Code
+from hal.need import Code
 
 if TYPE_CHECKING:
     from hal.registry import Kernel

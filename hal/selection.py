@@ -3,21 +3,14 @@
 `choose` is a pure function of facts: the op's declarations, a `DeviceSpec`, a scheme, a problem
 and the caller's options. It never touches a device, so the answer for a machine that is not here
 is computed by the code that runs in production.
-
-Order: a kernel that a measurement on the same architecture shows to be faster than kernels of a
-higher level moves up to that level; then levels decide, then measured times, then bands, then
-names. Within a level, kernels for which weights must be padded come last. A claimed kernel, which
-hal never ran with its real library, comes after all others but the reference until it is measured.
+The order is that of `hal.ranking`, the text that of `hal.selection_text`.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from statistics import geometric_mean
 from typing import Any
 
 from hal.as_given import left_as_given
@@ -29,15 +22,13 @@ from hal.errors import (
     UnknownNameError,
 )
 from hal.needs import Code, Context, Failure, Need, Needs
-from hal.padding import Padded, padded_or_not, times_the_weights
+from hal.padding import Padded, padded_or_not
+from hal.ranking import ON_AVERAGE, Candidate, rank
 from hal.reach import higher_levels
-from hal.registry import BANDS, Kernel, Level, Measurement, Op, find_op, op_names
+from hal.registry import Kernel, Level, Measurement, Op, find_op, op_names
+from hal.selection_text import table
 
 __all__ = ["OPTION_NAMES", "Candidate", "Options", "Selection", "choose", "rank"]
-
-WIDTH = 80
-ON_AVERAGE = "x the best"
-"""Unit of the geometric mean that stands for several measured times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,37 +56,6 @@ class Options:
             raise ArgumentError(
                 "select: fallback", found=repr(self.fallback), needed="'refuse' or 'allow'"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One kernel, with everything it lacks, and its place among those that can run.
-
-    Attributes:
-        kernel: The declaration.
-        failures: All requirements not met; empty means that it can run.
-        rank: Place among those that can run, from 0; None where it cannot.
-        measurement: The measured time that ordered it, if any.
-        serves: Whether it is made for the scheme at all.
-        padded: Sizes of weights that are padded when they are bound, because it can run so alone.
-    """
-
-    kernel: Kernel
-    failures: tuple[Failure, ...]
-    rank: int | None = None
-    measurement: Measurement | None = None
-    serves: bool = True
-    padded: tuple[Padded, ...] = ()
-
-    @property
-    def can_run(self) -> bool:
-        """Tell whether every requirement is met."""
-        return not self.failures
-
-    @property
-    def claimed(self) -> bool:
-        """Tell whether nobody ran it: a claimed kernel without a measured time."""
-        return self.kernel.claimed and self.measurement is None
 
 
 @dataclass(frozen=True)
@@ -232,7 +192,7 @@ class Selection:
         }
 
     def __str__(self) -> str:
-        return "\n".join(_table(self))
+        return "\n".join(table(self))
 
 
 def choose(
@@ -320,35 +280,6 @@ def require(selection: Selection) -> Selection:
     raise NoKernelError(f"{where}: no kernel can run; all candidates:", selection)
 
 
-def rank(
-    candidates: list[Candidate], measured: tuple[Measurement, ...], context: Context
-) -> tuple[list[Candidate], list[Candidate]]:
-    """Return the candidates that can run, best first with ranks, and the others by name."""
-    able = [candidate for candidate in candidates if candidate.can_run]
-    unable = [candidate for candidate in candidates if not candidate.can_run]
-    times = _nearest(measured, context, {candidate.kernel.name for candidate in able})
-    able = [replace(c, measurement=times.get(c.kernel.name)) for c in able]
-
-    def key(candidate: Candidate) -> tuple[Any, ...]:
-        kernel, mine = candidate.kernel, candidate.measurement
-        beaten = [
-            other.kernel.level
-            for other in able
-            if mine and other.measurement and mine.time < other.measurement.time
-        ]
-        level = max([kernel.level, *beaten])
-        time = mine.time if mine else math.inf
-        last = 2 if level is Level.REFERENCE else int(candidate.claimed)
-        padded = bool(candidate.padded)
-        return (last, -level, padded, mine is None, time, -BANDS.index(kernel.band), kernel.name)
-
-    # Not able.sort(): a list is empty while it is being sorted, and `key` looks at all of them.
-    in_order = sorted(able, key=key)
-    able = [replace(candidate, rank=place) for place, candidate in enumerate(in_order)]
-    unable.sort(key=lambda candidate: (not candidate.serves, candidate.kernel.name))
-    return able, unable
-
-
 def _examine(op: Op, kernel: Kernel, context: Context, options: Options) -> Candidate:
     failures = []
     serves = context.scheme in kernel.signatures
@@ -377,121 +308,10 @@ def _dtype_needs(kernel: Kernel, context: Context) -> tuple[Need, ...]:
     return (Needs.dtypes(*groups),) if groups else ()
 
 
-def _nearest(
-    measured: tuple[Measurement, ...], context: Context, names: set[str]
-) -> dict[str, Measurement]:
-    """Return the measured rows of the problem most like this one, by kernel, all of one run."""
-    groups: dict[tuple[Any, ...], dict[str, Measurement]] = {}
-    for row in measured:
-        same = row.scheme == context.scheme and row.arch == context.spec.arch.name
-        if same and row.kernel in names:
-            groups.setdefault((row.sizes, row.unit, row.source), {})[row.kernel] = row
-
-    def distance(run: tuple[Any, ...]) -> tuple[Any, ...]:
-        total = 0.0
-        for name, size in run[0]:
-            mine = context.problem.get(name)
-            if mine is not None:
-                total += abs(math.log2(max(mine, 1)) - math.log2(max(size, 1)))
-        return total, -len(groups[run]), run
-
-    if not groups:
-        return {}
-    sizes, unit, source = min(groups, key=distance)
-    known = tuple(pair for pair in sizes if context.problem.get(pair[0]) is not None)
-    alike = [
-        found
-        for run, found in groups.items()
-        if run[1:] == (unit, source) and set(known) <= set(run[0])
-    ]
-    return alike[0] if len(alike) == 1 else _on_average(alike, known)
-
-
-def _on_average(
-    runs: list[dict[str, Measurement]], known: tuple[tuple[str, int], ...]
-) -> dict[str, Measurement]:
-    """Return how far each kernel is from the best of a run, as the geometric mean over runs.
-
-    A size that was not given may be any of those measured; runs that lack a kernel say nothing.
-    """
-    most = max(map(len, runs))
-    runs = [run for run in runs if len(run) == most]
-    names = set.intersection(*({*run} for run in runs))
-    best = geometric_mean([min(row.time for row in run.values()) for run in runs])
-    return {
-        name: replace(
-            runs[0][name],
-            sizes=known,
-            time=round(geometric_mean([run[name].time for run in runs]) / best, 2),
-            unit=ON_AVERAGE,
-        )
-        for name in sorted(names)
-    }
-
-
 def _measured(row: Measurement | None) -> dict[str, Any] | None:
     if row is None:
         return None
     return {"time": row.time, "unit": row.unit, "sizes": dict(row.sizes), "source": row.source}
-
-
-def _table(selection: Selection) -> list[str]:
-    spec = selection.spec
-    lines = _wrapped(f"{selection.op} | {selection.scheme} | {spec.key} ({spec.arch})", "", "    ")
-    if selection.problem:
-        lines += _wrapped(
-            " ".join(f"{name}={value}" for name, value in selection.problem.items()), "  "
-        )
-    if selection.kernel is not None:
-        lines += _wrapped(
-            f"-> {selection.kernel.name} [{selection.level}]: {selection.reason}", "", "   "
-        )
-    else:
-        lines += _wrapped("-> none: " + selection.reason, "", "   ")
-    if selection.as_given:
-        lines += _wrapped(selection.as_given, "   ")
-    if selection.above:
-        lines += _wrapped(selection.above, "   ")
-    if selection.note:
-        lines += _wrapped("note: " + selection.note, "   ")
-    elsewhere = []
-    for candidate in selection.candidates:
-        kernel = candidate.kernel
-        if not candidate.serves:
-            elsewhere.append(kernel.name)
-            continue
-        mark = "+" if candidate.can_run else "-"
-        if kernel is selection.kernel:
-            mark = "*"
-        line = f" {mark} {kernel.name:<24} {kernel.level!s:<12} {kernel.band}"
-        lines.append(f"{line:<52} claimed" if candidate.claimed else line)
-        if candidate.measurement is not None:
-            row = candidate.measurement
-            sizes = " ".join(f"{name}={size}" for name, size in row.sizes)
-            at = f" at {sizes}" if sizes else ""
-            lines += _wrapped(f"{row.time:g} {row.unit}{at}; {row.source}", "     ")
-        if candidate.padded:
-            what = ", ".join(map(str, candidate.padded))
-            times = times_the_weights(candidate.padded)
-            lines += _wrapped(f"weights are padded: {what}, {times:.2f} times as large", "     ")
-        for failure in candidate.failures:
-            lines += _wrapped(str(failure), "     ", "       ")
-    if elsewhere:
-        lines += _wrapped("made for other schemes: " + ", ".join(elsewhere), "   ", "     ")
-    if selection.unchecked:
-        names = ", ".join(selection.unchecked)
-        lines += _wrapped(f"not given, so not checked: {names}", "   ", "     ")
-    return lines
-
-
-def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=first if rest is None else rest,
-        break_on_hyphens=False,
-    )
 
 
 OPTION_NAMES = ("minimum", "force", "fallback", "batch_invariant", "deterministic")

@@ -6,6 +6,7 @@
 
 Every check takes a platform, found or simulated, and raises `ConformanceError` with the fault found
 and what is needed. `check_plugin` does all that can be done for a plugin without its devices.
+`check_kernel` does so for a kernel (`hal.testing_kernels`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from hal.device import DeviceSpec, Software
 from hal.errors import (
     AmbiguousDeviceError,
-    HalError,
     PlatformError,
     SimulatedDeviceError,
     UnknownNameError,
@@ -35,17 +35,29 @@ from hal.protocol import Platform
 from hal.quirks import QUIRKS
 from hal.registry import find_op, op_names
 from hal.selection import choose
+from hal.testing_kernels import (
+    KERNEL_CHECKS,
+    ConformanceError,
+    check_kernel,
+    compare_kernel,
+    find_kernel,
+)
 
 if TYPE_CHECKING:
     from hal.platforms.plugins import PlatformPlugin
 
-__all__ = ["PLATFORM_CHECKS", "ConformanceError", "check_platform", "check_plugin"]
+__all__ = [
+    "KERNEL_CHECKS",
+    "PLATFORM_CHECKS",
+    "ConformanceError",
+    "check_kernel",
+    "check_platform",
+    "check_plugin",
+    "compare_kernel",
+    "find_kernel",
+]
 
 _IDENTITY = ("cuda", "rocm", "xpu", "cpu")
-
-
-class ConformanceError(HalError, AssertionError):
-    """Report what a platform does that the protocol does not allow."""
 
 
 def check_platform(platform: Platform) -> None:

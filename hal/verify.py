@@ -134,6 +134,8 @@ def run_trials(question: Question, progress: Progress | None = None) -> Trials:
             _follow(child, trials, question, progress)
         if not trials.trials:
             raise VerifyError("verify: no kernel of those asked for can run here")
+    if progress is not None:
+        progress(len(trials.results), len(trials.trials), "")
     trials.seconds = time.perf_counter() - start
     return trials
 

@@ -21,7 +21,6 @@ from hal.errors import ForcedKernelError, HalError
 from hal.needs import Code, Needs
 from hal.registry import Kernel, find_op, op_names
 from hal.selection import Options, choose
-from hal.sources import source_parts
 
 if TYPE_CHECKING:
     from hal.ops.cases import Case
@@ -114,9 +113,8 @@ def _jobs(wanted: dict[str, Any], places: list[_Place], interpreted: bool) -> It
 
 
 def _interprets(kernel: Kernel) -> bool:
-    """Tell whether the interpreter runs a kernel: one of Triton, and without `tl.dot_scaled`."""
-    own = {name for _, name in source_parts(kernel.entry)}
-    return Needs.feature("triton") in kernel.requires and "dot_scaled" not in own
+    """Tell whether the interpreter runs a kernel: one of Triton, and all that it is made of."""
+    return Needs.feature("triton") in kernel.requires and not kernel.not_interpreted
 
 
 def _can_run(kernel: Kernel, scheme: str, spec: DeviceSpec) -> bool:

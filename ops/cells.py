@@ -20,7 +20,7 @@ from hal.registry import Kernel, Level
 if TYPE_CHECKING:
     from hal.ops.kernels.crosscompile import Cell
 
-__all__ = ["cells_of", "facts_of", "fault_of", "kind_of", "specialization_of"]
+__all__ = ["cells_of", "facts_of", "fault_of", "kind_of", "level_of", "specialization_of"]
 
 _SCALED = re.compile(r"block_scale|kind::mx|_scale_f32|mfma_scale|v_mfma_scale|scale_vec")
 """Matrix instructions that take the scales of groups."""
@@ -127,6 +127,38 @@ def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
     return (f"quantize/{plain}" if before == "plain" else f"quantize/{other}/{before}",)
 
 
+def level_of(kernel: Kernel, cells: Iterable[Cell]) -> Level:
+    """Return the level that machine code proves, which may be lower than the declared one.
+
+    `native` is lowered to `emulated` where a product came out without a matrix instruction of the
+    scheme's own format: of its codes, or, under scales per group, one that takes the scales.
+    """
+    lowered = kernel.level is Level.NATIVE and _lacking(kernel, cells)
+    return Level.EMULATED if lowered else kernel.level
+
+
+def _lacking(kernel: Kernel, cells: Iterable[Cell]) -> str:
+    """Return which product has no matrix instruction of its own, or the empty text.
+
+    Products that decode weights have that of bf16; `emulated` ones under scales need none.
+    """
+    from hal.ops.kernels.crosscompile import OWN_FORMAT
+
+    for cell in cells:
+        product, _, rest = cell.name.partition("/")
+        found = ", ".join(cell.instructions) or "none"
+        if product in ("gemm", "grouped_gemm"):
+            own = OWN_FORMAT[rest.partition("/")[0]]
+            if own not in cell.formats:
+                return f"{cell.name}: no matrix instruction of {own}, found {found}"
+        if product in ("sums", "sums_experts") and "fp8" not in cell.formats:
+            return f"{cell.name}: no matrix instruction of fp8, found {found}"
+        scaled = any(_SCALED.search(name) for name in cell.instructions)
+        if product in ("scaled", "scaled_experts") and kernel.level is Level.NATIVE and not scaled:
+            return f"{cell.name}: no matrix instruction with scales, found {found}"
+    return ""
+
+
 def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: int) -> str:
     """Return what is wrong with compiled cells in one line, or the empty text.
 
@@ -136,8 +168,7 @@ def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: in
         cells: All of its cells.
         limit_bytes: Shared memory that a block may have on the device.
     """
-    from hal.ops.kernels.crosscompile import OWN_FORMAT
-
+    cells = list(cells)
     for cell in cells:
         if cell.error:
             return f"{cell.name}: {cell.error}"
@@ -145,19 +176,10 @@ def fault_of(kernel: Kernel, scheme: str, cells: Iterable[Cell], limit_bytes: in
             return (
                 f"{cell.name}: {cell.shared_memory_bytes} bytes of shared memory of {limit_bytes}"
             )
-        product, _, rest = cell.name.partition("/")
-        kind = rest.partition("/")[0]
-        if product in ("gemm", "grouped_gemm") and OWN_FORMAT[kind] not in cell.formats:
-            found = ", ".join(cell.instructions) or "none"
-            return f"{cell.name}: no matrix instruction of {OWN_FORMAT[kind]}, found {found}"
-        if product in ("sums", "sums_experts") and "fp8" not in cell.formats:
-            found = ", ".join(cell.instructions) or "none"
-            return f"{cell.name}: no matrix instruction of fp8, found {found}"
-        scaled = any(_SCALED.search(name) for name in cell.instructions)
-        if product in ("scaled", "scaled_experts") and kernel.level is Level.NATIVE and not scaled:
-            found = ", ".join(cell.instructions) or "none"
-            return f"{cell.name}: no matrix instruction with scales, found {found}"
-    return ""
+    proved = level_of(kernel, cells)
+    lowered = f" (declared {kernel.level}, is {proved})" if proved is not kernel.level else ""
+    fault = _lacking(kernel, cells)
+    return fault and fault + lowered
 
 
 def facts_of(cells: Iterable[Cell]) -> Mapping[str, Any]:

@@ -10,6 +10,9 @@
 `x` is `[..., K]` bf16 or fp16, the weight `[N, K]`; activations are quantized at each call as the
 scheme says. Kernels of level `weight_only` and `dequant` leave them as they are, which is more
 precise than the scheme asks for. Static schemes quantize under the `input_scale` of the weight.
+
+This file is longer than others: evidence is about functions by their module (`hal.sources`), so
+that what ran on devices would be of an earlier source if binders, or what they share, moved.
 """
 
 from __future__ import annotations

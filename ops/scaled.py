@@ -42,6 +42,8 @@ SUMS = ("mxfp8", "mxfp4_w4a8")
 SUMMING = Needs.exactly("sm_89", "sm_90", "sm_120", "gfx942", "gfx1200", "gfx1201")
 """Architectures whose matrix instructions take 8-bit floats from Triton, and not all of their
 scales. sm_121 is none: Triton converts 8-bit floats to fp16 there."""
+DOT_SCALED = "tl.dot_scaled"
+"""What Triton's interpreter does not have: it multiplies decoded numbers in its place."""
 EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 3.6 was not tried")
 
 
@@ -56,6 +58,7 @@ EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 
         Needs.exactly(*TENSOR_MEMORY, "sm_120", "gfx950"),
     ),
     claimed=True,
+    not_interpreted=DOT_SCALED,
 )
 @LINEAR.kernel(
     "triton_scaled_mixed",
@@ -64,6 +67,7 @@ EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 
     signatures={"mxfp4_w4a8": ALL["mxfp4_w4a8"]},
     requires=(EMITS, *TRITON, Needs.exactly(*TENSOR_MEMORY, "gfx950")),
     claimed=True,
+    not_interpreted=DOT_SCALED,
 )
 @LINEAR.kernel(
     "triton_scaled_nvfp4",
@@ -72,6 +76,7 @@ EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 
     signatures={"nvfp4": ALL["nvfp4"]},
     requires=(EMITS, *TRITON, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
     claimed=True,
+    not_interpreted=DOT_SCALED,
 )
 @LINEAR.kernel(
     "triton_scaled_emulated",
@@ -79,6 +84,7 @@ EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 
     band="tuned",
     signatures={name: ALL[name] for name in ("mxfp8", "mxfp4", "mxfp4_w4a8")},
     requires=(Needs.package("triton", "3.6"), *TRITON, Needs.exactly("sm_90")),
+    not_interpreted=DOT_SCALED,
 )
 def bind_scaled(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Quantize the input in groups and multiply codes and scales in Triton."""

@@ -15,6 +15,7 @@ from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates
 from hal.ops.fused_moe import FUSED_MOE, moe_signatures
 from hal.ops.quantize import activation_encoding
 from hal.ops.scaled import (
+    DOT_SCALED,
     EMITS,
     SUMMING,
     SUMS,
@@ -56,6 +57,7 @@ ROWS = (
         Needs.exactly(*TENSOR_MEMORY, "sm_120", "gfx950"),
     ),
     claimed=True,
+    not_interpreted=DOT_SCALED,
 )
 @FUSED_MOE.kernel(
     "triton_scaled_mixed",
@@ -64,6 +66,7 @@ ROWS = (
     signatures=moe_signatures("mxfp4_w4a8"),
     requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "gfx950")),
     claimed=True,
+    not_interpreted=DOT_SCALED,
 )
 @FUSED_MOE.kernel(
     "triton_scaled_nvfp4",
@@ -72,6 +75,7 @@ ROWS = (
     signatures=moe_signatures("nvfp4"),
     requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
     claimed=True,
+    not_interpreted=DOT_SCALED,
 )
 @FUSED_MOE.kernel(
     "triton_scaled_emulated",
@@ -79,6 +83,7 @@ ROWS = (
     band="tuned",
     signatures=moe_signatures("mxfp8", "mxfp4", "mxfp4_w4a8"),
     requires=(Needs.package("triton", "3.6"), *ROWS, Needs.exactly("sm_90")),
+    not_interpreted=DOT_SCALED,
 )
 def bind_scaled_experts(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN

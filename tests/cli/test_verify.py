@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -133,7 +136,12 @@ def test_a_kernel_that_breaks_its_process_costs_its_own_trial(monkeypatch, tmp_p
     worker.write_text(WORKER.format(python=sys.executable))
     worker.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(worker))
-    trials = run_trials(Question(seconds=2.0))
+    told = []
+    trials = run_trials(Question(seconds=2.0), lambda *told_now: told.append(told_now))
+    assert list(dict.fromkeys(told)) == [
+        *((n, 6, "align/torch_sort none") for n in range(6)),
+        (6, 6, ""),
+    ]
     faults = [result["faults"] for _, result in trials]
     assert faults[0] == faults[5] == []
     assert faults[1] == ["ids differ"]
@@ -144,6 +152,43 @@ def test_a_kernel_that_breaks_its_process_costs_its_own_trial(monkeypatch, tmp_p
     assert not row.passed
     assert row.cases == 6
     assert row.fault.startswith("case 1: ids differ; case 2: ended by SIGABRT")
+
+
+VERIFY = "import sys; sys.executable = sys.argv.pop(1); from hal.cli import main; sys.exit(main())"
+QUICK = WORKER.replace("time.sleep(60)", "pass")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_bar_for_who_watches_a_table_and_a_file(tmp_path: Path) -> None:
+    """The bar goes to stderr, the table to stdout, and rows to the file."""
+    import pty
+
+    pytest.importorskip("rich")
+    worker, output = tmp_path / "python", tmp_path / "found.jsonl"
+    worker.write_text(QUICK.format(python=sys.executable))
+    worker.chmod(0o755)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", VERIFY, str(worker), "verify", "--output", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path) as child:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # the other end was closed
+                break
+            if not part:
+                break
+            seen += part
+        assert child.stdout is not None
+        out = child.stdout.read().decode()
+    os.close(ours)
+    assert child.returncode == 1
+    assert b"align/torch_sort none" in seen
+    assert b"6/6" in seen
+    assert "6/6" not in out
+    assert re.search(r"align/torch_sort +cpu +1 +3 +3 ", out), out
+    assert [row.cases for row in read_rows(output)] == [6]
 
 
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hal.evidence_book import Book, is_current
 from hal.matrix import assumed, build_matrix
-from hal.ops.cells import cells_of, facts_of, fault_of, kind_of, specialization_of
+from hal.ops.cells import cells_of, facts_of, fault_of, kind_of, level_of, specialization_of
 from hal.ops.kernels.crosscompile import Cell
 from hal.platforms.tables import device_spec
 from hal.quant.scheme import find_scheme
@@ -48,6 +50,31 @@ def test_a_cell_with_its_own_instruction_is_well() -> None:
 )
 def test_what_a_native_kernel_must_not_be(cell: Cell, fault: str) -> None:
     assert fault in fault_of(FP8, "fp8_channel", [GOOD, cell], 2000)
+
+
+CONVERTED = replace(GOOD, instructions=("mma.sync.m16n8k16.f32.f16.f16.f32",))
+BLOCKS = Cell("scaled/mxfp8/few", "cuda:sm_100", instructions=("tcgen05.mma.kind::f16",))
+DECODED = Cell("gemm/fp8_channel_decode/few", "cuda:sm_90", instructions=("wgmma.f32.bf16.bf16",))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cells", "level"),
+    [
+        ("triton_fp8", [GOOD], Level.NATIVE),
+        ("triton_fp8", [GOOD, CONVERTED], Level.EMULATED),
+        ("triton_fp8", [replace(GOOD, instructions=())], Level.EMULATED),
+        ("triton_scaled", [BLOCKS], Level.EMULATED),
+        ("triton_scaled_emulated", [BLOCKS], Level.EMULATED),
+        ("triton_decode", [DECODED], Level.WEIGHT_ONLY),
+    ],
+)
+def test_a_level_is_lowered_to_what_the_machine_code_is(kernel, cells, level) -> None:
+    """And a declaration that says otherwise is a fault; no level is ever raised."""
+    found = find_op("linear").find(kernel)
+    assert level_of(found, cells) is level
+    fault = fault_of(found, "any", cells, 2000)
+    assert bool(fault) is (level is not found.level)
+    assert not fault or fault.endswith("(declared native, is emulated)")
 
 
 def test_scaled_products_need_an_instruction_that_takes_scales() -> None:
@@ -129,3 +156,9 @@ def test_every_native_kernel_that_is_chosen_has_compiled_or_run() -> None:
         if not well or (arch == "sm_90" and not ran):
             weaker.add((kernel.name, arch))
     assert weaker == NOT_COMPILED, "run make matrix, and hal verify on an H200"
+    page = (Path(__file__).parents[2] / "docs" / "matrix.md").read_text(encoding="utf-8")
+    told = page.partition("## What is not covered")[2]
+    number = sum((c.selection.kernel.name, c.column.arch) in NOT_COMPILED for c in native)
+    assert f"cells of CUDA {number} are `simulated`" in told
+    assert {name for name, _ in NOT_COMPILED} <= set(re.findall(r"`(\w+)`", told))
+    assert all(arch in told for _, arch in NOT_COMPILED)

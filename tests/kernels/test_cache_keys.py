@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hal.ops.kernels import common, crosscompile
+from hal.ops.kernels import common, compile_cases, machine_code
 from hal.ops.kernels.crosscompile import Target, cell_names, compile_cells
 from hal.platforms.tables import device_spec
 
@@ -70,7 +70,7 @@ def on(device: str):
 def without_the_device(name: str, target: Target) -> list[tuple[str, str]]:
     """Return the kernels of a cell and their keys, as the cross-compiler makes them."""
     with common.compile_for(H100) as compiled:
-        crosscompile._CASES[name](target)
+        compile_cases.CASES[name](target)
     return sorted((entry.name, entry.kernel.metadata.hash) for entry in compiled)
 
 
@@ -81,7 +81,8 @@ class LaunchingDriver:
         self.launched: list[tuple[str, str]] = []
         self.device = 92  # of no real machine
         self.utils = SimpleNamespace(
-            load_binary=lambda name, *_: ("module", name, 32, 0, 1024)[:LOADED],
+            # No module: Triton 3.8 would unload it through whichever driver is active by then.
+            load_binary=lambda name, *_: (None, name, 32, 0, 1024)[:LOADED],
             get_device_properties=lambda _: {"max_shared_mem": 232448},
             launch=None,
         )
@@ -128,8 +129,8 @@ def test_a_launch_on_memory_has_the_key_of_the_cross_compiler(name, launching, m
     """Tensors on the CPU have addresses, so that alignment is computed and not assumed."""
     target = target_of("cuda:h100")
     wanted = without_the_device(name, target)
-    monkeypatch.setattr(crosscompile, "_empty", on("cpu"))
-    crosscompile._CASES[name](target)
+    monkeypatch.setattr(compile_cases, "_empty", on("cpu"))
+    compile_cases.CASES[name](target)
     assert wanted
     assert sorted(launching.launched) == wanted
 
@@ -144,14 +145,14 @@ def test_another_alignment_has_another_key(launching, monkeypatch):
         size = torch.Size(shape).numel()
         return aligned(size + 1, dtype=dtype)[1:].view(shape)
 
-    monkeypatch.setattr(crosscompile, "_empty", shifted)
-    crosscompile._CASES["combine"](target)
+    monkeypatch.setattr(compile_cases, "_empty", shifted)
+    compile_cases.CASES["combine"](target)
     assert [entry[0] for entry in launching.launched] == [entry[0] for entry in wanted]
     assert sorted(launching.launched) != wanted
 
 
 def test_every_op_is_among_the_cells():
-    names = set(cell_names(crosscompile.OWN_FORMAT.values(), ptx=True))
+    names = set(cell_names(compile_cases.OWN_FORMAT.values(), ptx=True))
     families = {name.partition("/")[0] for name in [*names, "ring_rows/int4_group_decode/one"]}
     assert families == {name.partition("/")[0] for name in CELLS}
 
@@ -165,8 +166,8 @@ def test_a_device_compiles_what_was_compiled_without_it(name, monkeypatch):
     target = target_of("cuda:h200")
     wanted = without_the_device(name, target)
     (cell,) = compile_cells(target, [name])
-    monkeypatch.setattr(crosscompile, "_empty", on("cuda"))
+    monkeypatch.setattr(compile_cases, "_empty", on("cuda"))
     with common.compile_for(None) as compiled:
-        crosscompile._CASES[name](target)
+        compile_cases.CASES[name](target)
     assert sorted((entry.name, entry.kernel.metadata.hash) for entry in compiled) == wanted
-    assert crosscompile._specialization(compiled) == cell.specialization
+    assert machine_code.specialization_of(compiled) == cell.specialization

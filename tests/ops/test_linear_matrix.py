@@ -10,7 +10,7 @@ import torch
 
 from hal.evidence_book import Book
 from hal.ops.cells import cells_of, kind_of
-from hal.ops.kernels.crosscompile import _CASES
+from hal.ops.kernels.compile_cases import CASES
 from hal.ops.linear import LINEAR, packed_kind
 from hal.quant import SCHEMES, quantize
 from hal.registry import find_op
@@ -54,7 +54,7 @@ def test_every_triton_kernel_has_cells_that_exist():
             for scheme in kernel.schemes if kernel.name.startswith("triton") else ():
                 cells = cells_of(kernel, scheme)
                 assert cells, (kernel.name, scheme)
-                assert set(cells) <= set(_CASES), (kernel.name, scheme)
+                assert set(cells) <= set(CASES), (kernel.name, scheme)
 
 
 def test_kinds_are_those_that_the_packed_product_takes():

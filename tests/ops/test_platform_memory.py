@@ -100,21 +100,22 @@ def bind(kernel, platform, w13, w2):
     return selection.kernel.load()(binding, *weights)
 
 
-def experts(scheme, count, hidden=48, intermediate=40):
+def experts(scheme, count, tokens=5, hidden=48, intermediate=40):
     generator = torch.Generator().manual_seed(count)
     shapes = (count, 2 * intermediate, hidden), (count, hidden, intermediate)
     w13, w2 = (torch.randn(shape, generator=generator).bfloat16() * 0.1 for shape in shapes)
-    x = torch.randn(5, hidden, generator=generator).bfloat16()
-    ids = torch.randint(-1, count + 1, (5, 2), generator=generator).int()
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    ids = torch.randint(-1, count + 1, (tokens, 2), generator=generator).int()
     ids[0], ids[1, 0] = torch.tensor([count - 1, 0]), count - 1
-    weights = torch.rand(5, 2, generator=generator)
+    weights = torch.rand(tokens, 2, generator=generator)
     return quantize(w13, scheme), quantize(w2, scheme), x, ids, weights
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4_w4a16"])
 @pytest.mark.parametrize("count", [1, 3, 5, 17])
 def test_any_number_of_experts_is_read_within_its_memory(guarded, count, scheme):
-    w13, w2, x, ids, weights = experts(scheme, count)
+    # 17 experts are not sorted, which takes the interpreter longer.
+    w13, w2, x, ids, weights = experts(scheme, count, tokens=2 if count == 17 else 5)
     launch, tensors = bind("triton_packed", "cuda:b200", w13, w2)
     held = [guarded.place(tensor) for tensor in tensors]
     found = launch(*(guarded.place(tensor) for tensor in (x, ids, weights)), held)

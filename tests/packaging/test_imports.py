@@ -20,7 +20,15 @@ FOLDERS = {"hal": "hal", "platforms": "hal.platforms", "quant": "hal.quant", "op
 # Modules of hal/ that stand on top of ops, quant and platforms; the others are the core.
 TOP = (
     *("hal.__main__", "hal.cli", "hal.describe", "hal.render", "hal.report"),
-    *("hal.integrations", "hal.nn", "hal.testing", "hal.doctor", "hal.diagnosis", "hal.trials"),
+    *(
+        "hal.integrations",
+        "hal.nn",
+        "hal.testing",
+        "hal.testing_kernels",
+        "hal.doctor",
+        "hal.diagnosis",
+        "hal.trials",
+    ),
     *("hal.quantize_command", "hal.evidence", "hal.verify", "hal.verify_command"),
     *("hal.verify_worker", "hal.pytest_plugin", "hal.matrix", "hal.matrix_command"),
     *("hal.matrix_page", "hal.matrix_text", "hal.evidence_book", "hal.verify_child"),

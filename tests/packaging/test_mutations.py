@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from mutations import BEGIN, END, MUTATIONS, PAGE, ROOT, Mutation, mutate, table
+from mutations import (
+    BEGIN,
+    END,
+    MUTATIONS,
+    PAGE,
+    ROOT,
+    Mutation,
+    caught_before,
+    mutate,
+    table,
+    with_table,
+)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -34,9 +45,15 @@ def test_a_text_that_is_no_longer_there_is_named(tmp_path) -> None:
 
 def test_the_page_names_mutations_that_there_are() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    shown = text.partition(BEGIN)[2].partition(END)[0]
-    rows = [line.split(" | ") for line in shown.splitlines()[2:]]
-    names = [row[0].removeprefix("| ") for row in rows]
-    assert names in ([], [mutation.name for mutation in MUTATIONS]), "run benchmarks/mutations.py"
-    tests = [row[2].strip("| `") for row in rows]
-    assert not rows or shown == table(list(zip(MUTATIONS, tests, strict=True)))
+    found = caught_before(text)
+    assert list(found) == [mutation.name for mutation in MUTATIONS], "run benchmarks/mutations.py"
+    assert text == with_table(text, [])
+
+
+def test_a_run_of_some_leaves_the_rows_of_the_others() -> None:
+    first, second, third = MUTATIONS[:3]
+    text = f"before\n{BEGIN}{table([(first, 'a.py::a'), (third, 'c.py::c')])}{END}after\n"
+    assert caught_before(text) == {first.name: "a.py::a", third.name: "c.py::c"}
+    text = with_table(text, [(second, "b.py::b"), (third, "d.py::d")])
+    tests = [(first, "a.py::a"), (second, "b.py::b"), (third, "d.py::d")]
+    assert text == f"before\n{BEGIN}{table(tests)}{END}after\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from xpu_calls import (
 
 from hal.evidence import evidence_folder, read_rows
 from hal.registry import find_op, op_names
+from hal.trials import _ASK_TORCH
 
 ROOT = Path(__file__).parents[2]
 GIVEN = [Path(name) for name in os.environ.get("XPU_SOURCES", "").split(os.pathsep) if name]
@@ -65,7 +67,11 @@ def test_the_page_shows_what_was_found() -> None:
 # ---------------------------------------------------------------- that the list is all of it
 def used_of(path: str, *objects: str) -> set[str]:
     """Return the attributes that a source of hal reads of names, such as `module`."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return used_in(ast.parse((ROOT / path).read_text(encoding="utf-8")), *objects)
+
+
+def used_in(tree: ast.AST, *objects: str) -> set[str]:
+    """Return the same of a source that is parsed."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in objects:
@@ -89,6 +95,54 @@ def test_the_list_has_all_that_is_called_of_torch_xpu() -> None:
     of_cuda = {"major", "minor", "multi_processor_count", "gcnArchName"}
     assert streams - LISTED == set()
     assert live - LISTED == of_cuda
+
+
+def device_modules(tree: ast.AST) -> list[str]:
+    """Return by which names a source comes to torch.cuda or torch.xpu."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            if ast.unparse(node.args[0]) == "torch" and not isinstance(node.args[1], ast.Constant):
+                found.append(ast.unparse(node.args[1]))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.xpu"):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.FormattedValue):
+            text = ast.unparse(node)[2:-1]
+            found += [text] if re.fullmatch(r"\{device\.type\}(\.\w+)+", text) else []
+        elif isinstance(node, ast.Constant) and "getattr(torch, " in str(node.value):
+            found += device_modules(ast.parse(str(node.value)))  # what a child runs
+        elif isinstance(node, ast.Constant) and re.fullmatch(
+            r"(torch\.)?xpu(\.\w+)+|torch\.xpu", str(node.value)
+        ):
+            found.append(str(node.value))
+    return found
+
+
+def test_nothing_else_of_hal_reaches_torch_xpu() -> None:
+    """What these places then ask of it is in the list; kernel packages are another test's."""
+    found = {}
+    for top in ("hal", "platforms", "quant", "ops"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            places = device_modules(ast.parse(path.read_text(encoding="utf-8")))
+            if places:
+                found[path.relative_to(ROOT).as_posix()] = sorted(set(places))
+    assert found == {
+        "hal/quirk_probes.py": ["xpu.XPUGraph"],
+        "hal/testing.py": ["name"],
+        "hal/torch_compat.py": ["xpu.XPUGraph", "{device.type}.mem_get_info"],
+        "hal/trials.py": ["kind"],
+        "ops/adapters/ipex_xpu.py": ["torch.xpu"],
+        "ops/bound.py": ["device.type"],
+        "ops/kernels/crosscompile.py": ["dtype"],  # names of number formats
+        "platforms/live.py": ["device_type"],
+        "platforms/streams.py": ["self._type"],
+    }
+    assert used_of("hal/testing.py", "module") == {"is_initialized"} <= LISTED
+    assert used_of("ops/bound.py", "getattr(torch, device.type)") == {"device"} <= LISTED
+    assert {"XPUGraph", "mem_get_info"} <= LISTED
+    asked = used_in(ast.parse(_ASK_TORCH), "module", "properties")
+    assert {"get_arch_list", "device_count", "get_device_properties", "total_memory"} <= asked
+    assert asked - LISTED == {"uuid"}, "hal does without it: torch has it for CUDA alone"
 
 
 def test_the_list_has_all_that_adapters_ask_of_packages() -> None:

@@ -63,6 +63,11 @@ def test_the_kernel_is_chosen_for_the_device() -> None:
     assert str(failure) == "platform: found cuda, needs acme or cpu"
 
 
+def test_the_kernel_conforms() -> None:
+    """Its declaration, and its numbers on every problem of hal's own that it can run."""
+    hal.testing.check_kernel("linear/acme_int8_blocks", device="cpu")
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (300, 64), (512, 128)])
 def test_the_kernel_computes_what_the_reference_computes(

@@ -1,0 +1,405 @@
+"""Call every launcher of the kernels on meta tensors, as the ops call it on a device.
+
+A case is a cell of the cross-compiler: its name, and what is launched for a target. Nothing here
+needs torch or Triton until a case is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hal.ops.few_experts import serves_few
+from hal.ops.tiles import streams_rows
+
+if TYPE_CHECKING:
+    from hal.ops.kernels.crosscompile import Target
+
+__all__ = ["CASES", "OWN_FORMAT"]
+
+OWN_FORMAT = {
+    "bf16": "bfloat16",
+    "fp8_channel": "fp8",
+    "fp8_block128": "fp8",
+    "fp8_block128_ue8m0": "fp8",
+    "int8_channel": "int8",
+    "fp8_channel_decode": "bfloat16",
+    "fp8_e5m2_decode": "bfloat16",
+    "fp8_block128_decode": "bfloat16",
+    "int8_channel_decode": "bfloat16",
+    "int4_group_fp8": "fp8",
+    "int4_group_decode": "bfloat16",
+    "uint4_group_decode": "bfloat16",
+    "mxfp8_decode": "bfloat16",
+    "mxfp4_decode": "bfloat16",
+    "nvfp4_decode": "bfloat16",
+}
+"""The format that each kind of product multiplies: its matrix instruction proves `native`."""
+
+# The Qwen3-30B-A3B layer, and the tokens of a decode and of a prefill step.
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
+FEW, MANY = 8, 16384
+
+PAYLOADS = ("bf16", "fp8", "fp8_token", "int8", "mxfp8", "mxfp4", "nvfp4")
+"""The names of `hal.ops.payload.FORMATS`."""
+
+
+def _empty(*shape: int, dtype: str = "bfloat16") -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _product(target: Target, op: str, kind: str, size: str) -> None:
+    """Call the launcher of a product as the ops do for this device."""
+    from hal.ops.kernels.accumulate import ALL_KINDS
+    from hal.ops.kernels.grouped_gemm import grouped_gemm
+    from hal.ops.kernels.linear import gemm
+    from hal.ops.tiles import choose_tile
+
+    tokens = FEW if size == "few" else MANY
+    n, k = (1000, 1000) if size == "ragged" else (2 * INTERMEDIATE, HIDDEN)
+    n = 2**21 if size == "wide" else n
+    grouped = op == "grouped_gemm"
+    rows = max(tokens * TOP_K // EXPERTS, 1) if grouped else tokens
+    tile = choose_tile(
+        kind, rows, n, k, platform=target.platform, arch=target.arch,
+        shared_memory_bytes=target.shared_memory_bytes, compute_units=target.compute_units,
+        matrices=min(EXPERTS, tokens * TOP_K) if grouped else 1,
+    )  # fmt: skip
+    spec = ALL_KINDS[kind]
+    low = "int8" if "int8" in kind else f"float8_{target.fp8}"
+    experts = (EXPERTS,) if grouped else ()
+    blocks = spec.scales == "block128"
+    groups = -(-k // 128)
+    a = _empty(tokens, k, dtype=low if spec.a_scaled else "bfloat16")
+    b = _empty(*experts, n, k, dtype=low if spec.scales else "bfloat16")
+    scales: dict[str, Any] = {}
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
+    if spec.a_scaled:
+        scales["a_scales"] = _empty(tokens, *(groups,) * blocks, dtype=stored)
+    if spec.packed:
+        b, given = _packed_weight(kind, experts, n, k)
+        scales |= given
+    elif spec.scales:
+        shape = (-(-n // 128), groups) if blocks else (n,)
+        scales["b_scales"] = _empty(*experts, *shape, dtype=stored)
+    if size == "shifted":
+        scales |= {
+            "a_shifts": _empty(tokens, dtype="float32"),
+            "b_sums": _empty(n, dtype="float32"),
+        }
+    if not grouped:
+        gemm(a, b, _empty(tokens, n), **scales, kind=kind, tile=tile)
+        return
+    slots, m = tokens * TOP_K, tile.block_m
+    padded = (slots + min(slots, EXPERTS) * (m - 1)) // m * m
+    grouped_gemm(
+        a, b, _empty(slots, n),
+        _empty(padded, dtype="int32"), _empty(padded // m, dtype="int32"), _empty(1, dtype="int32"),
+        top_k_divisor=TOP_K, **scales, kind=kind, tile=tile,
+        bias=_empty(EXPERTS, n) if size == "biased" else None,
+    )  # fmt: skip
+
+
+def _packed_weight(
+    kind: str, experts: tuple[int, ...], n: int, k: int
+) -> tuple[Any, dict[str, Any]]:
+    """Return b and the scales that a packed kind takes, with the largest group."""
+    from hal.ops.kernels.accumulate import ALL_KINDS
+
+    spec = ALL_KINDS[kind]
+    b = _empty(
+        *experts, n, -(-k // 8) * 4 if spec.planes else -(-k // spec.per_byte), dtype="uint8"
+    )
+    if spec.scales == "tensor":
+        return b, {"b_scales": _empty(*experts, dtype="float32")}
+    shape = (*experts, -(-n // spec.scale_rows), -(-k // spec.groups[0]))
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
+    scales = {"b_scales": _empty(*shape, dtype=stored)}
+    if spec.decode == "uint4":
+        scales["b_zeros"] = _empty(*shape, dtype="uint8")
+    if spec.second:
+        scales["b_second"] = _empty(*experts, dtype="float32")
+    return b, scales
+
+
+def _decoded(target: Target, *, op: str, kind: str) -> None:
+    from hal.ops.kernels.expand import expand
+    from hal.ops.kernels.gemv import gemv
+    from hal.ops.kernels.kinds import ALL_KINDS, as_weight
+    from hal.ops.tiles import gemv_tile
+
+    n, k = 2 * INTERMEDIATE, HIDDEN
+    if ALL_KINDS[kind].packed:
+        b, scales = _packed_weight(kind, (), n, k)
+        weight = as_weight(kind, k, b, **scales)
+    else:
+        scale = _empty(n, dtype="float32") if ALL_KINDS[kind].decode else None
+        dtype = ALL_KINDS[kind].decode or "bfloat16"
+        weight = as_weight(kind, k, _empty(n, k, dtype=dtype), scale)
+    if op == "expand":
+        expand(weight, _empty(n, k), kind=kind)
+        return
+    gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=gemv_tile(kind, n, k))
+
+
+def _few(target: Target, *, kind: str) -> None:
+    from hal.ops.kernels.few_cells import few_tokens
+
+    sizes = EXPERTS, TOP_K, HIDDEN, INTERMEDIATE
+    few_tokens(target, kind, _empty, _packed_weight, sizes)
+
+
+def _rows(target: Target, *, kind: str, tokens: int) -> None:
+    from hal.ops.kernels.kinds import ALL_KINDS, as_weight, by_row
+    from hal.ops.kernels.ring_rows import fits, ring_rows
+    from hal.ops.tiles import ring_of
+
+    n, k = 2 * INTERMEDIATE, HIDDEN
+    given: dict[str, Any] = {}
+    if ALL_KINDS[kind].packed:
+        b, given = _packed_weight(kind, (), n, k)
+    else:
+        b, given["b_scales"] = _empty(n, k, dtype="int8"), _empty(n, dtype="float32")
+    if ALL_KINDS[kind].scales == "group" and ALL_KINDS[kind].scale_rows == 1:
+        # As `linear` binds them: those of neighbouring rows side by side.
+        given = {
+            name: one.mT.contiguous().mT if one.dim() == 2 else one for name, one in given.items()
+        }
+    weight, a = by_row(kind, as_weight(kind, k, b, **given)), _empty(tokens, k)
+    assert fits(kind, a, weight)
+    ring = ring_of(kind, n, k, tokens, target.compute_units)
+    ring_rows(a, weight, _empty(tokens, n), kind=kind, ring=ring)
+
+
+def _scaled(
+    target: Target, *, kind: str, tokens: int, n: int, k: int, grouped: bool, sums: bool
+) -> None:
+    from hal.ops.kernels.scaled import SCALED_KINDS, scaled_gemm
+    from hal.ops.kernels.scaled_experts import scaled_experts
+    from hal.ops.scaled import scaled_tile, sums_tile
+
+    spec = SCALED_KINDS[kind]
+    low = f"float8_{target.fp8}" if sums else "float8_e4m3fn"
+    experts = (EXPERTS,) if grouped else ()
+    slots = tokens * TOP_K if grouped else tokens
+    given: dict[str, Any] = {"out": _empty(slots, n), "bias": _empty(*experts, n)}
+    for name, shape, fmt in (("a", (tokens,), spec.a), ("b", (*experts, n), spec.b)):
+        packed = fmt == "e2m1"
+        stored = "uint8" if packed else low
+        given[name] = _empty(*shape, -(-k // 2) if packed else k, dtype=stored)
+        stored = "uint8" if spec.group == 32 else "float8_e4m3fn"
+        groups = -(-k // spec.group)
+        room = -(-groups // 4) * 4 if sums else groups
+        given[f"{name}_scales"] = _empty(*shape, room, dtype=stored)[..., :groups]
+    if spec.group == 16:
+        given["a_second"] = _empty(tokens, dtype="float32")
+        given["b_second"] = _empty(*experts, dtype="float32")
+    rows = -(-slots // EXPERTS) if grouped else tokens
+    tile = scaled_tile(rows, n, spec.b == "e2m1", target.arch, target.compute_units)
+    if sums:
+        tile = sums_tile(rows, spec.b == "e2m1", target.arch)
+    if not grouped:
+        scaled_gemm(**given, k=k, kind=kind, tile=tile, sums=sums)
+        return
+    blocks = -(-slots // tile.block_m) + min(slots, EXPERTS)
+    scaled_experts(
+        **given, k=k, kind=kind, tile=tile, top_k_divisor=TOP_K, sums=sums,
+        sorted_slots=_empty(blocks * tile.block_m, dtype="int32"),
+        block_experts=_empty(blocks, dtype="int32"), n_padded=_empty(1, dtype="int32"),
+    )  # fmt: skip
+
+
+def _align(tokens: int, experts: int = EXPERTS) -> None:
+    from hal.ops.kernels.align import align, capacity
+
+    length = capacity(tokens * TOP_K, experts, 16)
+    places = _empty(length, dtype="int32"), _empty(length // 16, dtype="int32")
+    align(_empty(tokens, TOP_K, dtype="int32"), experts, 16, *places, _empty(1, dtype="int32"))
+
+
+def _combine(weights: str, shared: bool = False) -> None:
+    from hal.ops.kernels.combine import combine
+
+    ids, given = _empty(FEW, TOP_K, dtype="int32"), _empty(FEW, TOP_K, dtype=weights)
+    dense = _empty(FEW, HIDDEN) if shared else None
+    combine(_empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given, dense)
+
+
+def _route(experts: int, scoring: str, bias: bool, groups: int = 1, chosen: int = 1) -> None:
+    from hal.ops.kernels.route import route
+
+    weights, ids = _empty(FEW, TOP_K, dtype="float32"), _empty(FEW, TOP_K, dtype="int32")
+    route(
+        _empty(FEW, experts), weights, ids, scoring=scoring,
+        bias=_empty(experts, dtype="float32") if bias else None,
+        expert_map=_empty(experts, dtype="int32") if groups > 1 else None,
+        expert_groups=groups, top_k_groups=chosen,
+    )  # fmt: skip
+
+
+def _quantize(target: Target, fmt: str, grouped: bool, gated: bool) -> None:
+    from hal.ops.kernels import quantize, swiglu
+
+    width = INTERMEDIATE if gated else HIDDEN
+    values = _empty(FEW, width, dtype="int8" if fmt == "int8" else f"float8_{target.fp8}")
+    scales = _empty(FEW, *(-(-width // 128),) * grouped, dtype="float32")
+    launchers: dict[tuple[bool, bool], Callable[..., None]] = {
+        (False, False): quantize.quantize_rows,
+        (False, True): quantize.quantize_groups,
+        (True, False): swiglu.silu_and_mul_quantize_rows,
+        (True, True): swiglu.silu_and_mul_quantize_groups,
+    }
+    # The two numbers play no part in compiling.
+    x = _empty(FEW, 2 * width if gated else width)
+    launchers[gated, grouped](x, values, scales, 127.0, 1e-12)
+
+
+def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
+    from hal.ops.activations import activation_of
+    from hal.ops.kernels.swiglu import silu_and_mul
+
+    how = activation_of("swiglu", activation, **options)
+    counts = _empty(FEW, dtype="int32") if batched else None
+    x, out = _empty(FEW, how.products * INTERMEDIATE), _empty(FEW, INTERMEDIATE)
+    silu_and_mul(x, out, how, counts)
+
+
+def _store(target: Target, scheme: str, before: str) -> None:
+    """Call the launcher of a quantizing op as its binder does."""
+    from hal.ops.activations import Activation
+    from hal.ops.kernels.quantize import Norm
+    from hal.ops.quantize import launch_triton, quantize_triton
+    from hal.quant.scheme import find_scheme
+
+    how = find_scheme(scheme).activation
+    encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
+    x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
+    if before == "plain":
+        quantize_triton(x, encoding, how, None if how.dynamic else _empty(dtype="float32"))
+        return
+    options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
+    if before == "norm":
+        options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
+    launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
+
+
+def _exchange(target: Target, format: str, size: str) -> None:
+    """Call the launchers of a one-sided exchange between two ranks; `plain` is their second one."""
+    from hal.ops.kernels.combine_rows import combine_rows
+    from hal.ops.kernels.dispatch_rows import Codec, Places, dispatch_rows
+    from hal.ops.payload import PROGRAMS, Payload
+    from hal.ops.transports.one_sided import codec_of, units_of
+    from hal.quant.represent import encoding_of
+
+    ranks, room = 2, FEW if size == "few" else MANY
+    places = dict.fromkeys(Places.__dataclass_fields__, 256)
+    common: dict[str, Any] = {
+        "peers": _empty(ranks + 1, dtype="int64"),
+        "state": _empty(4 * PROGRAMS, dtype="int64"),
+        "places": Places(**places), "me": 0, "room": room, "programs": PROGRAMS, "limit": 2**40,
+    }  # fmt: skip
+    hits, rows = _empty(room, dtype="int64"), _empty(ranks * room, HIDDEN)
+    if format == "plain":
+        units = units_of(Codec("raw", HIDDEN), room, PROGRAMS)._asdict()
+        shared = _empty(room, HIDDEN) if size == "few" else None
+        combine_rows(
+            rows, _empty(room, HIDDEN), hits, shared, top_k=TOP_K, block=units.pop("groups"),
+            **common, **units,
+        )  # fmt: skip
+        return
+    payload = Payload(format, HIDDEN, TOP_K)
+    codec = codec_of(payload, encoding_of(payload.how.format, target.fp8))
+    ids, weights = _empty(room, TOP_K, dtype="int32"), _empty(room, TOP_K, dtype="float32")
+    dispatch_rows(
+        _empty(room, HIDDEN), ids, weights, hits, None if codec.kind == "raw" else rows,
+        table=_empty(EXPERTS, 1, dtype="int32"), copies=_empty(EXPERTS, dtype="int32"),
+        codec=codec, **common, **units_of(codec, room, PROGRAMS)._asdict(),
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Target], None]] = {
+    **{
+        f"{op}/{kind}/{size}": partial(_product, op=op, kind=kind, size=size)
+        for op in ("grouped_gemm", "gemm")
+        for kind in OWN_FORMAT
+        for size in ("few", "many", "ragged", "wide", "biased", "shifted")
+    },
+    **{
+        f"{op}/{kind}": partial(_decoded, op=op, kind=kind)
+        for op in ("gemv", "expand")
+        for kind in OWN_FORMAT
+        if kind.endswith("_decode") or (op, kind) == ("gemv", "bf16")
+    },
+    **{f"few_experts/{kind}": partial(_few, kind=kind) for kind in OWN_FORMAT if serves_few(kind)},
+    **{
+        f"ring_rows/{kind}/{size}": partial(_rows, kind=kind, tokens=tokens)
+        for kind in OWN_FORMAT
+        if kind.endswith("_decode")
+        for size, tokens in (("one", 1), ("few", 8), ("sixteen", 16))
+        if streams_rows(kind, 2 * INTERMEDIATE, HIDDEN, tokens)
+    },
+    **{
+        f"{op}/{kind}/{size}": partial(
+            _scaled,
+            kind=kind,
+            tokens=tokens,
+            n=n,
+            k=k,
+            grouped=op.endswith("_experts"),
+            sums=op.startswith("sums"),
+        )
+        for op in ("scaled", "scaled_experts", "sums", "sums_experts")
+        for kind in ("mxfp8", "mxfp4", "mxfp4_w4a8", "nvfp4")
+        if op.startswith("scaled") or kind in ("mxfp8", "mxfp4_w4a8")
+        for size, tokens, n, k in (
+            ("few", FEW, 2 * INTERMEDIATE, HIDDEN),
+            ("some", 128, 2 * INTERMEDIATE, HIDDEN),
+            ("many", MANY, 2 * INTERMEDIATE, HIDDEN),
+            ("ragged", 100, 1000, 1056),
+            ("wide", MANY, 2**21, HIDDEN),
+        )
+    },
+    **{
+        f"{name}/{size}": partial(_exchange, format=format, size=size)
+        for name, format in (
+            *((f"dispatch_rows/{format}", format) for format in PAYLOADS),
+            ("combine_rows", "plain"),
+        )
+        for size in ("few", "many")
+    },
+    "align/few": lambda _: _align(FEW),
+    "align/many": lambda _: _align(MANY),
+    "align/one_expert": lambda _: _align(FEW, 1),
+    "align/most_experts": lambda _: _align(MANY, 1025),
+    "combine": lambda _: _combine("float32"),
+    "combine/shared": lambda _: _combine("float32", shared=True),
+    "route/softmax": lambda _: _route(EXPERTS, "softmax", False),
+    "route/sigmoid_bias": lambda _: _route(1025, "sigmoid", True),
+    "route/softmax_after_top_k": lambda _: _route(EXPERTS, "softmax_after_top_k", False),
+    "route/groups": lambda _: _route(256, "sigmoid", True, 8, 4),
+    "route/most_groups": lambda _: _route(1025, "softmax", True, 41, 4),
+    "quantize/fp8_rows": lambda target: _quantize(target, "fp8", False, False),
+    "quantize/fp8_groups": lambda target: _quantize(target, "fp8", True, False),
+    "quantize/int8_rows": lambda target: _quantize(target, "int8", False, False),
+    **{
+        f"quantize/{scheme}/{before}": partial(_store, scheme=scheme, before=before)
+        for schemes, befores in (
+            (("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0"), ("plain", "norm", "gate")),
+            (("fp8_channel", "fp8_block128", "int8_channel"), ("norm", "gate")),
+            (("fp8_static", "int8_static", "int8_channel_asymmetric"), ("plain",)),
+        )
+        for scheme in schemes
+        for before in befores
+    },
+    "swiglu/silu": lambda _: _gate("silu"),
+    "swiglu/silu_batched": lambda _: _gate("silu", batched=True),
+    "swiglu/gelu_interleaved": lambda _: _gate("gelu", interleaved=True),
+    "swiglu/oai_interleaved": lambda _: _gate("swiglu_oai", interleaved=True),
+    "swiglu/relu2_alone": lambda _: _gate("relu2", gated=False),
+    "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),
+    "swiglu/silu_fp8_groups": lambda target: _quantize(target, "fp8", True, True),
+    "swiglu/silu_int8_rows": lambda target: _quantize(target, "int8", False, True),
+}
