@@ -153,6 +153,11 @@ class ExpertParallel:
         return str(self.selection.kernel and self.selection.kernel.name)
 
     @property
+    def weighs(self) -> bool:
+        """Return whether `combine` applies the weights, and experts are given 1 for each slot."""
+        return bool(getattr(self._exchange, "weighs", False))
+
+    @property
     def local_experts(self) -> tuple[int, ...]:
         """Return the experts of this rank in the order that its weights have: `w13[list(...)]`."""
         return self.placement.held[self.rank]
@@ -289,6 +294,7 @@ class ExpertParallel:
         EXPERT_PARALLEL.check(problem)
         problem |= {name: self.ranks.has(name) for name in COLLECTIVES}
         problem[SYMMETRIC] = self.ranks.has_symmetric_memory()
+        problem["hosts"] = self.ranks.hosts()
         try:
             found, _ = select_for(
                 "expert_parallel",

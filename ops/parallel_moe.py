@@ -45,6 +45,13 @@ class ParallelFusedMoE(FusedMoE):
                 raise ArgumentError(
                     where, found=f"{name}={value}", needed="the standard format without updates"
                 )
+        if group.weighs and options.get("apply_router_weight_on_input"):
+            raise ArgumentError(
+                where,
+                found=f"apply_router_weight_on_input behind {group.transport}, which applies "
+                "weights to what experts return",
+                needed="another transport",
+            )
         w13, w2 = as_qtensor("fused_moe", w13), as_qtensor("fused_moe", w2)
         experts, _, hidden = check_experts(w13, w2, options.get("gated", True))
         mine = group.local_experts

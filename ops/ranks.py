@@ -154,6 +154,15 @@ class Ranks:
         self.all_reduce(flag)
         return int(flag.item()) == self.size
 
+    def hosts(self) -> int:
+        """Return how many hosts the ranks are on. Ranks must ask together."""
+        import torch
+
+        mine = torch.tensor([hash_of(host_name())], dtype=torch.int64, device=self.device)
+        hosts = mine.new_empty(self.size)
+        self.all_gather(hosts, mine)
+        return len(set(hosts.tolist()))
+
     def has_symmetric_memory(self) -> bool:
         """Tell whether all ranks can write into each other's memory, by trying it with few bytes.
 

@@ -9,7 +9,7 @@ captured with the old one keep that alive through `retired`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import ArgumentError, DeviceMismatchError, RankError
@@ -38,6 +38,7 @@ class Workspace:
         self._window: Window | None = None
         self._windows: list[Window] = []
         self._group: Any = None
+        self._packages: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._ranks: int | None = None
         self._device: torch.device | None = None
 
@@ -103,6 +104,21 @@ class Workspace:
         self._used.add(name)
         return self._held[name][:size]
 
+    def package(self, name: str, sizes: tuple[int, ...], make: Callable[..., Any]) -> Any:
+        """Return what another library keeps for all layers here, made anew where it is too small.
+
+        Args:
+            name: Of the library's object.
+            sizes: Bytes that a layer needs of each of its parts.
+            make: Makes it, of the largest sizes that were asked for.
+        """
+        held, found = self._packages.get(name, ((0,) * len(sizes), None))
+        if found is None or any(size > old for size, old in zip(sizes, held, strict=True)):
+            held = tuple(map(max, sizes, held))
+            found = make(*held)  # layers that have the old one keep it alive
+            self._packages[name] = held, found
+        return found
+
     @property
     def window(self) -> Window:
         """Return the symmetric memory.
@@ -131,12 +147,14 @@ class Workspace:
 
         self._keep_window()
         self._held.pop(SYMMETRIC, None)
+        self._packages.clear()
         self._held = {name: torch.zeros_like(buffer) for name, buffer in self._held.items()}
         self._used.clear()
 
     def reset(self) -> None:
         """Forget the size of the group, so that layers of a new group can be made."""
         self._ranks = None
+        self._packages.clear()
         self._keep_window()
         self._held.pop(SYMMETRIC, None)
 

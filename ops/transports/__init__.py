@@ -51,6 +51,7 @@ EXPERT_PARALLEL = Op(
         *("ranks", "experts", "top_k", "hidden", "max_tokens", "dtype", "backend", "host_sync"),
         *COLLECTIVES,
         SYMMETRIC,
+        "hosts",
     ),
     "move tokens to the ranks that hold their experts, and the results back",
     choices={
@@ -208,4 +209,5 @@ def rows_of_each(setup: Setup, tokens: int, counts: Sequence[int] | None) -> int
 
 
 # Importing a module is what attaches its transports.
+from hal.ops.adapters import deep_ep, flashinfer_one_sided, mori  # noqa: E402, F401
 from hal.ops.transports import all_to_all, gathered, one_sided  # noqa: E402, F401

@@ -46,31 +46,26 @@ class ByRows:
         import torch
 
         from hal.ops.rows import Rows
+        from hal.ops.transports.numbering import Numbering
 
         self.setup, self.transport = setup, transport
         placement, device = setup.placement, setup.device
         self._rows = Rows(setup.payload, setup.encoding, setup.quantize)
-        copies = placement.copies()
-        self._copies = torch.tensor(placement.turns(), device=device)
-        self._count = torch.tensor([len(places) for places in copies], device=device)
+        self._numbering = Numbering(placement, setup.ranks.rank, device)
         self._rank_of = torch.tensor(placement.rank_of, device=device)
-        rank = setup.ranks.rank
-        self._first, self._last = placement.offsets[rank : rank + 2]
-        self._redundant = self._copies.shape[1] > 1
 
     def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
         import torch
 
-        physical = self._physical(routing.ids)
+        physical = self._numbering.of(routing.ids)
         present = physical >= 0
         ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
         if x.shape[0]:
             self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
         received, state = self.transport.dispatch(x.shape[0], ranks, counts)
         rows, physical, weights = self._rows.unpack(received, self.setup.dtype)
-        here = (physical >= self._first) & (physical < self._last)
         # Copies, and no views of a buffer.
-        return Received(rows, torch.where(here, physical - self._first, -1), weights, state)
+        return Received(rows, self._numbering.local(physical), weights, state)
 
     def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
         return self.dispatch(x, routing, counts)
@@ -85,20 +80,6 @@ class ByRows:
 
     def check(self) -> None:
         """Do nothing: collectives raise."""
-
-    def _physical(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return `[tokens, top_k]` int64 physical ids; copies of an expert take turns."""
-        import torch
-
-        absent = (ids < 0) | (ids >= self.setup.placement.experts)
-        expert = ids.long().masked_fill(absent, 0)
-        if not self._redundant:
-            physical = self._copies[:, 0][expert]
-        else:
-            token = torch.arange(ids.shape[0], device=ids.device) + self.setup.ranks.rank
-            turn = token.unsqueeze(-1) % self._count[expert]
-            physical = self._copies[expert, turn]
-        return physical.masked_fill(absent, -1)
 
 
 def finished(sums: torch.Tensor, shared: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

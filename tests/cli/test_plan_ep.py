@@ -86,8 +86,9 @@ ASK = ["plan-ep", "--ranks", "8", "--hidden", "7168", "--experts", "256", "--top
 def test_the_command_lists_every_transport_and_format(capsys):
     assert main([*ASK, "--platform", "cuda:h200", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    names = {kernel.name for kernel in EXPERT_PARALLEL.kernels}
-    assert set(BUFFERS) == names
+    # Nobody here has times of other libraries, nor the sizes of what they keep.
+    names = {kernel.name for kernel in EXPERT_PARALLEL.kernels if not kernel.claimed}
+    assert set(BUFFERS) == {kernel.name for kernel in EXPERT_PARALLEL.kernels}
     assert {(row["transport"], row["format"]) for row in told["layers"]} == {
         (transport, format) for transport in names for format in FORMATS
     }
