@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.errors import ArgumentError, DeviceMismatchError, RankError, ValueRangeError
 from hal.torch_collectives import backend_of, collectives, default_store, require_distributed
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from hal.ops.window import Window
 
-__all__ = ["HOST_WAITS", "Ranks"]
+__all__ = ["HOST_WAITS", "Pending", "Ranks"]
 
 HOST_WAITS = frozenset({"gloo"})
 """Backends whose `Work.wait` blocks the host, and takes a time limit."""
@@ -41,6 +41,14 @@ _symmetric: dict[str, tuple[Any, bool]] = {}
 """Whether a group has symmetric memory, and the store of the job that it belongs to."""
 
 _made = itertools.count()
+
+
+class Pending(NamedTuple):
+    """A collective that was started and not waited for."""
+
+    what: str
+    work: Any
+    arguments: tuple[Any, ...]
 
 
 class Ranks:
@@ -102,15 +110,19 @@ class Ranks:
 
     def all_gather(self, out: torch.Tensor, given: torch.Tensor) -> None:
         """Fill `out` `[size * n, ...]` with everyone's `[n, ...]`."""
-        self._run("all_gather", self._do.all_gather, out, given)
+        self.finish(self.start_all_gather(out, given))
+
+    def start_all_gather(self, out: torch.Tensor, given: torch.Tensor) -> Pending:
+        """Begin `all_gather`; neither tensor may be touched before `finish`."""
+        return self._start("all_gather", self._do.all_gather, out, given)
 
     def reduce_scatter(self, out: torch.Tensor, given: torch.Tensor) -> None:
         """Fill `out` `[n, ...]` with the sum over ranks of its part of `[size * n, ...]`."""
-        self._run("reduce_scatter", self._do.reduce_scatter, out, given)
+        self.finish(self._start("reduce_scatter", self._do.reduce_scatter, out, given))
 
     def all_reduce(self, given: torch.Tensor) -> None:
         """Replace a tensor with its sum over ranks."""
-        self._run("all_reduce", self._do.all_reduce, given)
+        self.finish(self._start("all_reduce", self._do.all_reduce, given))
 
     def all_to_all(
         self,
@@ -120,8 +132,18 @@ class Ranks:
         sent: Sequence[int] | None = None,
     ) -> None:
         """Send parts of `given` to the ranks in order; `sent` and `received` count their rows."""
+        self.finish(self.start_all_to_all(out, given, received, sent))
+
+    def start_all_to_all(
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> Pending:
+        """Begin `all_to_all`; neither tensor may be touched before `finish`."""
         splits = () if sent is None or received is None else (list(received), list(sent))
-        self._run("all_to_all", self._do.all_to_all, out, given, *splits)
+        return self._start("all_to_all", self._do.all_to_all, out, given, *splits)
 
     def has(self, collective: str) -> bool:
         """Tell whether the backend has a collective, by trying it on a few bytes on every rank.
@@ -261,16 +283,30 @@ class Ranks:
                         needed="the same on all ranks of the group",
                     )
 
-    def _run(self, what: str, start: Callable[..., Any], *arguments: Any) -> None:
-        self.check()
-        self._calls += 1
-        work = None
+    def finish(self, pending: Pending) -> None:
+        """Wait for a collective: the host does, or the current stream, by the backend.
+
+        Raises:
+            RankError: If a rank did not take part in it, or in another before.
+        """
         try:
-            work = start(*arguments, group=self.group, async_op=True)
-            work.wait(*self._limit)
+            self.check()
+            pending.work.wait(*self._limit)
+        except RankError:
+            self._abandoned.append(pending)
+            raise
         except RuntimeError as error:
             # What was started may still write: its tensors are kept, and never used again.
-            self._abandoned.append((work, arguments))
+            self._abandoned.append(pending)
+            raise self._failure(pending.what, error) from error
+
+    def _start(self, what: str, start: Callable[..., Any], *arguments: Any) -> Pending:
+        self.check()
+        self._calls += 1
+        try:
+            return Pending(what, start(*arguments, group=self.group, async_op=True), arguments)
+        except RuntimeError as error:
+            self._abandoned.append(arguments)
             raise self._failure(what, error) from error
 
     def _failure(self, what: str, error: Exception) -> RankError:

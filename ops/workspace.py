@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hal.ops.ranks import Ranks
     from hal.ops.window import Window
 
-__all__ = ["Workspace"]
+__all__ = ["Abandoning", "Workspace"]
 
 
 class Workspace:
@@ -39,6 +39,7 @@ class Workspace:
         self._windows: list[Window] = []
         self._group: Any = None
         self._packages: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._travelling = False
         self._ranks: int | None = None
         self._device: torch.device | None = None
 
@@ -104,6 +105,26 @@ class Workspace:
         self._used.add(name)
         return self._held[name][:size]
 
+    def depart(self) -> None:
+        """Take the buffers in which tokens travel, until `arrive`.
+
+        Raises:
+            ArgumentError: If those that another dispatch sent have not been received.
+        """
+        if self._travelling:
+            raise ArgumentError(
+                "expert_parallel: workspace",
+                found="a dispatch while tokens of another are on their way",
+                needed="receive of what was sent before, by whichever layer here",
+                cure="give layers whose tokens travel at once a workspace each; after an error "
+                "between the two, workspace.reset() and new layers on every rank",
+            )
+        self._travelling = True
+
+    def arrive(self) -> None:
+        """Give them back."""
+        self._travelling = False
+
     def package(self, name: str, sizes: tuple[int, ...], make: Callable[..., Any]) -> Any:
         """Return what another library keeps for all layers here, made anew where it is too small.
 
@@ -147,13 +168,14 @@ class Workspace:
 
         self._keep_window()
         self._held.pop(SYMMETRIC, None)
+        self._travelling = False
         self._packages.clear()
         self._held = {name: torch.zeros_like(buffer) for name, buffer in self._held.items()}
         self._used.clear()
 
     def reset(self) -> None:
         """Forget the size of the group, so that layers of a new group can be made."""
-        self._ranks = None
+        self._ranks, self._travelling = None, False
         self._packages.clear()
         self._keep_window()
         self._held.pop(SYMMETRIC, None)
@@ -162,3 +184,19 @@ class Workspace:
     def nbytes(self) -> int:
         """Return the bytes of all buffers, retired ones included."""
         return sum(buffer.numel() for buffer in (*self._held.values(), *self.retired))
+
+
+class Abandoning:
+    """Take other buffers where a collective failed: it may still write into these."""
+
+    __slots__ = ("workspace",)
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and issubclass(kind, RankError):
+            self.workspace.abandon()

@@ -73,6 +73,8 @@ class ForeignExchange:
         setup: What it is made of.
     """
 
+    open_dispatches = 2
+    """How many dispatches may have been sent and not combined at once."""
     weighs = False
     """Whether `combine` applies the weights, and not the experts."""
 

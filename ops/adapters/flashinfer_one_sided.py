@@ -57,6 +57,8 @@ class _State(NamedTuple):
 
 
 class _OneSided(ForeignExchange):
+    open_dispatches = 1
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         import torch

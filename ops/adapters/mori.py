@@ -44,6 +44,8 @@ class _State(NamedTuple):
 
 
 class _IntraNode(ForeignExchange):
+    open_dispatches = 1
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         payload, ranks = setup.payload, setup.ranks

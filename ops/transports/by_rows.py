@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hal.ops.transports import Received, Setup
 
 if TYPE_CHECKING:
     import torch
 
+    from hal.ops.ranks import Pending
     from hal.ops.routing import Routing
 
 __all__ = ["ByRows", "RowExchange", "finished"]
@@ -22,10 +23,13 @@ class RowExchange(Protocol):
         """Return where the caller writes its rows, `[tokens, row_bytes]` uint8."""
         ...
 
-    def dispatch(
+    def send(
         self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[torch.Tensor, Any]:
-        """Send the rows; return those received, `[n, row_bytes]`, and what `combine` takes.
+    ) -> tuple[Pending | None, torch.Tensor, Any]:
+        """Begin to send the rows.
+
+        Returns what is on its way, None if nothing is, those received once that has come,
+        `[n, row_bytes]`, and what `combine` takes.
 
         Args:
             tokens: Rows that were written.
@@ -37,6 +41,12 @@ class RowExchange(Protocol):
     def combine(self, partial: torch.Tensor, state: Any) -> torch.Tensor:
         """Return `[tokens, hidden]` float32: the sums over ranks of what was made of the rows."""
         ...
+
+
+class _Sent(NamedTuple):
+    pending: Pending | None
+    rows: torch.Tensor
+    state: Any
 
 
 class ByRows:
@@ -55,23 +65,31 @@ class ByRows:
         self._rank_of = torch.tensor(placement.rank_of, device=device)
 
     def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
+        return self.receive(self.send(x, routing, counts))
+
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
         import torch
 
         physical = self._numbering.of(routing.ids)
         present = physical >= 0
         ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
-        if x.shape[0]:
-            self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
-        received, state = self.transport.dispatch(x.shape[0], ranks, counts)
-        rows, physical, weights = self._rows.unpack(received, self.setup.dtype)
-        # Copies, and no views of a buffer.
-        return Received(rows, self._numbering.local(physical), weights, state)
+        self.setup.workspace.depart()
+        try:
+            if x.shape[0]:
+                self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
+            return _Sent(*self.transport.send(x.shape[0], ranks, counts))
+        except BaseException:
+            self.setup.workspace.arrive()
+            raise
 
-    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
-        return self.dispatch(x, routing, counts)
-
-    def receive(self, sent: Received) -> Received:
-        return sent
+    def receive(self, sent: _Sent) -> Received:
+        if sent.pending is not None:
+            self.setup.ranks.finish(sent.pending)
+        rows, physical, weights = self._rows.unpack(sent.rows, self.setup.dtype)
+        # Copies, and no views of a buffer, which the next dispatch may now write to.
+        received = Received(rows, self._numbering.local(physical), weights, sent.state)
+        self.setup.workspace.arrive()
+        return received
 
     def combine(
         self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
