@@ -31,6 +31,7 @@ from hal.ops.checks import (
 from hal.ops.dispatched import Dispatched, Sent, dispatched_of
 from hal.ops.payload import SYMMETRIC, Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
+from hal.ops.rank_trials import count_hosts, has_collective, has_shared_memory
 from hal.ops.ranks import Ranks
 from hal.ops.routing import Routing
 from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL, tokens_of_each
@@ -145,6 +146,9 @@ class ExpertParallel:
         if tensor_group is not None:
             self.tensor_ranks = Ranks(tensor_group, self.device, timeout)
         self.placement = placement_of(placement, experts, self.ranks.size)
+        for ranks in (self.tensor_ranks, self.ranks):
+            if ranks is not None:
+                ranks.greet()
         self.selection = self._select(experts, transport, platform)
         self.encoding, self.quantize = self._quantization(platform)
         self._agree(scheme)
@@ -293,15 +297,17 @@ class ExpertParallel:
         return encoding, selection.kernel.load()
 
     def check(self) -> None:
-        """Wait for the current stream, and raise if a rank did not take part in what it has done.
+        """Wait for what has been called, and raise if a rank did not take part in it.
 
-        Only `symmetric_memory` has something to tell here: calls by other transports raise.
+        Calls that the host waits for, as with Gloo, raise themselves. With NCCL this waits for the
+        last collective, at most `timeout`; of replayed graphs it knows nothing. Under
+        `symmetric_memory` it waits for the current stream, whose kernels wait as long as that.
 
         Raises:
             RankError: Naming the ranks that did not come.
         """
-        self.ranks.check()
         with Abandoning(self.workspace):
+            self.ranks.settle()
             self._exchange.check()
 
     def _read_by_experts(self, scheme: str, hidden: int, platform: Any) -> Operand | None:
@@ -323,9 +329,9 @@ class ExpertParallel:
             "host_sync": self.host_sync,
         }
         EXPERT_PARALLEL.check(problem)
-        problem |= {name: self.ranks.has(name) for name in COLLECTIVES}
-        problem[SYMMETRIC] = self.ranks.has_symmetric_memory()
-        problem["hosts"] = self.ranks.hosts()
+        problem |= {name: has_collective(self.ranks, name) for name in COLLECTIVES}
+        problem[SYMMETRIC] = has_shared_memory(self.ranks)
+        problem["hosts"] = count_hosts(self.ranks)
         try:
             found, _ = select_for(
                 "expert_parallel",

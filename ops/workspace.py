@@ -60,9 +60,12 @@ class Workspace:
 
         Raises:
             ArgumentError: If the workspace serves a group of another size; see `reset`.
+                Also if it would grow while a graph is captured.
             DeviceMismatchError: If it is on another device.
         """
         import torch
+
+        from hal.torch_compat import is_capturing
 
         if self._ranks not in (None, ranks):
             raise ArgumentError(
@@ -85,9 +88,15 @@ class Workspace:
                     cure="give each group a workspace, or call reset() where the old group is gone",
                 )
         held = {name: buffer.numel() for name, buffer in self._held.items()}
-        for name, size in union((held, sizes)).items():
-            if size <= held.get(name, -1):
-                continue
+        wanted = {n: s for n, s in union((held, sizes)).items() if s > held.get(n, -1)}
+        if wanted and is_capturing(device):
+            raise ArgumentError(
+                "expert_parallel: workspace",
+                found=f"a layer that needs more of {', '.join(wanted)} while a graph is captured",
+                needed="buffers that are there before",
+                cure="make all layers, and call each once, before the capture",
+            )
+        for name, size in wanted.items():
             if name == SYMMETRIC:
                 assert group is not None
                 self._keep_window()
