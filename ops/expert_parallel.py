@@ -307,7 +307,9 @@ class ExpertParallel:
             RankError: Naming the ranks that did not come.
         """
         with Abandoning(self.workspace):
-            self.ranks.settle()
+            for ranks in (self.ranks, self.tensor_ranks):
+                if ranks is not None:
+                    ranks.settle()
             self._exchange.check()
 
     def _read_by_experts(self, scheme: str, hidden: int, platform: Any) -> Operand | None:

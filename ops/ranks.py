@@ -278,7 +278,7 @@ class Ranks:
             raise self.failure(what, error) from error
         # What a graph records has no end to be asked for.
         if self.backend not in HOST_WAITS and not is_capturing(self.device):
-            self._last = pending
+            self._last = Pending(what, pending.work, ())  # and not the tensors, for longer
         return pending
 
     def settle(self) -> None:

@@ -15,6 +15,7 @@ from test_expert_parallel import error_of, spawn
 
 from hal.errors import ArgumentError, ShapeError, ValueRangeError
 from hal.ops import ExpertParallel, FusedMoE, Routing, Workspace
+from hal.ops.payload import FORMATS
 from hal.ops.quantize import fake_quantize
 from hal.quant.scheme import find_scheme
 
@@ -157,3 +158,22 @@ def test_a_library_with_room_for_one_dispatch_gets_one_at_a_time(group, monkeypa
     places = [place for place, what in enumerate(log) if what == "experts"]
     assert len(places) == 3
     assert not any(list(in_flight(log[:place])) for place in places)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8_token", "mxfp8"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_activations_of_fp16_travel(transport, format, group):
+    """Formats of 16 bits move what they are given; codes are those of fp16 numbers."""
+    w13, w2 = (w.half() for w in local_weights(Case(transport), tuple(range(EXPERTS))))
+    sizes = {"experts": EXPERTS, "top_k": 2, "hidden": 160, "max_tokens": 4, "batch_tokens": 9}
+    exchange = ExpertParallel(
+        **sizes, device="cpu", transport=transport, dtype=torch.float16, dispatch=format
+    )
+    x, routing = worker.inputs(0, 9)
+    x = x.half() * 1.001  # numbers that bf16 does not have
+    y = FusedMoE(w13, w2, group=exchange)(x, routing)
+    assert y.dtype is torch.float16
+    if format != "bf16":
+        scheme = find_scheme(FORMATS[format])
+        x = fake_quantize(x, scheme, "e4m3fn").half()
+    assert error_of(y, FusedMoE(w13, w2)(x, routing)) < 0.002
