@@ -5,6 +5,7 @@ A group of one rank needs one GPU, and has all collectives and symmetric memory 
 
 from __future__ import annotations
 
+import parallel_gpu_loss_worker
 import parallel_worker
 import pytest
 import torch
@@ -93,3 +94,23 @@ def test_batches_in_pieces_are_captured(world, transport, found):
             routing = Routing(ids=ids, weights=torch.ones(ids.shape, device="cuda:0"))
             wanted = layer(x, routing, shared=x * 0.5)
             assert error_of(called, wanted.cpu()) < 0.005
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    """Return what rank 0 was told when rank 1 stayed away."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"2 GPUs are needed, {torch.cuda.device_count()} are here")
+    return spawn(parallel_gpu_loss_worker.__file__, 2, tmp_path_factory.mktemp("lost"))[0]
+
+
+@pytest.mark.parametrize("transport", parallel_gpu_loss_worker.TRANSPORTS)
+@pytest.mark.parametrize("world", [2])
+def test_a_gpu_that_stays_away_is_named(transport, world, lost):
+    told = lost[transport]
+    assert told["missing"] == [1], told["error"]
+    # A limit of looks at a flag is one of order; of a collective also that of hearing of others.
+    assert told["seconds"] < 10 * parallel_gpu_loss_worker.SECONDS
+    assert "a call after ranks had failed" in told["again"]
+    if "y" in told:
+        assert told["y"].isnan().any(), "no sum may look whole"
