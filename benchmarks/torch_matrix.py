@@ -5,7 +5,11 @@ builds for CUDA take five gigabytes each, and registries have no others of older
 Triton is the one that torch brings. Rows of evidence are merged into hal's own; the counts of tests
 go to benchmarks/results/torch_releases.jsonl, and the table of both to docs/matrix.md.
 
+Tests that were run again, or apart, count by their last report: `--reports` takes all reports of a
+release, in order, beside the outcome that is there.
+
 Usage: python benchmarks/torch_matrix.py [--jobs N] [--only RELEASE ...] [--folder FOLDER]
+       python benchmarks/torch_matrix.py --reports TORCH FILE ...
        python benchmarks/torch_matrix.py --page
 """
 
@@ -22,7 +26,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +69,11 @@ class Release:
 
 
 OLD_NUMPY = "numpy<2.4"
-"""Triton's interpreter before 3.5 makes scalars of arrays of one element, which 2.4 refuses."""
+"""Triton's interpreter before 3.7 makes scalars of arrays of one element, which 2.4 refuses."""
 RELEASES = (
     Release("2.6.0", "3.2.0", (OLD_NUMPY,)),
     Release("2.8.0", "3.4.0", ("intel-extension-for-pytorch==2.8.0", OLD_NUMPY)),
-    Release("2.10.0", "3.6.0"),
+    Release("2.10.0", "3.6.0", (OLD_NUMPY,)),
     Release(NEWEST),
 )
 """The oldest that hal supports, the one that IPEX is made for, one between, and the newest."""
@@ -184,19 +188,21 @@ def versions(python: str, variables: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def read_report(report: Path) -> tuple[dict[str, int], list[str]]:
-    """Return counts and the names of failures from a JUnit file.
+def read_report(*reports: Path) -> tuple[dict[str, int], list[str]]:
+    """Return counts and the names of failures from JUnit files; of a test's results the last.
 
     Raises:
         FileNotFoundError: If pytest did not come as far as to write one.
     """
-    cases = list(ET.parse(report).iter("testcase"))
-    failed = [case for case in cases if case.find("failure") is not None]
-    failed += [case for case in cases if case.find("error") is not None and case not in failed]
-    skipped = sum(1 for case in cases if case.find("skipped") is not None)
-    counts = {"passed": len(cases) - len(failed) - skipped, "failed": len(failed)}
-    names = sorted(f"{case.get('classname')}::{case.get('name')}"[:200] for case in failed)
-    return {**counts, "skipped": skipped}, names
+    results: dict[str, str] = {}
+    for report in reports:
+        for case in ET.parse(report).iter("testcase"):
+            kinds = {child.tag for child in case}
+            name = f"{case.get('classname')}::{case.get('name')}"
+            failed = bool(kinds & {"failure", "error"})
+            results[name] = "failed" if failed else "skipped" if "skipped" in kinds else "passed"
+    counts = {kind: list(results.values()).count(kind) for kind in ("passed", "failed", "skipped")}
+    return counts, sorted(name[:200] for name, result in results.items() if result == "failed")
 
 
 def read_outcomes() -> list[Outcome]:
@@ -249,11 +255,20 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="parallel test workers")
     parser.add_argument("--only", nargs="+", metavar="RELEASE", help="such as 2.6.0, or newest")
     parser.add_argument("--folder", type=Path, help="keep logs and rows of evidence there")
+    parser.add_argument("--reports", nargs="+", metavar=("TORCH", "FILE"), help="count these anew")
     parser.add_argument("--page", action="store_true", help="try nothing, write the page's table")
     options = parser.parse_args()
     if options.page:
         keep(())
         return 0
+    if options.reports:
+        torch, *files = options.reports
+        by_torch = {outcome.torch: outcome for outcome in read_outcomes()}
+        if torch not in by_torch:
+            parser.error(f"--reports: found {torch}, needed one of {', '.join(by_torch)}")
+        counts, failures = read_report(*map(Path, files))
+        keep([replace(by_torch[torch], **counts, failures=failures)])
+        return int(bool(failures))
     known = [release.torch for release in RELEASES]
     unknown = set(options.only or ()).difference(known)
     if unknown:

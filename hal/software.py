@@ -39,9 +39,11 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
         "intel-extension-for-pytorch": "intel_extension_for_pytorch",
         "transformers": "transformers",
         "deep-gemm": "deep_gemm",
+        "deep-ep": "deep_ep",
         "flashinfer-python": "flashinfer",
         "vllm": "vllm._C|vllm._C_stable_libtorch",  # the latter alone in 0.25.1 for CUDA
         "amd-aiter": "aiter",
+        "amd-mori": "mori",
         "torchao": "torchao",
         "vllm-xpu-kernels": "vllm_xpu_kernels",
         "nvidia-ml-py": "pynvml",

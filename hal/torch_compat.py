@@ -55,6 +55,7 @@ __all__ = [
     "int4pack_functions",
     "int8pack_function",
     "int_mm_function",
+    "is_capturing",
     "is_compiling_function",
     "pad",
     "register_fake",
@@ -234,6 +235,14 @@ def device_memory(device: torch.device) -> tuple[int, int]:
         raise PlatformError(f"torch does not tell the memory of {device}; ask hal's platform")
     free, total = ask(device)
     return int(free), int(total)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether the current stream of a type of device records a graph now."""
+    import torch
+
+    asked = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return bool(asked is not None and asked())
 
 
 def graph_type(device_type: str) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hal.errors import ArgumentError, ForcedKernelError, RankError, ShapeError, ValueRangeError
+from hal.errors import ArgumentError, ForcedKernelError, ShapeError, ValueRangeError
 from hal.ops.binding import select_for
 from hal.ops.checks import (
     check_activations,
@@ -31,11 +31,12 @@ from hal.ops.checks import (
 from hal.ops.dispatched import Dispatched, Sent, dispatched_of
 from hal.ops.payload import SYMMETRIC, Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
+from hal.ops.rank_trials import count_hosts, has_collective, has_shared_memory
 from hal.ops.ranks import Ranks
 from hal.ops.routing import Routing
-from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL
+from hal.ops.transports import COLLECTIVES, EXPERT_PARALLEL, tokens_of_each
 from hal.ops.transports.by_rows import finished
-from hal.ops.workspace import Workspace
+from hal.ops.workspace import Abandoning, Workspace
 from hal.quant.represent import encoding_of
 from hal.runtime import current_platform, platform_of
 from hal.selection import choose, options_from
@@ -61,7 +62,10 @@ class ExpertParallel:
         experts: Number of experts of the layer on all ranks together.
         top_k: Slots of a token.
         hidden: Columns of the activations.
-        max_tokens: Most tokens of a rank in one call.
+        max_tokens: Most tokens of a rank in one dispatch.
+        batch_tokens: Most tokens of a rank in one call of a layer, which cuts them into dispatches
+            of at most `max_tokens`, each of which travels while the one before is computed; None
+            is `max_tokens`.
         dispatch: Format in which activations travel, a name of `hal.ops.payload.FORMATS`; `auto`
             is that in which the kernel chosen for experts under `scheme` quantizes them, else bf16.
         scheme: Scheme of the experts.
@@ -103,6 +107,7 @@ class ExpertParallel:
         top_k: int,
         hidden: int,
         max_tokens: int,
+        batch_tokens: int | None = None,
         dispatch: str = "auto",
         scheme: str = "bf16",
         dtype: torch.dtype = torch.bfloat16,
@@ -120,6 +125,13 @@ class ExpertParallel:
             raise ValueRangeError(WHERE, found=f"top_k={top_k}", needed=f"1 to experts={experts}")
         if max_tokens < 1:
             raise ValueRangeError(WHERE, found=f"max_tokens={max_tokens}", needed="1 or more")
+        self.batch_tokens = max_tokens if batch_tokens is None else batch_tokens
+        if self.batch_tokens < max_tokens:
+            raise ValueRangeError(
+                WHERE,
+                found=f"batch_tokens={batch_tokens}",
+                needed=f"max_tokens={max_tokens} or more",
+            )
         self.dtype, self.max_tokens, self.host_sync = dtype, max_tokens, host_sync
         self.device = torch.device(
             current_platform().torch_device_type if device is None else device
@@ -134,6 +146,9 @@ class ExpertParallel:
         if tensor_group is not None:
             self.tensor_ranks = Ranks(tensor_group, self.device, timeout)
         self.placement = placement_of(placement, experts, self.ranks.size)
+        for ranks in (self.tensor_ranks, self.ranks):
+            if ranks is not None:
+                ranks.greet()
         self.selection = self._select(experts, transport, platform)
         self.encoding, self.quantize = self._quantization(platform)
         self._agree(scheme)
@@ -151,6 +166,27 @@ class ExpertParallel:
     def transport(self) -> str:
         """Return the name of the transport."""
         return str(self.selection.kernel and self.selection.kernel.name)
+
+    @property
+    def open_dispatches(self) -> int:
+        """Return how many dispatches may have been sent and not combined at once."""
+        return int(getattr(self._exchange, "open_dispatches", 2))
+
+    def tokens_of_each(self, tokens: int) -> list[int] | None:
+        """Return how many tokens every rank has; None without `host_sync`. A collective call.
+
+        Raises:
+            RankError: If another rank does not take part.
+        """
+        if not self.host_sync:
+            return None
+        with Abandoning(self.workspace):
+            return tokens_of_each(self.ranks, tokens)
+
+    @property
+    def weighs(self) -> bool:
+        """Return whether `combine` applies the weights, and experts are given 1 for each slot."""
+        return bool(getattr(self._exchange, "weighs", False))
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -179,7 +215,7 @@ class ExpertParallel:
             RankError: If another rank does not take part.
         """
         self._check(x, routing, tokens)
-        with _Abandoning(self.workspace):
+        with Abandoning(self.workspace):
             return dispatched_of(self._exchange.dispatch(x, routing, tokens), x.shape[0])
 
     def send(
@@ -187,11 +223,15 @@ class ExpertParallel:
     ) -> Sent:
         """Begin what `dispatch` does; `receive` ends it, and there may be work between the two.
 
-        Under `symmetric_memory` tokens travel meanwhile, and that work hides the wait for them.
-        Other transports do all of it here. Arguments and errors are those of `dispatch`.
+        Tokens travel meanwhile. What is waited for here is how many of them: with `host_sync` where
+        `tokens` does not say it, and by `all_to_all` always. `flashinfer_one_sided` and `mori` do
+        all of it here. Arguments and errors are those of `dispatch`.
+
+        Raises:
+            ArgumentError: If tokens sent through the same workspace have not been received.
         """
         self._check(x, routing, tokens)
-        with _Abandoning(self.workspace):
+        with Abandoning(self.workspace):
             return Sent(x.shape[0], self._exchange.send(x, routing, tokens))
 
     def receive(self, sent: Sent) -> Dispatched:
@@ -200,7 +240,7 @@ class ExpertParallel:
         Raises:
             RankError: If another rank does not take part.
         """
-        with _Abandoning(self.workspace):
+        with Abandoning(self.workspace):
             return dispatched_of(self._exchange.receive(sent.state), sent.tokens)
 
     def combine(
@@ -233,7 +273,7 @@ class ExpertParallel:
         if shared is not None and tuple(shared.shape) != wanted:
             raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
         check_same_device(f"{WHERE}: shared", self.device, shared=shared)
-        with _Abandoning(self.workspace):
+        with Abandoning(self.workspace):
             if self.tensor_ranks is None:
                 return self._exchange.combine(partial, dispatched.state, shared, partial.dtype)
             sums = self._exchange.combine(partial, dispatched.state, None, torch.float32)
@@ -257,15 +297,19 @@ class ExpertParallel:
         return encoding, selection.kernel.load()
 
     def check(self) -> None:
-        """Wait for the current stream, and raise if a rank did not take part in what it has done.
+        """Wait for what has been called, and raise if a rank did not take part in it.
 
-        Only `symmetric_memory` has something to tell here: calls by other transports raise.
+        Calls that the host waits for, as with Gloo, raise themselves. With NCCL this waits for the
+        last collective, at most `timeout`; of replayed graphs it knows nothing. Under
+        `symmetric_memory` it waits for the current stream, whose kernels wait as long as that.
 
         Raises:
             RankError: Naming the ranks that did not come.
         """
-        self.ranks.check()
-        with _Abandoning(self.workspace):
+        with Abandoning(self.workspace):
+            for ranks in (self.ranks, self.tensor_ranks):
+                if ranks is not None:
+                    ranks.settle()
             self._exchange.check()
 
     def _read_by_experts(self, scheme: str, hidden: int, platform: Any) -> Operand | None:
@@ -287,8 +331,9 @@ class ExpertParallel:
             "host_sync": self.host_sync,
         }
         EXPERT_PARALLEL.check(problem)
-        problem |= {name: self.ranks.has(name) for name in COLLECTIVES}
-        problem[SYMMETRIC] = self.ranks.has_symmetric_memory()
+        problem |= {name: has_collective(self.ranks, name) for name in COLLECTIVES}
+        problem[SYMMETRIC] = has_shared_memory(self.ranks)
+        problem["hosts"] = count_hosts(self.ranks)
         try:
             found, _ = select_for(
                 "expert_parallel",
@@ -312,6 +357,7 @@ class ExpertParallel:
             "top_k": payload.top_k,
             "hidden": payload.hidden,
             "max_tokens": self.max_tokens,
+            "batch_tokens": self.batch_tokens,
             "dispatch": payload.format,
             "column_alignment": payload.column_alignment,
             "scheme": scheme,
@@ -343,19 +389,28 @@ class ExpertParallel:
                 WHERE,
                 found=f"{x.shape[0]} tokens",
                 needed=f"at most max_tokens={self.max_tokens}",
-                cure="call it in pieces, the same number of times on every rank",
+                cure="call it in pieces, the same number of times on every rank; layers do so with "
+                "ExpertParallel(batch_tokens=...)",
             )
-        if tokens is None:
-            return
-        if len(tokens) != self.ranks.size or tokens[self.rank] != x.shape[0]:
+        if tokens is not None:
+            self.check_tokens(tokens, x.shape[0], self.max_tokens)
+
+    def check_tokens(self, tokens: Sequence[int], mine: int, most: int) -> None:
+        """Refuse what is not the number of tokens of every rank, at most `most` each.
+
+        Raises:
+            ArgumentError: For another number of ranks, or another number here than `mine`.
+            ValueRangeError: For a number that cannot be.
+        """
+        if len(tokens) != self.ranks.size or tokens[self.rank] != mine:
             raise ArgumentError(
                 f"{WHERE}: tokens",
-                found=f"{list(tokens)} on rank {self.rank} with {x.shape[0]} tokens",
+                found=f"{list(tokens)} on rank {self.rank} with {mine} tokens",
                 needed=f"the tokens of each of {self.ranks.size} ranks",
             )
-        if not 0 <= min(tokens) <= max(tokens) <= self.max_tokens:
+        if not 0 <= min(tokens) <= max(tokens) <= most:
             raise ValueRangeError(
-                f"{WHERE}: tokens", found=list(tokens), needed=f"0 to {self.max_tokens} each"
+                f"{WHERE}: tokens", found=list(tokens), needed=f"0 to {most} each"
             )
 
     def __reduce__(self) -> Any:
@@ -369,22 +424,6 @@ class ExpertParallel:
             f"ExpertParallel(rank {self.rank} of {self.ranks.size}, {len(self.local_experts)} of "
             f"{self.experts} experts, {self.payload.format} by {self.transport})"
         )
-
-
-class _Abandoning:
-    """Take other buffers where a collective failed: it may still write into these."""
-
-    __slots__ = ("workspace",)
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and issubclass(kind, RankError):
-            self.workspace.abandon()
 
 
 def dtype_name_of(dtype: torch.dtype) -> str:

@@ -5,17 +5,18 @@ than this. A token goes to a rank with `held` of `experts` experts with probabil
 
     p = 1 - C(experts - held, top_k) / C(experts, top_k)
 
-and time is what a collective takes without bytes, and the bytes that a rank takes in over the part
-of the link's one-way peak that the collective reaches; of links within a node and the network
-between nodes, the slower decides. Both numbers are of NCCL on two H200 (hidden 7168, bf16, under
-CUDA graphs, 1 to 8192 tokens a rank): nothing else has been measured, so that times of other
-machines and of more ranks are guesses. One-sided exchange has not been timed between GPUs: its
-numbers are put together, see `COSTS`. Against NCCL's measurements themselves the prediction is up
-to 37% short, most at 128 tokens, and up to 2% too long.
+and time is what a collective of NCCL took on two H200 for as many bytes as a rank takes in (bf16,
+hidden 7168, under CUDA graphs, 1 to 8192 tokens a rank), read between those measurements; over
+another link, what was beyond the least time is longer as the link is slower. Of links within a node
+and the network between nodes, the slower decides. Nothing else has been measured, so that times of
+other machines and of more ranks are guesses. All-to-all of one-byte elements, which the numbers do
+not come from, took up to 7% longer than predicted, and 5% less. One-sided exchange has not been
+timed between GPUs: its numbers are put together, see `COSTS`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,28 +29,51 @@ from hal.ops.placement import Placement
 __all__ = ["COSTS", "Cost", "Machine", "Prediction", "collective_us", "predict"]
 
 
+MEASURED_LINK = 450e9
+"""Bytes a second one way of the links that collectives were measured over."""
+ROWS = tuple(tokens * 7168 * 2 for tokens in (1, 16, 128, 512, 2048, 8192))
+"""Bytes that each of two ranks took in when they were measured: bf16 rows of 7168."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a collective takes.
 
     Attributes:
-        start_us: With next to no bytes.
-        reached: Part of the link's one-way peak that it reaches with many bytes.
+        points: Bytes that a rank takes in, ascending, and microseconds of a collective of them over
+            `MEASURED_LINK`.
     """
 
-    start_us: float
-    reached: float
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def start_us(self) -> float:
+        """Return what it takes with next to no bytes."""
+        return self.points[0][1]
+
+    def moving_us(self, size: float, rate: float) -> float:
+        """Return what `size` bytes take besides, over a link of `rate` bytes a second one way."""
+        spans = list(itertools.pairwise(self.points))
+        # Beyond the last measurement it goes on as before it.
+        span = next((span for span in spans if size <= span[1][0]), spans[-1])
+        (low, before), (high, after) = span
+        found = before + (size - low) * (after - before) / (high - low)
+        return max(found - self.start_us, 0.0) * MEASURED_LINK / rate
+
+
+def _measured(*times: float) -> Cost:
+    return Cost(tuple(zip(ROWS, times, strict=True)))
 
 
 COSTS: Mapping[str, Cost] = MappingProxyType(
     {
-        "all_gather": Cost(8.8, 0.537),
-        "reduce_scatter": Cost(8.6, 0.508),
-        "all_to_all": Cost(10.0, 0.621),
-        "peer_writes": Cost(5.5, 0.862),
+        "all_gather": _measured(8.8, 10.1, 26.0, 49.7, 141, 486),
+        "reduce_scatter": _measured(8.6, 10.1, 23.5, 47.3, 149, 514),
+        "all_to_all": _measured(10.0, 11.9, 20.0, 46.1, 124, 420),
+        "peer_writes": Cost(((0.0, 5.5), (388e6, 5.5 + 1000))),
     }
 )
-"""Two H200, 450 GB/s each way: microseconds at 1 token; bytes over time at 8192 tokens.
+"""NCCL on two H200 with 450 GB/s each way.
 
 Of peer writes the rate is what two H200 reach, 388 GB/s, and the start what a kernel of
 symmetric_memory takes on one H200 between two ranks that share it: no link is in that.
@@ -145,7 +169,7 @@ def collective_us(name: str, size: float, machine: Machine) -> float | None:
         if part and rate is None:
             return None
         if part and rate is not None:
-            longest = max(longest, part / (cost.reached * rate) * 1e6)
+            longest = max(longest, cost.moving_us(part, rate))
     return cost.start_us + longest
 
 

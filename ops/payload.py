@@ -249,11 +249,15 @@ BUFFERS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "returned": ("all", "half"),
         },
         "symmetric_memory": {},
+        "deep_ep": {},
+        "deep_ep_low_latency": {},
+        "flashinfer_one_sided": {},
+        "mori": {},
     }
 )
 """Buffers of each transport: how many rows (of one rank, of all, of the ranks that a token's
 experts can be on) of what (a payload row, a row back in 16 or in 32 bits). Symmetric memory has one
-buffer with parts of its own, see `slot_parts`."""
+buffer with parts of its own, see `slot_parts`; other libraries keep theirs themselves."""
 
 
 def flag_bytes(ranks: int) -> int:

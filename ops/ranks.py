@@ -11,36 +11,41 @@ is taken up here. That path has run with NCCL in a group of one rank, and failed
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-import socket
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.errors import ArgumentError, DeviceMismatchError, RankError, ValueRangeError
 from hal.torch_collectives import backend_of, collectives, default_store, require_distributed
-from hal.torch_symmetric import allocate_symmetric, has_symmetric_memory
+from hal.torch_symmetric import allocate_symmetric
 
 if TYPE_CHECKING:
     import torch
 
     from hal.ops.window import Window
 
-__all__ = ["HOST_WAITS", "Ranks"]
+__all__ = ["HOST_WAITS", "Pending", "Ranks"]
 
 HOST_WAITS = frozenset({"gloo"})
 """Backends whose `Work.wait` blocks the host, and takes a time limit."""
+UNLIMITED = frozenset({"gloo"})
+"""Backends whose reduce-scatter is an all-reduce that is waited for without the limit (torch 2.13):
+for a rank that died as long as the group allows, half an hour unless it was told otherwise."""
 POLL_SECONDS = 0.02
-TRIAL_BYTES = 1024
 
-_symmetric: dict[str, tuple[Any, bool]] = {}
-"""Whether a group has symmetric memory, and the store of the job that it belongs to."""
+_made: dict[str, tuple[Any, int]] = {}
+"""How many exchanges a group was asked for, and the store of the job that it belongs to."""
 
-_made = itertools.count()
+
+class Pending(NamedTuple):
+    """A collective that was started and not waited for."""
+
+    what: str
+    work: Any
+    arguments: tuple[Any, ...]
 
 
 class Ranks:
@@ -56,6 +61,9 @@ class Ranks:
         size: Of the group.
         backend: What moves the tensors, such as `gloo`.
         broken: What went wrong, once it has; every further call is refused.
+        do: The collectives of torch.
+        limit: What `wait` of their handles is given.
+        store: Through which the ranks of the job found each other.
 
     Raises:
         PlatformError: If there is no process group.
@@ -92,25 +100,62 @@ class Ranks:
             )
         self.broken = ""
         self._names: list[int] = distributed.get_process_group_ranks(self.group)
-        self._store = default_store()
-        self._limit = (timedelta(seconds=timeout),) if self.backend in HOST_WAITS else ()
+        self.store = default_store()
+        self.limit = (timedelta(seconds=timeout),) if self.backend in HOST_WAITS else ()
         self._calls = 0
         self._abandoned: list[Any] = []
+        self._last: Pending | None = None
         members = "-".join(map(str, self._names))
-        self._key = f"hal/expert_parallel/{members}/{next(_made)}"
-        self._do = collectives()
+        self._key = f"hal/expert_parallel/{members}/{self._number()}"
+        self.do = collectives()
+
+    def greet(self) -> None:
+        """Agree on where notes are left, which no failure of an earlier group has left any.
+
+        Raises:
+            RankError: If a rank does not come.
+        """
+        import torch
+
+        mine = torch.tensor([secrets.randbits(62)], dtype=torch.int64, device=self.device)
+        everyone = mine.new_empty(self.size)
+        self.all_gather(everyone, mine)
+        self._key = f"{self._key}/{int(everyone[0])}"
+
+    def _number(self) -> str:
+        """Return the group, and how many exchanges it was asked for before.
+
+        Ranks count alike in a group whatever became of others: one that failed on some ranks only
+        was of no use to the rest.
+        """
+        name = str(getattr(self.group, "group_name", ""))
+        store, count = _made.get(name, (None, 0))
+        count = count + 1 if store is self.store else 0
+        _made[name] = self.store, count
+        return f"{name}/{count}"
 
     def all_gather(self, out: torch.Tensor, given: torch.Tensor) -> None:
         """Fill `out` `[size * n, ...]` with everyone's `[n, ...]`."""
-        self._run("all_gather", self._do.all_gather, out, given)
+        self.finish(self.start_all_gather(out, given))
+
+    def start_all_gather(self, out: torch.Tensor, given: torch.Tensor) -> Pending:
+        """Begin `all_gather`; neither tensor may be touched before `finish`."""
+        return self._start("all_gather", self.do.all_gather, out, given)
 
     def reduce_scatter(self, out: torch.Tensor, given: torch.Tensor) -> None:
-        """Fill `out` `[n, ...]` with the sum over ranks of its part of `[size * n, ...]`."""
-        self._run("reduce_scatter", self._do.reduce_scatter, out, given)
+        """Fill `out` `[n, ...]` with the sum over ranks of its part of `[size * n, ...]`.
+
+        What was given is not there afterwards.
+        """
+        if self.backend in UNLIMITED:
+            self.all_reduce(given)
+            out.copy_(given.view(self.size, *out.shape)[self.rank])
+            return
+        self.finish(self._start("reduce_scatter", self.do.reduce_scatter, out, given))
 
     def all_reduce(self, given: torch.Tensor) -> None:
         """Replace a tensor with its sum over ranks."""
-        self._run("all_reduce", self._do.all_reduce, given)
+        self.finish(self._start("all_reduce", self.do.all_reduce, given))
 
     def all_to_all(
         self,
@@ -120,66 +165,18 @@ class Ranks:
         sent: Sequence[int] | None = None,
     ) -> None:
         """Send parts of `given` to the ranks in order; `sent` and `received` count their rows."""
+        self.finish(self.start_all_to_all(out, given, received, sent))
+
+    def start_all_to_all(
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        received: Sequence[int] | None = None,
+        sent: Sequence[int] | None = None,
+    ) -> Pending:
+        """Begin `all_to_all`; neither tensor may be touched before `finish`."""
         splits = () if sent is None or received is None else (list(received), list(sent))
-        self._run("all_to_all", self._do.all_to_all, out, given, *splits)
-
-    def has(self, collective: str) -> bool:
-        """Tell whether the backend has a collective, by trying it on a few bytes on every rank.
-
-        Ranks must ask for the same ones in the same order: all of them take part, and what one
-        lacks none has.
-        """
-        import torch
-
-        given = torch.zeros(self.size, dtype=torch.float32, device=self.device)
-        tries: Mapping[str, Callable[[], Any]] = {
-            "all_gather": lambda: self._do.all_gather(
-                given.new_empty(self.size), given[:1], group=self.group, async_op=True
-            ),
-            "reduce_scatter": lambda: self._do.reduce_scatter(
-                given.new_empty(1), given, group=self.group, async_op=True
-            ),
-            "all_to_all": lambda: self._do.all_to_all(
-                torch.empty_like(given), given, group=self.group, async_op=True
-            ),
-        }
-        works = 1.0
-        try:
-            tries[collective]().wait(*self._limit)
-        except (RuntimeError, NotImplementedError) as error:
-            if not _says_unsupported(error):
-                raise self._failure(f"trial of {collective}", error) from error
-            works = 0.0
-        flag = given.new_full((1,), works)
-        self.all_reduce(flag)
-        return int(flag.item()) == self.size
-
-    def has_symmetric_memory(self) -> bool:
-        """Tell whether all ranks can write into each other's memory, by trying it with few bytes.
-
-        Ranks must ask together. They must be on one host, and their devices reach each other.
-        """
-        import torch
-
-        key = str(self.group.group_name)
-        store, able = _symmetric.get(key, (None, False))
-        if store is self._store:
-            return able
-        told = hash_of(host_name()) if has_symmetric_memory(self.device) else -1
-        mine = torch.tensor([told], dtype=torch.int64, device=self.device)
-        hosts = mine.new_empty(self.size)
-        self.all_gather(hosts, mine)
-        able = int(hosts.min()) == int(hosts.max()) >= 0
-        if able:
-            try:
-                allocate_symmetric(TRIAL_BYTES, self.device, self.group)
-            except RuntimeError:
-                able = False
-            flag = torch.full((1,), float(able), device=self.device)
-            self.all_reduce(flag)
-            able = int(flag.item()) == self.size
-        _symmetric[key] = self._store, able
-        return able
+        return self._start("all_to_all", self.do.all_to_all, out, given, *splits)
 
     def window(self, size: int) -> Window:
         """Return `size` bytes of memory of every rank, as this one sees them; a collective call."""
@@ -252,19 +249,61 @@ class Ranks:
                         needed="the same on all ranks of the group",
                     )
 
-    def _run(self, what: str, start: Callable[..., Any], *arguments: Any) -> None:
-        self.check()
-        self._calls += 1
-        work = None
+    def finish(self, pending: Pending) -> None:
+        """Wait for a collective: the host does, or the current stream, by the backend.
+
+        Raises:
+            RankError: If a rank did not take part in it, or in another before.
+        """
         try:
-            work = start(*arguments, group=self.group, async_op=True)
-            work.wait(*self._limit)
+            self.check()
+            pending.work.wait(*self.limit)
+        except RankError:
+            self._abandoned.append(pending)
+            raise
         except RuntimeError as error:
             # What was started may still write: its tensors are kept, and never used again.
-            self._abandoned.append((work, arguments))
-            raise self._failure(what, error) from error
+            self._abandoned.append(pending)
+            raise self.failure(pending.what, error) from error
 
-    def _failure(self, what: str, error: Exception) -> RankError:
+    def _start(self, what: str, start: Callable[..., Any], *arguments: Any) -> Pending:
+        from hal.torch_compat import is_capturing
+
+        self.check()
+        self._calls += 1
+        try:
+            pending = Pending(what, start(*arguments, group=self.group, async_op=True), arguments)
+        except RuntimeError as error:
+            self._abandoned.append(arguments)
+            raise self.failure(what, error) from error
+        # What a graph records has no end to be asked for.
+        if self.backend not in HOST_WAITS and not is_capturing(self.device):
+            self._last = Pending(what, pending.work, ())  # and not the tensors, for longer
+        return pending
+
+    def settle(self) -> None:
+        """Wait for the collective begun last, at most as long as others may let this rank wait.
+
+        Collectives whose waiting blocks the host have ended when they return.
+
+        Raises:
+            RankError: Naming the ranks that did not come.
+        """
+        self.check()
+        if self._last is None:
+            return
+        pending, deadline = self._last, time.monotonic() + self.timeout
+        try:
+            while not pending.work.is_completed():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{pending.what} has not ended")
+                time.sleep(POLL_SECONDS)
+        except (RuntimeError, TimeoutError) as error:
+            self._abandoned.append(pending)
+            raise self.failure(pending.what, error) from error
+
+    def failure(self, what: str, error: Exception) -> RankError:
+        """Return the error that names who is missing, and refuse every further call."""
         cause = " ".join(str(error).split())
         self.broken = cause[:200]
         found, missing = self._roll_call()
@@ -280,11 +319,11 @@ class Ranks:
         keys = [f"{self._key}/{rank}" for rank in range(self.size)]
         deadline = time.monotonic() + self.timeout + 1
         try:
-            self._store.set(keys[self.rank], str(self._calls))
-            while not (done := self._store.check(keys)) and time.monotonic() < deadline:
+            self.store.set(keys[self.rank], str(self._calls))
+            while not (done := self.store.check(keys)) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            here = [r for r, key in enumerate(keys) if done or self._store.check([key])]
-            calls = {r: int(self._store.get(keys[r])) for r in here}
+            here = [r for r, key in enumerate(keys) if done or self.store.check([key])]
+            calls = {r: int(self.store.get(keys[r])) for r in here}
         except RuntimeError as error:
             text = " ".join(str(error).split())[:100]
             return f"ranks that cannot be told: the store of the job does not answer ({text})", ()
@@ -300,26 +339,5 @@ class Ranks:
         return "all ranks, but not the connection between them", ()
 
 
-def host_name() -> str:
-    """Return what tells this host from others, or this boot of it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()} {boot}"
-
-
-def hash_of(text: str) -> int:
-    """Return a number from 0 to 2^62 that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2
-
-
 def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def _says_unsupported(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, NotImplementedError) or any(
-        words in text for words in ("not support", "unsupported", "not implemented", "no backend")
-    )

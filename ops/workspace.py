@@ -9,7 +9,7 @@ captured with the old one keep that alive through `retired`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import ArgumentError, DeviceMismatchError, RankError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hal.ops.ranks import Ranks
     from hal.ops.window import Window
 
-__all__ = ["Workspace"]
+__all__ = ["Abandoning", "Workspace"]
 
 
 class Workspace:
@@ -38,6 +38,8 @@ class Workspace:
         self._window: Window | None = None
         self._windows: list[Window] = []
         self._group: Any = None
+        self._packages: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._travelling = False
         self._ranks: int | None = None
         self._device: torch.device | None = None
 
@@ -58,9 +60,12 @@ class Workspace:
 
         Raises:
             ArgumentError: If the workspace serves a group of another size; see `reset`.
+                Also if it would grow while a graph is captured.
             DeviceMismatchError: If it is on another device.
         """
         import torch
+
+        from hal.torch_compat import is_capturing
 
         if self._ranks not in (None, ranks):
             raise ArgumentError(
@@ -83,9 +88,15 @@ class Workspace:
                     cure="give each group a workspace, or call reset() where the old group is gone",
                 )
         held = {name: buffer.numel() for name, buffer in self._held.items()}
-        for name, size in union((held, sizes)).items():
-            if size <= held.get(name, -1):
-                continue
+        wanted = {n: s for n, s in union((held, sizes)).items() if s > held.get(n, -1)}
+        if wanted and is_capturing(device):
+            raise ArgumentError(
+                "expert_parallel: workspace",
+                found=f"a layer that needs more of {', '.join(wanted)} while a graph is captured",
+                needed="buffers that are there before",
+                cure="make all layers, and call each once, before the capture",
+            )
+        for name, size in wanted.items():
             if name == SYMMETRIC:
                 assert group is not None
                 self._keep_window()
@@ -102,6 +113,41 @@ class Workspace:
         """Return the first `size` bytes of a buffer."""
         self._used.add(name)
         return self._held[name][:size]
+
+    def depart(self) -> None:
+        """Take the buffers in which tokens travel, until `arrive`.
+
+        Raises:
+            ArgumentError: If those that another dispatch sent have not been received.
+        """
+        if self._travelling:
+            raise ArgumentError(
+                "expert_parallel: workspace",
+                found="a dispatch while tokens of another are on their way",
+                needed="receive of what was sent before, by whichever layer here",
+                cure="give layers whose tokens travel at once a workspace each; after an error "
+                "between the two, workspace.reset() and new layers on every rank",
+            )
+        self._travelling = True
+
+    def arrive(self) -> None:
+        """Give them back."""
+        self._travelling = False
+
+    def package(self, name: str, sizes: tuple[int, ...], make: Callable[..., Any]) -> Any:
+        """Return what another library keeps for all layers here, made anew where it is too small.
+
+        Args:
+            name: Of the library's object.
+            sizes: Bytes that a layer needs of each of its parts.
+            make: Makes it, of the largest sizes that were asked for.
+        """
+        held, found = self._packages.get(name, ((0,) * len(sizes), None))
+        if found is None or any(size > old for size, old in zip(sizes, held, strict=True)):
+            held = tuple(map(max, sizes, held))
+            found = make(*held)  # layers that have the old one keep it alive
+            self._packages[name] = held, found
+        return found
 
     @property
     def window(self) -> Window:
@@ -131,12 +177,15 @@ class Workspace:
 
         self._keep_window()
         self._held.pop(SYMMETRIC, None)
+        self._travelling = False
+        self._packages.clear()
         self._held = {name: torch.zeros_like(buffer) for name, buffer in self._held.items()}
         self._used.clear()
 
     def reset(self) -> None:
         """Forget the size of the group, so that layers of a new group can be made."""
-        self._ranks = None
+        self._ranks, self._travelling = None, False
+        self._packages.clear()
         self._keep_window()
         self._held.pop(SYMMETRIC, None)
 
@@ -144,3 +193,19 @@ class Workspace:
     def nbytes(self) -> int:
         """Return the bytes of all buffers, retired ones included."""
         return sum(buffer.numel() for buffer in (*self._held.values(), *self.retired))
+
+
+class Abandoning:
+    """Take other buffers where a collective failed: it may still write into these."""
+
+    __slots__ = ("workspace",)
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and issubclass(kind, RankError):
+            self.workspace.abandon()

@@ -51,6 +51,7 @@ EXPERT_PARALLEL = Op(
         *("ranks", "experts", "top_k", "hidden", "max_tokens", "dtype", "backend", "host_sync"),
         *COLLECTIVES,
         SYMMETRIC,
+        "hosts",
     ),
     "move tokens to the ranks that hold their experts, and the results back",
     choices={
@@ -195,17 +196,23 @@ def rows_of_each(setup: Setup, tokens: int, counts: Sequence[int] | None) -> int
         tokens: Of this rank.
         counts: Of every rank, if the caller knows them.
     """
-    import torch
-
     if counts is not None:
         return max(counts)
     if not setup.host_sync:
         return setup.max_tokens
-    mine = torch.tensor([tokens], dtype=torch.int64, device=setup.ranks.device)
-    everyone = mine.new_empty(setup.ranks.size)
-    setup.ranks.all_gather(everyone, mine)
-    return int(everyone.max())
+    return max(tokens_of_each(setup.ranks, tokens))
+
+
+def tokens_of_each(ranks: Ranks, tokens: int) -> list[int]:
+    """Return how many tokens every rank has; a collective call, which waits for the device."""
+    import torch
+
+    mine = torch.tensor([tokens], dtype=torch.int64, device=ranks.device)
+    everyone = mine.new_empty(ranks.size)
+    ranks.all_gather(everyone, mine)
+    return list(map(int, everyone.tolist()))
 
 
 # Importing a module is what attaches its transports.
+from hal.ops.adapters import deep_ep, flashinfer_one_sided, mori  # noqa: E402, F401
 from hal.ops.transports import all_to_all, gathered, one_sided  # noqa: E402, F401

@@ -18,6 +18,8 @@ from hal.registry import Level
 if TYPE_CHECKING:
     import torch
 
+    from hal.ops.ranks import Pending
+
 
 class _State(NamedTuple):
     tokens: int
@@ -35,9 +37,9 @@ class _AllToAll:
     def rows(self, tokens: int) -> torch.Tensor:
         return self._rows("rows", tokens)
 
-    def dispatch(
+    def send(
         self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[torch.Tensor, _State]:
+    ) -> tuple[Pending, torch.Tensor, _State]:
         import torch
 
         size = self.ranks.size
@@ -53,8 +55,8 @@ class _AllToAll:
         rows = self._rows("send", len(token))
         torch.index_select(self._rows("rows", tokens), 0, token, out=rows)
         arrived = self._rows("receive", sum(received))
-        self.ranks.all_to_all(arrived, rows, received, sent)
-        return arrived, _State(tokens, token, sent, received)
+        pending = self.ranks.start_all_to_all(arrived, rows, received, sent)
+        return pending, arrived, _State(tokens, token, sent, received)
 
     def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
         import torch

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hal.ops.transports import Received, Setup
 
 if TYPE_CHECKING:
     import torch
 
+    from hal.ops.ranks import Pending
     from hal.ops.routing import Routing
 
 __all__ = ["ByRows", "RowExchange", "finished"]
@@ -22,10 +23,13 @@ class RowExchange(Protocol):
         """Return where the caller writes its rows, `[tokens, row_bytes]` uint8."""
         ...
 
-    def dispatch(
+    def send(
         self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[torch.Tensor, Any]:
-        """Send the rows; return those received, `[n, row_bytes]`, and what `combine` takes.
+    ) -> tuple[Pending | None, torch.Tensor, Any]:
+        """Begin to send the rows.
+
+        Returns what is on its way, None if nothing is, those received once that has come,
+        `[n, row_bytes]`, and what `combine` takes.
 
         Args:
             tokens: Rows that were written.
@@ -39,6 +43,12 @@ class RowExchange(Protocol):
         ...
 
 
+class _Sent(NamedTuple):
+    pending: Pending | None
+    rows: torch.Tensor
+    state: Any
+
+
 class ByRows:
     """An exchange whose tokens are rows of bytes, packed and unpacked with torch."""
 
@@ -46,37 +56,40 @@ class ByRows:
         import torch
 
         from hal.ops.rows import Rows
+        from hal.ops.transports.numbering import Numbering
 
         self.setup, self.transport = setup, transport
         placement, device = setup.placement, setup.device
         self._rows = Rows(setup.payload, setup.encoding, setup.quantize)
-        copies = placement.copies()
-        self._copies = torch.tensor(placement.turns(), device=device)
-        self._count = torch.tensor([len(places) for places in copies], device=device)
+        self._numbering = Numbering(placement, setup.ranks.rank, device)
         self._rank_of = torch.tensor(placement.rank_of, device=device)
-        rank = setup.ranks.rank
-        self._first, self._last = placement.offsets[rank : rank + 2]
-        self._redundant = self._copies.shape[1] > 1
 
     def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
+        return self.receive(self.send(x, routing, counts))
+
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
         import torch
 
-        physical = self._physical(routing.ids)
+        physical = self._numbering.of(routing.ids)
         present = physical >= 0
         ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
-        if x.shape[0]:
-            self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
-        received, state = self.transport.dispatch(x.shape[0], ranks, counts)
-        rows, physical, weights = self._rows.unpack(received, self.setup.dtype)
-        here = (physical >= self._first) & (physical < self._last)
-        # Copies, and no views of a buffer.
-        return Received(rows, torch.where(here, physical - self._first, -1), weights, state)
+        self.setup.workspace.depart()
+        try:
+            if x.shape[0]:
+                self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
+            return _Sent(*self.transport.send(x.shape[0], ranks, counts))
+        except BaseException:
+            self.setup.workspace.arrive()
+            raise
 
-    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
-        return self.dispatch(x, routing, counts)
-
-    def receive(self, sent: Received) -> Received:
-        return sent
+    def receive(self, sent: _Sent) -> Received:
+        if sent.pending is not None:
+            self.setup.ranks.finish(sent.pending)
+        rows, physical, weights = self._rows.unpack(sent.rows, self.setup.dtype)
+        # Copies, and no views of a buffer, which the next dispatch may now write to.
+        received = Received(rows, self._numbering.local(physical), weights, sent.state)
+        self.setup.workspace.arrive()
+        return received
 
     def combine(
         self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
@@ -85,20 +98,6 @@ class ByRows:
 
     def check(self) -> None:
         """Do nothing: collectives raise."""
-
-    def _physical(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return `[tokens, top_k]` int64 physical ids; copies of an expert take turns."""
-        import torch
-
-        absent = (ids < 0) | (ids >= self.setup.placement.experts)
-        expert = ids.long().masked_fill(absent, 0)
-        if not self._redundant:
-            physical = self._copies[:, 0][expert]
-        else:
-            token = torch.arange(ids.shape[0], device=ids.device) + self.setup.ranks.rank
-            turn = token.unsqueeze(-1) % self._count[expert]
-            physical = self._copies[expert, turn]
-        return physical.masked_fill(absent, -1)
 
 
 def finished(sums: torch.Tensor, shared: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

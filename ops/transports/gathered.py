@@ -31,6 +31,8 @@ from hal.registry import Level
 if TYPE_CHECKING:
     import torch
 
+    from hal.ops.ranks import Pending
+
 ANYWHERE = (Needs.package("torch"), Needs.one_of("backend", *BACKENDS, code=Code.RANK))
 
 
@@ -49,9 +51,9 @@ class _Gathered:
     def rows(self, tokens: int) -> torch.Tensor:
         return self._rows("rows", self.setup.max_tokens)[:tokens]
 
-    def dispatch(
+    def send(
         self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[torch.Tensor, _State]:
+    ) -> tuple[Pending | None, torch.Tensor, _State]:
         import torch
 
         room = self._room(tokens, counts)
@@ -60,9 +62,8 @@ class _Gathered:
         rows[tokens:].zero_()
         section(rows[tokens:], self.payload.parts["ids"], torch.int32).fill_(-1)
         received = self._rows("receive", self.ranks.size * room)
-        if room:
-            self.ranks.all_gather(received, rows)
-        return received, _State(tokens, room)
+        pending = self.ranks.start_all_gather(received, rows) if room else None
+        return pending, received, _State(tokens, room)
 
     def _room(self, tokens: int, counts: Sequence[int] | None) -> int:
         """Return how many rows every rank sends."""

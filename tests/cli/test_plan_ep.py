@@ -9,26 +9,36 @@ import pytest
 
 from hal.cli import main
 from hal.errors import ValueRangeError
-from hal.ops.parallel_plan import Machine, chance, collective_us, predict
+from hal.ops.parallel_plan import COSTS, Machine, chance, collective_us, predict
 from hal.ops.payload import BUFFERS, FORMATS, Payload
 from hal.ops.transports import EXPERT_PARALLEL
 
 H200 = Machine(2, link=450e9)
 TOKENS = (1, 16, 128, 512, 2048, 8192)
-MEASURED_US = {
-    "all_gather": (8.8, 10.1, 26.0, 49.7, 141, 486),
-    "reduce_scatter": (8.6, 10.1, 23.5, 47.3, 149, 514),
-    "all_to_all": (10.0, 11.9, 20.0, 46.1, 124, 420),
-}
-"""NCCL on two H200 under CUDA graphs, bf16, hidden 7168."""
+ONE_BYTE_US = (9.7, 10.4, 16.4, 28.2, 74.5, 227)
+"""All-to-all one way of one-byte elements on two H200 under graphs, hidden 7168: what the numbers
+of the plan do not come from."""
 
 
-@pytest.mark.parametrize("name", MEASURED_US)
-def test_predicted_times_are_near_those_measured(name):
-    for tokens, measured in zip(TOKENS, MEASURED_US[name], strict=True):
-        predicted = collective_us(name, tokens * 7168 * 2, H200)
+def test_predicted_times_are_near_those_measured():
+    for tokens, measured in zip(TOKENS, ONE_BYTE_US, strict=True):
+        predicted = collective_us("all_to_all", tokens * 7168, H200)
         assert predicted is not None
-        assert -0.40 < predicted / measured - 1 < 0.05, tokens
+        assert abs(predicted / measured - 1) < 0.065, tokens
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_times_grow_with_bytes_and_with_slower_links(name):
+    cost, sizes = COSTS[name], [0, *(2**power for power in range(8, 34))]
+    times = [cost.moving_us(size, 450e9) for size in sizes]
+    assert times[0] == 0.0
+    assert all(a <= b for a, b in itertools.pairwise(times))
+    assert [cost.moving_us(size, 45e9) for size in sizes] == pytest.approx([10 * t for t in times])
+    for size, measured in cost.points:
+        assert cost.start_us + cost.moving_us(size, 450e9) == pytest.approx(measured)
+    # What follows the last measurement goes on at its rate, below that of the link.
+    last, further = cost.points[-1][0], cost.moving_us(2 * cost.points[-1][0], 450e9)
+    assert last / 450e3 < further - cost.moving_us(last, 450e9) < 2 * last / 450e3
 
 
 @pytest.mark.parametrize(("experts", "held", "top_k"), [(6, 3, 2), (7, 2, 3), (5, 5, 1), (8, 1, 8)])
@@ -86,8 +96,9 @@ ASK = ["plan-ep", "--ranks", "8", "--hidden", "7168", "--experts", "256", "--top
 def test_the_command_lists_every_transport_and_format(capsys):
     assert main([*ASK, "--platform", "cuda:h200", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    names = {kernel.name for kernel in EXPERT_PARALLEL.kernels}
-    assert set(BUFFERS) == names
+    # Nobody here has times of other libraries, nor the sizes of what they keep.
+    names = {kernel.name for kernel in EXPERT_PARALLEL.kernels if not kernel.claimed}
+    assert set(BUFFERS) == {kernel.name for kernel in EXPERT_PARALLEL.kernels}
     assert {(row["transport"], row["format"]) for row in told["layers"]} == {
         (transport, format) for transport in names for format in FORMATS
     }

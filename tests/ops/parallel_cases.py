@@ -13,7 +13,7 @@ from hal.quant import quantize
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, MAX_TOKENS = 5, 2, 160, 64, 16
 ONE_SIDED = "symmetric_memory"
-TRANSPORTS = tuple(k.name for k in EXPERT_PARALLEL.kernels if k.name != ONE_SIDED)
+TRANSPORTS = tuple(k.name for k in EXPERT_PARALLEL.kernels if k.name != ONE_SIDED and not k.claimed)
 ROUTINGS = (
     *("ragged", "one_rank_idle", "no_tokens", "to_one_rank", "to_one_expert", "absent", "skew"),
     *("one_token", "not_finite"),

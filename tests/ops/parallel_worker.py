@@ -134,6 +134,41 @@ def captured(layers: Layers, case: Case) -> dict:
     return found
 
 
+def in_pieces(layers: Layers, transport: str) -> dict:
+    """Return what a layer makes of a batch in three pieces, called and replayed from a graph."""
+    group = ExpertParallel(
+        **{**sizes(layers.device), "max_tokens": 4}, batch_tokens=11, dispatch="bf16",
+        transport=transport, host_sync=False, timeout=20,
+    )  # fmt: skip
+    weights = local_weights(Case(transport), group.local_experts, device=layers.device)
+    layer = FusedMoE(*weights, group=group)
+    x = torch.zeros(11, HIDDEN, dtype=torch.bfloat16, device=layers.device)
+    ids = torch.zeros(11, TOP_K, dtype=torch.int64, device=layers.device)
+    routing = Routing(ids=ids, weights=torch.ones(11, TOP_K, device=layers.device))
+
+    def call() -> torch.Tensor:
+        return layer(x, routing, shared=lambda: x * 0.5)
+
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    found: dict = {"replayed": [], "called": [], "x": [], "ids": []}
+    for turn in range(3):
+        generator = torch.Generator().manual_seed(7 * turn + layers.rank)
+        x.copy_(torch.randn(11, HIDDEN, generator=generator))
+        order = [torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(11)]
+        ids.copy_(torch.stack(order))
+        graph.replay()
+        found["replayed"].append(y.clone())
+        found["called"].append(call())
+        found["x"].append(x.clone())
+        found["ids"].append(ids.clone())
+    return found
+
+
 def refusals(rank: int, device: str) -> dict[str, str]:
     """Return what unlike arguments of ranks lead to; the group is of use afterwards."""
     changes = {
@@ -182,6 +217,11 @@ def main(rank: int, world: int, store: str, out: str, device: str = "cpu") -> No
                 if transport != "all_to_all"
                 for format in FORMATS
                 for case in [Case(transport, format, host_sync=False)]
+            }
+            found["pieces"] = {
+                transport: in_pieces(layers, transport)
+                for transport in transports_of(kind)
+                if transport != "all_to_all"
             }
         found["refusals"] = refusals(rank, device)
         found["after refusals"] = run(layers, Case("all_gather"))

@@ -38,6 +38,7 @@ def spawn(
     finally:
         for process in ranks:
             process.kill()
+            process.communicate()
     left = [rank for rank in range(world) if rank not in lost]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in left]
 

@@ -5,12 +5,14 @@ A group of one rank needs one GPU, and has all collectives and symmetric memory 
 
 from __future__ import annotations
 
+import parallel_gpu_loss_worker
 import parallel_worker
 import pytest
 import torch
-from parallel_cases import ONE_SIDED, Case, cases, transports_of
-from test_expert_parallel import alone_on, compare, spawn
+from parallel_cases import EXPERTS, ONE_SIDED, Case, cases, local_weights, transports_of
+from test_expert_parallel import alone_on, compare, error_of, spawn
 
+from hal.ops import FusedMoE, Routing
 from hal.ops.payload import FORMATS
 
 WORLDS = (1, 2)
@@ -74,3 +76,41 @@ def test_one_sided_sums_are_those_of_another_transport(world, format, found):
         for ours, theirs in zip(mine, other, strict=True):
             # Both round each rank's part once and add in the order of ranks.
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("transport", CAPTURED)
+@torch.inference_mode()
+def test_batches_in_pieces_are_captured(world, transport, found):
+    """Three dispatches, each sent while the one before is computed, in one graph."""
+    layer = FusedMoE(*local_weights(Case(transport), tuple(range(EXPERTS)), device="cuda:0"))
+    for results in found(world):
+        told = results["pieces"][transport]
+        for turn, (replayed, called) in enumerate(
+            zip(told["replayed"], told["called"], strict=True)
+        ):
+            assert torch.equal(replayed.view(torch.int16), called.view(torch.int16))
+            x, ids = (told[name][turn].to("cuda:0") for name in ("x", "ids"))
+            routing = Routing(ids=ids, weights=torch.ones(ids.shape, device="cuda:0"))
+            wanted = layer(x, routing, shared=x * 0.5)
+            assert error_of(called, wanted.cpu()) < 0.005
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    """Return what rank 0 was told when rank 1 stayed away."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"2 GPUs are needed, {torch.cuda.device_count()} are here")
+    return spawn(parallel_gpu_loss_worker.__file__, 2, tmp_path_factory.mktemp("lost"))[0]
+
+
+@pytest.mark.parametrize("transport", parallel_gpu_loss_worker.TRANSPORTS)
+@pytest.mark.parametrize("world", [2])
+def test_a_gpu_that_stays_away_is_named(transport, world, lost):
+    told = lost[transport]
+    assert told["missing"] == [1], told["error"]
+    # A limit of looks at a flag is one of order; of a collective also that of hearing of others.
+    assert told["seconds"] < 10 * parallel_gpu_loss_worker.SECONDS
+    assert "a call after ranks had failed" in told["again"]
+    if "y" in told:
+        assert told["y"].isnan().any(), "no sum may look whole"

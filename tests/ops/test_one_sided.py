@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import parallel_overlap_worker as overlap
 import pytest
 import torch
 from one_sided_group import EXPERTS, Group, calls, check, made, partials_of, sums
 
 from hal.errors import ArgumentError, RankError
-from hal.ops import Placement
+from hal.ops import FusedMoE, Placement, Workspace
 from hal.ops.kernels.dispatch_rows import Codec
 from hal.ops.payload import FORMATS
 from hal.ops.transports import one_sided
@@ -137,3 +138,47 @@ def test_a_rank_that_does_not_come_is_named_and_leaves_nothing_finite():
         mine.combine(opened[0][0].x, opened[0][1], None, torch.bfloat16)
     with pytest.raises(RankError, match="a call after"):
         mine.dispatch(*inputs[0], None)
+
+
+@pytest.fixture
+def process_group():
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8_token"])
+def test_a_layer_in_pieces_has_two_slots_open(format, process_group, monkeypatch):
+    """The next piece is sent before the experts of one run, and takes the other slot."""
+    layer = overlap.layer_of("all_gather", Workspace(), host_sync=False, dispatch=format)
+    x, routing = overlap.inputs(0, 11)
+    wanted = layer(x, routing, shared=overlap.shared_of(x))
+    group = Group(1, format, max_tokens=overlap.PIECE)
+    exchange, log = group.exchanges[0], []
+    run = FusedMoE.__call__
+
+    def experts(self, *arguments, **named):
+        log.append(list(group.windows[0]._taken))
+        return run(self, *arguments, **named)
+
+    for name in ("send", "receive"):
+        call = getattr(exchange, name)
+        monkeypatch.setattr(exchange, name, lambda *a, n=name, c=call: (log.append(n), c(*a))[1])
+    monkeypatch.setattr(layer.group, "_exchange", exchange)
+    monkeypatch.setattr(FusedMoE, "__call__", experts)
+
+    def shared():
+        log.append("shared")
+        return overlap.shared_of(x)
+
+    y = layer(x, routing, shared=shared)
+    both, one = [True, True], [[True, False], [False, True]]
+    assert log[:3] == ["send", "shared", "receive"]
+    assert log[3:8] == ["send", both, "receive", "send", both]
+    assert log[8] == "receive"
+    assert log[9] in one
+    assert len(log) == 10
+    assert group.windows[0]._taken == [False, False]
+    # The interpreter truncates where devices round.
+    assert float((y.float() - wanted.float()).norm() / wanted.float().norm()) < 0.01

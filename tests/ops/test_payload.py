@@ -125,6 +125,9 @@ def test_workspace_grows_with_ranks_and_tokens(payload, transport, ranks, tokens
         assert held == ranks * tokens * sent
         assert parts["returned"].size == ranks * tokens * payload.combine_bytes
         return
+    if not BUFFERS[transport]:
+        assert not small  # another library keeps them
+        return
     assert small["receive"] == ranks * tokens * payload.row_bytes
 
 

@@ -69,6 +69,25 @@ def test_every_case_of_a_report_counts_once(tmp_path: Path) -> None:
         read_report(tmp_path / "none.xml")
 
 
+def test_what_was_run_again_counts_by_its_last_result(tmp_path: Path, monkeypatch) -> None:
+    first, again, page = tmp_path / "tests.xml", tmp_path / "again.xml", tmp_path / "page.md"
+    first.write_text(REPORT)
+    again.write_text(REPORT.replace("<failure/><error/>", "").replace("skips", "further"))
+    page.write_text(f"{torch_matrix.BEGIN}{torch_matrix.END}")
+    monkeypatch.setattr(torch_matrix, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(torch_matrix, "PAGE", page)
+    keep([ONE])
+    monkeypatch.setattr(sys, "argv", ["x", "--reports", ONE.torch, str(first), str(again)])
+    assert torch_matrix.main() == 1
+    (found,) = read_outcomes()
+    assert (found.passed, found.failed, found.skipped) == (2, 2, 2)
+    assert found.failures == ["a::errs", "a::fails"]
+    assert (found.trials, found.triton) == (ONE.trials, ONE.triton)
+    monkeypatch.setattr(sys, "argv", ["x", "--reports", "2.7.0", str(first)])
+    with pytest.raises(SystemExit):
+        torch_matrix.main()
+
+
 def test_outcomes_are_kept_by_torch_in_order(tmp_path: Path, monkeypatch) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{torch_matrix.BEGIN}{torch_matrix.END}after\n")
