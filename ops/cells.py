@@ -20,13 +20,27 @@ from hal.registry import Kernel, Level
 if TYPE_CHECKING:
     from hal.ops.kernels.crosscompile import Cell
 
-__all__ = ["cells_of", "facts_of", "fault_of", "kind_of", "level_of", "specialization_of"]
+__all__ = [
+    "SCALE_ORDERS",
+    "cells_of",
+    "facts_of",
+    "fault_of",
+    "kind_of",
+    "level_of",
+    "specialization_of",
+]
 
 _SCALED = re.compile(r"block_scale|kind::mx|_scale_f32|mfma_scale|v_mfma_scale|scale_vec")
 """Matrix instructions that take the scales of groups."""
 _SCALED_ROWS = {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "mxfp4_w4a8": "mxfp8", "nvfp4": "nvfp4"}
 """Which cell quantizes the rows of a product under scales per group."""
 _STATIC_ROWS = {"e4m3fn": "fp8_static", "int8": "int8_static"}
+SCALE_ORDERS = {
+    "mxfp8": ("blocked_128x4", "mn_major_ue8m0"),
+    "mxfp4": ("blocked_128x4", "e8m0_shuffle"),
+    "nvfp4": ("blocked_128x4",),
+}
+"""Orders of the scales of rows that have a cell of their own, by the cell that quantizes them."""
 _ROWS = {
     ("e4m3fn", "token"): ("fp8_rows", "fp8_channel"),
     ("e4m3fn", "group128"): ("fp8_groups", "fp8_block128"),
@@ -118,7 +132,8 @@ def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
         return (f"quantize/{scheme.name}/{before}",)
     if how.scale_format != "float32" or how.second != "none":
         block = {"e2m1": "mxfp4" if how.second == "none" else "nvfp4"}.get(str(how.format), "mxfp8")
-        return (f"quantize/{block}/{before}",)
+        orders = SCALE_ORDERS[block] if before == "plain" else ()
+        return (f"quantize/{block}/{before}", *(f"quantize/{block}/plain/{one}" for one in orders))
     if not how.dynamic:
         return (f"quantize/{_STATIC_ROWS[str(how.format)]}/{before}",)
     if not how.symmetric:

@@ -14,6 +14,7 @@ from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
+from hal.ops.scale_layouts import CANONICAL, check_scale_layout, in_layout, new_scales
 from hal.ops.triton_since import needs_triton
 from hal.quant.asymmetric import encode_asymmetric
 from hal.quant.codec import SCALE_FLOOR, encode, encode_static
@@ -63,9 +64,9 @@ TRITON = (
 )
 
 QuantizeFunction = Any
-"""`(x [tokens, features], encoding, how, fixed) -> (codes, scales)`, then second scales or zeros.
+"""`(x [tokens, features], encoding, how, fixed, layout) -> (codes, scales, ...)`, as `quantize`.
 
-`fixed` is the scale of a static scheme, float32 `[]`, else None."""
+`fixed` is the scale of a static scheme, float32 `[]`, else None; `layout` is that of the scales."""
 
 
 def fake_quantize(
@@ -93,6 +94,7 @@ def quantize(
     scheme: str | Scheme,
     *,
     input_scale: torch.Tensor | None = None,
+    scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
@@ -102,6 +104,9 @@ def quantize(
         x: bf16, fp16 or float32.
         scheme: A scheme that quantizes activations.
         input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
+        scale_layout: Order in which the scales are stored: `canonical`, or one of
+            `hal.ops.scale_layouts.STORED_LAYOUTS`, whose shape and padding are those of
+            `hal.quant.swizzle.SCALE_LAYOUTS`.
         platform: Platform to select for; None means that of the device of `x`.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
@@ -111,22 +116,26 @@ def quantize(
         int8_channel_asymmetric int8 zero points `[tokens]`.
 
     Raises:
-        ArgumentError: If a static scheme comes without its scale, or another with one.
+        ArgumentError: If a static scheme comes without its scale, or another with one, or if the
+            layout is not defined for its scales.
         ValueRangeError: With `HAL_CHECK=1`, if that scale is not finite or below the floor.
         ShapeError: If `x` is not a matrix.
         DTypeError: If it has another dtype.
-        UnknownNameError: If the scheme does not quantize activations.
+        UnknownNameError: If the scheme does not quantize activations, or there is no such layout.
         NoKernelError: If no kernel can run.
     """
     how = find_scheme(scheme)
     check_rows("quantize", x)
+    check_scale_layout("quantize", how, scale_layout)
     _check_fixed(how, x, input_scale)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     function = selection.kernel.load()
     encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
-    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation, input_scale)
+    found: tuple[torch.Tensor, ...] = function(
+        x, encoding, how.activation, input_scale, scale_layout
+    )
     return found
 
 
@@ -180,11 +189,15 @@ def quantizer(binding: Binding, features: int) -> QuantizeFunction:
     batch_invariant=True,
 )
 def quantize_reference(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Follow the codec's formula in float32."""
     coded = represent(x, how, format, fixed=fixed)
-    return tuple(tensor for tensor in coded if tensor is not None)
+    return in_layout(tuple(tensor for tensor in coded if tensor is not None), layout)
 
 
 @QUANTIZE.kernel(
@@ -196,7 +209,11 @@ def quantize_reference(
     batch_invariant=True,
 )
 def quantize_torch(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Do the same in few passes over the data."""
     import torch
@@ -211,7 +228,7 @@ def quantize_torch(
         return encode_asymmetric(x)
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
     if not whole or not x.numel():
-        return encode(x, format, granularity)
+        return in_layout(encode(x, format, granularity), layout)
     target = number_format(format)
     top = target.quantization_maximum
     rows = x if granularity == "token" else x.reshape(-1, BLOCK)
@@ -226,7 +243,7 @@ def quantize_torch(
     if target.is_integer:
         ratio.round_().nan_to_num_(nan=0.0)
     values = ratio.view(shape).to(dtype(format))
-    return values, scales.view(scale_shape(granularity, shape))
+    return in_layout((values, scales.view(scale_shape(granularity, shape))), layout)
 
 
 @QUANTIZE.kernel(
@@ -238,7 +255,11 @@ def quantize_torch(
     batch_invariant=True,
 )
 def quantize_cached(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
     from hal.ops.quantize_blocks import quantize_blocks
@@ -249,7 +270,7 @@ def quantize_cached(
         return quantize_blocks(part, format, how)
 
     if x.numel() <= CACHE_ELEMENTS:
-        return quantize(x)
+        return in_layout(quantize(x), layout)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
     whole: tuple[torch.Tensor, ...] = ()
     for first, part in zip(range(0, x.shape[0], rows), x.split(rows), strict=True):
@@ -257,7 +278,7 @@ def quantize_cached(
         whole = whole or tuple(piece.new_empty((x.shape[0], *piece.shape[1:])) for piece in pieces)
         for piece, out in zip(pieces, whole, strict=True):
             out[first : first + rows].copy_(piece)
-    return whole
+    return in_layout(whole, layout)
 
 
 @QUANTIZE.kernel(
@@ -269,11 +290,15 @@ def quantize_cached(
     batch_invariant=True,
 )
 def quantize_triton(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Find the largest magnitude, or take a fixed scale, and round in one Triton launch."""
     if fixed is None and how.symmetric:
-        return launch_triton(x, format, how, x.shape[1])
+        return launch_triton(x, format, how, x.shape[1], layout)
     import torch
 
     from hal.formats import number_format
@@ -299,6 +324,7 @@ def launch_triton(
     format: str,
     how: Quantization,
     features: int,
+    layout: str = CANONICAL,
     *,
     words: bool = False,
     **before: Any,
@@ -310,7 +336,8 @@ def launch_triton(
         format: Number format of the codes.
         how: How activations are stored.
         features: Columns that are quantized.
-        words: Whether rows of scales that are bytes shall begin at words of 32 bits.
+        layout: How the scales are stored; see `hal.ops.scale_layouts`.
+        words: Whether rows of scales that are bytes, in rows, shall begin at words of 32 bits.
         **before: `norm` or `gate` of `hal.ops.kernels.quantize.quantize`.
     """
     import torch
@@ -324,14 +351,12 @@ def launch_triton(
     stored = torch.uint8 if how.packed else dtype(format)
     values = torch.empty(code_shape(how, shape), dtype=stored, device=x.device)
     stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
-    places = scale_shape(how.granularity, shape)
-    room = (*places[:-1], -(-places[-1] // 4) * 4) if words else places
-    scales = torch.empty(room, dtype=stored, device=x.device)
-    scales = scales[..., : places[-1]] if room != places else scales
+    scales, order = new_scales(how, shape, stored, x.device, layout, words=words)
     second = None
     if how.second != "none":
         second = torch.empty(shape[:1], dtype=torch.float32, device=x.device)
     top = number_format(format).quantization_maximum
     group = group_of(how.granularity)
-    quantize(x, values, scales, top, SCALE_FLOOR, group=group, second=second, **before)
+    quantize(x, values, scales, top, SCALE_FLOOR, group=group, second=second, order=order,
+             **before)  # fmt: skip
     return (values, scales) if second is None else (values, scales, second)

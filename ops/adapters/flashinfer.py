@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.adapters.foreign import attribute, named
-from hal.ops.adapters.scaled_mm_blocked import in_tiles, tiled_scales
+from hal.ops.adapters.scaled_mm_blocked import TILES, in_tiles
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR
 from hal.ops.quantize import quantizer
@@ -64,11 +64,11 @@ def bind_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
         if rows % 4:
             # Columns of scales start at 16-byte steps.
             x = pad(x, (0, 0, 0, -rows % 4))
-        codes, scales = quantize(x, encoding, how)
+        codes, scales = quantize(x, encoding, how, None, "mn_major")
         out: torch.Tensor = multiply(
             codes,
             tensors[0],
-            scales.t().contiguous(),
+            scales,
             tensors[1],
             scale_major_mode="MN",
             scale_granularity_mnk=(1, 128, 128),
@@ -109,11 +109,11 @@ def bind_nvfp4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     assert weight.global_scale is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, outer = quantize(x, "e2m1", how)
+        codes, scales, outer = quantize(x, "e2m1", how, None, TILES)
         out = multiply(
             codes,
             tensors[0].t(),
-            tiled_scales(scales),
+            scales,
             tensors[1].t(),
             tensors[2],
             torch.bfloat16,
@@ -157,11 +157,11 @@ def bind_mxfp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     assert weight.scales is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, encoding, how)
+        codes, scales = quantize(x, encoding, how, None, TILES)
         out: torch.Tensor = multiply(
             a=codes,
             b=tensors[0].t(),
-            a_descale=tiled_scales(scales).flatten(),
+            a_descale=scales.flatten(),
             b_descale=tensors[1],
             out_dtype=x.dtype,
         )

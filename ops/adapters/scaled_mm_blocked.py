@@ -91,7 +91,7 @@ def typed(scales: torch.Tensor) -> torch.Tensor:
     claimed=True,
 )
 def bind_blocked(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
-    """Quantize the input in groups, bring its scales into tiles and call torch's product."""
+    """Quantize the input in groups, with scales in tiles, and call torch's product."""
     import torch
 
     from hal.torch_compat import scaled_mm_blocked_function
@@ -105,8 +105,8 @@ def bind_blocked(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -
     second = () if weight.global_scale is None else (weight.global_scale,)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, *outer = quantize(x, encoding, how)
-        a_scales = typed(tiled_scales(scales))
+        codes, scales, *outer = quantize(x, encoding, how, None, TILES)
+        a_scales = typed(scales)
         out = multiply(codes.view(kind), tensors[0].t(), a_scales, tensors[1], torch.bfloat16)
         if two_levels:
             out = out.float().mul_(outer[0].unsqueeze(-1)).mul_(tensors[2])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Need, Needs
 from hal.ops.adapters.foreign import operator
-from hal.ops.adapters.scaled_mm_blocked import in_tiles, tiled_scales
+from hal.ops.adapters.scaled_mm_blocked import TILES, in_tiles
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR, row_scales
 from hal.ops.quantize import quantizer
@@ -148,9 +148,9 @@ def bind_nvfp4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     assert weight.global_scale is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, outer = quantize(x, "e2m1", how)
+        codes, scales, outer = quantize(x, "e2m1", how, None, TILES)
         out = x.new_empty(x.shape[0], rows_out)
-        multiply(out, codes, tensors[0], tiled_scales(scales), tensors[1], tensors[2])
+        multiply(out, codes, tensors[0], scales, tensors[1], tensors[2])
         wide = out.float().mul_(outer.unsqueeze(-1))
         if has_bias:
             wide += tensors[3]

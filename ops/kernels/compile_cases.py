@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hal.ops.cells import SCALE_ORDERS
 from hal.ops.few_experts import serves_few
 from hal.ops.tiles import streams_rows
 
@@ -267,7 +268,7 @@ def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
     silu_and_mul(x, out, how, counts)
 
 
-def _store(target: Target, scheme: str, before: str) -> None:
+def _store(target: Target, scheme: str, before: str = "plain", layout: str = "canonical") -> None:
     """Call the launcher of a quantizing op as its binder does."""
     from hal.ops.activations import Activation
     from hal.ops.kernels.quantize import Norm
@@ -278,7 +279,8 @@ def _store(target: Target, scheme: str, before: str) -> None:
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
     x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
     if before == "plain":
-        quantize_triton(x, encoding, how, None if how.dynamic else _empty(dtype="float32"))
+        fixed = None if how.dynamic else _empty(dtype="float32")
+        quantize_triton(x, encoding, how, fixed, layout)
         return
     options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
     if before == "norm":
@@ -393,6 +395,11 @@ CASES: dict[str, Callable[[Target], None]] = {
         )
         for scheme in schemes
         for before in befores
+    },
+    **{
+        f"quantize/{scheme}/plain/{layout}": partial(_store, scheme=scheme, layout=layout)
+        for scheme, layouts in SCALE_ORDERS.items()
+        for layout in layouts
     },
     "swiglu/silu": lambda _: _gate("silu"),
     "swiglu/silu_batched": lambda _: _gate("silu", batched=True),
