@@ -17,7 +17,7 @@ from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device,
 from hal.ops.scale_layouts import CANONICAL, check_scale_layout, in_layout, new_scales
 from hal.ops.triton_since import needs_triton
 from hal.quant.asymmetric import encode_asymmetric
-from hal.quant.codec import SCALE_FLOOR, encode, encode_static
+from hal.quant.codec import SCALE_FLOOR, encode
 from hal.quant.represent import encoding_of, numbers, represent
 from hal.quant.scheme import BLOCK, SCHEMES, code_shape, find_scheme, group_of, scale_shape
 from hal.registry import Level, Op
@@ -66,7 +66,8 @@ TRITON = (
 QuantizeFunction = Any
 """`(x [tokens, features], encoding, how, fixed, layout) -> (codes, scales, ...)`, as `quantize`.
 
-`fixed` is the scale of a static scheme, float32 `[]`, else None; `layout` is that of the scales."""
+`fixed` is what a static scheme fixes (`hal.quant.represent`), else None; `layout` is that of the
+scales."""
 
 
 def fake_quantize(
@@ -74,7 +75,7 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`.
 
-    A static scheme takes its `fixed` scale, float32 `[]`.
+    A static scheme takes what it fixes, as `hal.quant.represent` does.
     """
     how = scheme.activation
     if how.format is None:
@@ -94,6 +95,7 @@ def quantize(
     scheme: str | Scheme,
     *,
     input_scale: torch.Tensor | None = None,
+    input_zero: torch.Tensor | None = None,
     scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
@@ -104,6 +106,7 @@ def quantize(
         x: bf16, fp16 or float32.
         scheme: A scheme that quantizes activations.
         input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
+        input_zero: Of a static scheme with zero points, int8 `[]`.
         scale_layout: Order in which the scales are stored: `canonical`, or one of
             `hal.ops.scale_layouts.STORED_LAYOUTS`, whose shape and padding are those of
             `hal.quant.swizzle.SCALE_LAYOUTS`.
@@ -112,12 +115,12 @@ def quantize(
 
     Returns:
         Codes `[tokens, features]`, of four bits two in a byte, and scales, `[tokens]` or
-        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides, under
-        int8_channel_asymmetric int8 zero points `[tokens]`.
+        `[tokens, groups]`; under nvfp4 and nvfp4_static float32 second scales `[tokens]` besides,
+        under int8_channel_asymmetric and int8_static_asymmetric int8 zero points `[tokens]`.
 
     Raises:
-        ArgumentError: If a static scheme comes without its scale, or another with one, or if the
-            layout is not defined for its scales.
+        ArgumentError: If a static scheme comes without its scale or zero point, or another with
+            one, or if the layout is not defined for its scales.
         ValueRangeError: With `HAL_CHECK=1`, if that scale is not finite or below the floor.
         ShapeError: If `x` is not a matrix.
         DTypeError: If it has another dtype.
@@ -127,15 +130,13 @@ def quantize(
     how = find_scheme(scheme)
     check_rows("quantize", x)
     check_scale_layout("quantize", how, scale_layout)
-    _check_fixed(how, x, input_scale)
+    fixed = _fixed(how, x, input_scale, input_zero)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     function = selection.kernel.load()
     encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
-    found: tuple[torch.Tensor, ...] = function(
-        x, encoding, how.activation, input_scale, scale_layout
-    )
+    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation, fixed, scale_layout)
     return found
 
 
@@ -152,9 +153,20 @@ def check_rows(where: str, x: torch.Tensor) -> None:
     check_gradient(where, x)
 
 
-def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+def _fixed(
+    how: Scheme, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return what kernels take as `fixed`, checked."""
     from hal.quant.calibrate import require_scale
 
+    shifted = how.static and not how.activation.symmetric
+    if (zero is not None) != shifted:
+        raise ArgumentError(
+            f"quantize under {how}",
+            found="no input_zero" if zero is None else "input_zero",
+            needed="input_zero, int8 []" if shifted else "none: no zero point of it is fixed",
+            cure="hal.quant.input_range(low, high) computes it" if shifted else "",
+        )
     if (scale is not None) != how.static:
         raise ArgumentError(
             f"quantize under {how}",
@@ -163,7 +175,7 @@ def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> No
             cure="hal.quant.input_scale(amax) computes it" if how.static else "",
         )
     if scale is None:
-        return
+        return None
     if dtype_name(scale) != "float32":
         raise DTypeError("quantize: input_scale", found=scale.dtype, needed="float32")
     if scale.ndim:
@@ -171,6 +183,25 @@ def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> No
     check_same_device("quantize", x.device, input_scale=scale)
     if setting("HAL_CHECK") == "1":  # reading the value waits for the device
         require_scale("quantize: input_scale", scale)
+    if zero is None:
+        return scale
+    if dtype_name(zero) != "int8":
+        raise DTypeError("quantize: input_zero", found=zero.dtype, needed="int8")
+    if zero.ndim:
+        raise ShapeError("quantize: input_zero", found=list(zero.shape), needed="[]")
+    check_same_device("quantize", x.device, input_zero=zero)
+    return fixed_of(scale, zero)
+
+
+def fixed_of(
+    input_scale: torch.Tensor | None = None, input_zero: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Return what kernels take as `fixed`: the scale, or `[2]`, scale and zero point."""
+    import torch
+
+    if input_scale is None or input_zero is None:
+        return input_scale
+    return torch.stack((input_scale, input_zero.float()))
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -223,7 +254,7 @@ def quantize_torch(
 
     shape, granularity = tuple(x.shape), how.granularity
     if fixed is not None:
-        return encode_static(x, format, fixed)
+        return quantize_reference(x, format, how, fixed)
     if not how.symmetric:
         return encode_asymmetric(x)
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
@@ -267,7 +298,7 @@ def quantize_cached(
     def quantize(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if how.scale_format == "float32":
             return quantize_torch(part, format, how, fixed)
-        return quantize_blocks(part, format, how)
+        return quantize_blocks(part, format, how, fixed)
 
     if x.numel() <= CACHE_ELEMENTS:
         return in_layout(quantize(x), layout)
@@ -297,8 +328,8 @@ def quantize_triton(
     layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Find the largest magnitude, or take a fixed scale, and round in one Triton launch."""
-    if fixed is None and how.symmetric:
-        return launch_triton(x, format, how, x.shape[1], layout)
+    if how.scale_format != "float32" or (fixed is None and how.symmetric):
+        return launch_triton(x, format, how, x.shape[1], layout, fixed=fixed)
     import torch
 
     from hal.formats import number_format
@@ -307,14 +338,18 @@ def quantize_triton(
     x = x if x.stride(-1) == 1 else x.contiguous()
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
     scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    zeros = None
+    if not how.symmetric:
+        zeros = torch.empty(x.shape[0], dtype=torch.int8, device=x.device)
     if fixed is not None:
         from hal.ops.kernels.static import quantize_static
 
-        quantize_static(x, values, scales, fixed, number_format(format).quantization_maximum)
-        return values, scales
+        top = number_format(format).quantization_maximum
+        quantize_static(x, values, scales, fixed, top, zeros)
+        return (values, scales) if zeros is None else (values, scales, zeros)
     from hal.ops.kernels.asymmetric import quantize_asymmetric
 
-    zeros = torch.empty(x.shape[0], dtype=torch.int8, device=x.device)
+    assert zeros is not None
     quantize_asymmetric(x, values, scales, zeros, SCALE_FLOOR)
     return values, scales, zeros
 
@@ -338,7 +373,7 @@ def launch_triton(
         features: Columns that are quantized.
         layout: How the scales are stored; see `hal.ops.scale_layouts`.
         words: Whether rows of scales that are bytes, in rows, shall begin at words of 32 bits.
-        **before: `norm` or `gate` of `hal.ops.kernels.quantize.quantize`.
+        **before: `norm`, `gate`, `counts` or `fixed` of `hal.ops.kernels.quantize.quantize`.
     """
     import torch
 

@@ -18,7 +18,7 @@ exponents in tiles, as int32 `[E, N, K/128]`, and ones `[E]` |
 less Hopper's kernel gives NaN. Ids of no expert are stood in for: what its kernels do with them was
 not followed to the end. TRT-LLM's routing wants more experts than a token has.
 
-NVFP4 has one second scale of the activations for a whole batch there, which hal's scheme has per
+NVFP4 has one second scale of the activations for a whole batch there, which hal's nvfp4 has per
 token: it is not offered. Nor is what wants weights shuffled for TRT-LLM's tiles.
 
 Source: the wheel of flashinfer-python 0.7.4: flashinfer/fused_moe/core.py (`cutlass_fused_moe`,

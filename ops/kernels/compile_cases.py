@@ -278,11 +278,11 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
     how = find_scheme(scheme).activation
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
     x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
+    fixed = None if how.dynamic else _empty(*(() if how.symmetric else (2,)), dtype="float32")
     if before == "plain":
-        fixed = None if how.dynamic else _empty(dtype="float32")
         quantize_triton(x, encoding, how, fixed, layout)
         return
-    options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
+    options: dict[str, Any] = {"gate": Activation(), "fixed": fixed} if before == "gate" else {}
     if before == "norm":
         options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
     launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
@@ -391,7 +391,9 @@ CASES: dict[str, Callable[[Target], None]] = {
         for schemes, befores in (
             (("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0"), ("plain", "norm", "gate")),
             (("fp8_channel", "fp8_block128", "int8_channel"), ("norm", "gate")),
-            (("fp8_static", "int8_static", "int8_channel_asymmetric"), ("plain",)),
+            (("nvfp4_static",), ("plain", "gate")),
+            (("fp8_static", "int8_static"), ("plain",)),
+            (("int8_channel_asymmetric", "int8_static_asymmetric"), ("plain",)),
         )
         for scheme in schemes
         for before in befores
