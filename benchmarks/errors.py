@@ -22,8 +22,10 @@ import hal
 from hal.errors import ForcedKernelError
 from hal.ops import FusedMoE, Linear, Routing, route
 from hal.ops.fused_moe import activate
+from hal.ops.linear import fixed_scale
 from hal.ops.quantize import fake_quantize
-from hal.quant import QTensor, find_scheme, input_scale, quantize
+from hal.quant import QTensor, quantize
+from hal.quant.calibrate import fixed_arguments
 from hal.registry import Level, find_op
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 16, 4, 1024, 512
@@ -33,16 +35,13 @@ EXACT = (Level.WEIGHT_ONLY, Level.DEQUANT)
 def seen(rows: torch.Tensor, weight: QTensor, level: Level) -> torch.Tensor:
     if level in EXACT or weight.scales is None:
         return rows.double()
-    fixed = None if weight.input_scale is None else weight.input_scale.amax()
+    fixed = (*fixed_scale(weight), None)[0]
     return fake_quantize(rows, weight.scheme, weight.encoding, fixed).double()
 
 
 def quantize_for(rows: torch.Tensor, weight: torch.Tensor, scheme: str) -> QTensor:
-    """Return the weight, with the scale of `rows` if the scheme is static."""
-    static = find_scheme(scheme).static
-    return quantize(
-        weight, scheme, input_scale=input_scale(rows.abs().amax(), scheme) if static else None
-    )
+    """Return the weight, with what `rows` fix of activations if the scheme is static."""
+    return quantize(weight, scheme, **fixed_arguments(scheme, rows.amin(), rows.amax()))
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:

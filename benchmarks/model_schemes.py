@@ -32,8 +32,9 @@ from hal.integrations.conventions import (
 )
 from hal.integrations.transformers import quantize
 from hal.ops.activations import activate
-from hal.quant import SCHEMES, input_scale
+from hal.quant import SCHEMES
 from hal.quant import quantize as quantize_weight
+from hal.quant.calibrate import fixed_arguments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import DATA, WINDOW, batched, score
@@ -111,8 +112,7 @@ def quantize_static(
         convention = convention_of(module, name)
         pair = zip(weights_of(module, convention), ("w13", "w2"), strict=True)
         weights = [
-            quantize_weight(w, scheme, input_scale=input_scale(seen[f"{name}.{part}"], scheme))
-            for w, part in pair
+            quantize_weight(w, scheme, **fixed(scheme, seen[f"{name}.{part}"])) for w, part in pair
         ]
         layer = nn.FusedMoE(
             *weights,
@@ -127,15 +127,24 @@ def quantize_static(
         module.add_module(SUBMODULE, layer)
         total += layer.weight_bytes
     for name, parent, attribute, linear in list(attention_linears_of(model)):
-        scale = input_scale(seen[name], scheme)
-        layer = nn.Linear.from_module(linear, scheme, input_scale=scale, **options)
+        layer = nn.Linear.from_module(linear, scheme, **fixed(scheme, seen[name]), **options)
         setattr(parent, attribute, layer)
         total += layer.weight_bytes
     return total
 
 
+def fixed(scheme: str, reach: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments of a static scheme for inputs that reach so far above and below 0."""
+    return fixed_arguments(scheme, -reach[1], reach[0])
+
+
+def reach_of(x: torch.Tensor) -> torch.Tensor:
+    """Return how far numbers reach above and below 0, float32 `[2]`."""
+    return torch.stack((x.amax(), -x.amin())).float().clamp_min(0)
+
+
 def calibrate(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the largest magnitude of each product's input: `[]`, of w2 `[experts]`."""
+    """Return the reach of each product's input: `[2]`, of w2 `[2, experts]`."""
     seen: dict[str, torch.Tensor] = {}
 
     def note(name: str, found: torch.Tensor) -> None:
@@ -145,7 +154,7 @@ def calibrate(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor
     for name, _, _, linear in attention_linears_of(model):
 
         def of_linear(_: Any, inputs: Any, name: str = name) -> None:
-            note(name, inputs[0].abs().amax().float())
+            note(name, reach_of(inputs[0]))
 
         hooks.append(linear.register_forward_pre_hook(of_linear))
     for name, module in experts_of(model):
@@ -157,15 +166,15 @@ def calibrate(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor
             rows, ids, _ = inputs
             w13, _ = weights_of(module, convention)
             biases = biases_of(module, convention)
-            note(f"{name}.w13", rows.abs().amax().float())
-            largest = torch.zeros(len(w13), device=rows.device)
+            note(f"{name}.w13", reach_of(rows))
+            reach = torch.zeros(2, len(w13), device=rows.device)
             for expert in ids.unique().tolist():
                 hidden = rows[(ids == expert).any(-1)] @ w13[expert].T
                 if biases:
                     hidden = hidden + biases["w13_bias"][expert]
                 how = replace(convention.activation, interleaved=False)
-                largest[expert] = activate(hidden, how).abs().amax()
-            note(f"{name}.w2", largest)
+                reach[:, expert] = reach_of(activate(hidden, how))
+            note(f"{name}.w2", reach)
 
         hooks.append(module.register_forward_pre_hook(of_experts))
     for batch in batches:

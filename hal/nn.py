@@ -246,6 +246,7 @@ class Linear(_Quantized):
         scheme: str | Scheme,
         *,
         input_scale: torch.Tensor | float | None = None,
+        input_zero: torch.Tensor | int | None = None,
         **options: Any,
     ) -> Linear:
         """Return the quantized form of a `torch.nn.Linear`, which stays as it is.
@@ -254,6 +255,7 @@ class Linear(_Quantized):
             module: A linear in bf16 or fp16; in float32 only with `dtype` among the options.
             scheme: Name of a scheme.
             input_scale: Scale of the activations of a static scheme (`hal.quant.input_scale`).
+            input_zero: Their zero point, where the scheme has one (`hal.quant.input_range`).
             **options: Options of `hal.ops.Linear`; `dtype` is that of the module by default.
 
         Raises:
@@ -270,7 +272,13 @@ class Linear(_Quantized):
         plain = find_scheme(scheme).weight.format is None
         # A copy under scheme bf16: what is loaded later must not write into the source's weight.
         source = module.weight.detach().to(dtype, copy=True) if plain else module.weight
-        weight = quantize(source, scheme, platform=options.get("platform"), input_scale=input_scale)
+        weight = quantize(
+            source,
+            scheme,
+            platform=options.get("platform"),
+            input_scale=input_scale,
+            input_zero=input_zero,
+        )
         given = module._parameters["bias"]
         bias = None if given is None else given.detach().to(dtype, copy=True)
         return cls(weight, bias, **options)

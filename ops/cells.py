@@ -14,19 +14,37 @@ from typing import TYPE_CHECKING, Any
 
 from hal.ops.few_experts import serves_few
 from hal.ops.linear import own_kind, product_kind
+from hal.ops.scaled import scaled_kind
 from hal.quant.scheme import Scheme, find_scheme
 from hal.registry import Kernel, Level
 
 if TYPE_CHECKING:
     from hal.ops.kernels.crosscompile import Cell
 
-__all__ = ["cells_of", "facts_of", "fault_of", "kind_of", "level_of", "specialization_of"]
+__all__ = [
+    "SCALE_ORDERS",
+    "cells_of",
+    "facts_of",
+    "fault_of",
+    "kind_of",
+    "level_of",
+    "specialization_of",
+]
 
 _SCALED = re.compile(r"block_scale|kind::mx|_scale_f32|mfma_scale|v_mfma_scale|scale_vec")
 """Matrix instructions that take the scales of groups."""
-_SCALED_ROWS = {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "mxfp4_w4a8": "mxfp8", "nvfp4": "nvfp4"}
+_SCALED_ROWS = {
+    **{"mxfp8": "mxfp8", "mxfp4": "mxfp4", "mxfp4_w4a8": "mxfp8"},
+    **{"nvfp4": "nvfp4", "nvfp4_static": "nvfp4_static"},
+}
 """Which cell quantizes the rows of a product under scales per group."""
 _STATIC_ROWS = {"e4m3fn": "fp8_static", "int8": "int8_static"}
+SCALE_ORDERS = {
+    "mxfp8": ("blocked_128x4", "mn_major_ue8m0"),
+    "mxfp4": ("blocked_128x4", "e8m0_shuffle"),
+    "nvfp4": ("blocked_128x4",),
+}
+"""Orders of the scales of rows that have a cell of their own, by the cell that quantizes them."""
 _ROWS = {
     ("e4m3fn", "token"): ("fp8_rows", "fp8_channel"),
     ("e4m3fn", "group128"): ("fp8_groups", "fp8_block128"),
@@ -41,7 +59,7 @@ def kind_of(kernel: Kernel, scheme: Scheme) -> str:
     if how.format is None:
         return "bf16"
     if kernel.name.startswith("triton_scaled"):
-        return scheme.name
+        return scaled_kind(scheme)
     if kernel.name == "triton_w4a8":
         return "int4_group_fp8"
     if kernel.level is Level.NATIVE:
@@ -76,7 +94,7 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     kind = kind_of(kernel, scheme)
     own = "sums" if kernel.name == "triton_scaled_fp8" else "scaled"
     if kernel.name.startswith("triton_scaled") and kernel.op == "fused_moe":
-        before = _SCALED_ROWS[kind]
+        before = _SCALED_ROWS[scheme.name]
         products = (f"{own}_experts/{kind}/{size}" for size in ("few", "many", "ragged"))
         quantized = (f"quantize/{before}/plain", f"quantize/{before}/gate")
         return (*products, "align/few", "align/many", "combine", *quantized)
@@ -116,9 +134,12 @@ def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:
     before = {"quantize": "plain", "quantize_rms_norm": "norm", "quantize_swiglu": "gate"}[op]
     if how.granularity == "group128" and how.scale_format == "e8m0":
         return (f"quantize/{scheme.name}/{before}",)
+    if not how.dynamic and (how.second != "none" or not how.symmetric):
+        return (f"quantize/{scheme.name}/{before}",)
     if how.scale_format != "float32" or how.second != "none":
         block = {"e2m1": "mxfp4" if how.second == "none" else "nvfp4"}.get(str(how.format), "mxfp8")
-        return (f"quantize/{block}/{before}",)
+        orders = SCALE_ORDERS[block] if before == "plain" else ()
+        return (f"quantize/{block}/{before}", *(f"quantize/{block}/plain/{one}" for one in orders))
     if not how.dynamic:
         return (f"quantize/{_STATIC_ROWS[str(how.format)]}/{before}",)
     if not how.symmetric:

@@ -3,7 +3,8 @@
     bf16:          y = x @ w.T
     fp8_channel:   y[m, n] = sx[m] * sw[n] * sum_k qx[m, k] * qw[n, k]
     int8_channel:  the same with int8 codes and an int32 sum
-    int8_channel_asymmetric:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
+    int8_channel_asymmetric, int8_static_asymmetric:
+        sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zx[m] * sum_k qw[n, k])
     int8_weight_zeros:  sx[m] * sw[n] * (sum_k qx[m, k] * qw[n, k] - zw[n] * sum_k qx[m, k])
     fp8_block128:  y[m, n] = sum_g sx[m, g] * sw[n // 128, g] * sum_{k in g} qx[m, k] * qw[n, k]
 
@@ -71,8 +72,10 @@ FP8 = (
 )
 INT8 = ("int8_channel", "int8_static")
 """Schemes of int8 whose products are a sum and scales, without zero points."""
-INT8_SHIFTED = ("int8_channel_asymmetric", "int8_weight_zeros")
-"""Those with zero points on one side: of each row, or of each channel."""
+INT8_SHIFTED = ("int8_channel_asymmetric", "int8_static_asymmetric", "int8_weight_zeros")
+"""Those with zero points on one side: of each row, of all rows, or of each channel."""
+NVFP4 = ("nvfp4", "nvfp4_static")
+"""Schemes of e2m1 on both sides, which differ in where the second scale of rows comes from."""
 INT4 = {name: how for name, how in WEIGHT_ONLY.items() if name.startswith("int4_w4a16")}
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), Needs.package("torch"))
 TRITON = (TRITON_HERE, needs_triton())
@@ -124,7 +127,8 @@ def bind_reference(binding: Binding, weight: QTensor, bias: torch.Tensor | None)
         rows = x.reshape(-1, shape[-1])
         seen = weight.with_tensors(tensors[:width])
         wide = seen.dequantize()
-        out = multiply(fake_quantize(rows, scheme, encoding, seen.input_scale), wide, single)
+        fixed = (*fixed_scale(seen), None)[0]
+        out = multiply(fake_quantize(rows, scheme, encoding, fixed), wide, single)
         if bias is not None:
             out = out + tensors[-1].float()
         return out.to(x.dtype)
@@ -304,14 +308,21 @@ def own_scales(weight: QTensor) -> tuple[torch.Tensor, ...]:
 
 
 def fixed_scale(weight: QTensor) -> tuple[torch.Tensor, ...]:
-    """Return the scale of static activations, float32 `[]`; nothing for other schemes.
+    """Return what is fixed of static activations, as `represent` takes it; nothing for others.
 
-    All experts read one input, which is quantized once: the largest of their scales serves all.
+    That is their scale, float32 `[]`, or scale and zero point, `[2]`. All experts read one input,
+    which is quantized once: the largest of their scales, or the widest range, serves all.
     """
+    import torch
+
     if not weight.scheme.static:
         return ()
     assert weight.input_scale is not None
-    return (weight.input_scale.amax(),)
+    if weight.input_zero is None:
+        return (weight.input_scale.amax(),)
+    from hal.quant.asymmetric import widest
+
+    return (torch.stack(widest(weight.input_scale, weight.input_zero)),)
 
 
 def column_sums(weight: QTensor) -> torch.Tensor:
@@ -357,23 +368,22 @@ def _bind_triton(
     encoding, scheme = encoding_of_rows(binding, weight), weight.scheme
     rows_out, columns = weight.shape
     fixed, shifted = fixed_scale(weight), scheme.name in INT8_SHIFTED
+    others: Tensors = ()
     if shifted:
         assert weight.scales is not None
         sums = column_sums(weight) if weight.zeros is None else weight.zeros
-        fixed = (sums * weight.scales,)
+        others = (sums * weight.scales,)
     tiles = TileChoice(binding, kind, rows_out, columns)
     has_bias = bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         out = x.new_empty(x.shape[0], rows_out)
         shifts: dict[str, Any] = {}
+        given = tensors[2] if fixed else None
+        codes, scales, *zeros = quantize_triton(x, encoding, scheme.activation, given)
         if shifted:
-            codes, scales, *zeros = quantize_triton(x, encoding, scheme.activation)
             sums = zeros[0] if zeros else codes.sum(-1, dtype=torch.int32)
-            shifts = {"a_shifts": sums * scales, "b_sums": tensors[2]}
-        else:
-            given = tensors[2] if fixed else None
-            codes, scales = quantize_triton(x, encoding, scheme.activation, given)
+            shifts = {"a_shifts": sums * scales, "b_sums": tensors[2 + len(fixed)]}
         gemm(
             codes,
             tensors[0],
@@ -387,7 +397,7 @@ def _bind_triton(
         )
         return out
 
-    return launch, _with_bias((*(read or row_scales(weight)), *fixed), bias)
+    return launch, _with_bias((*(read or row_scales(weight)), *fixed, *others), bias)
 
 
 @LINEAR.kernel(

@@ -14,9 +14,10 @@ from hal.errors import ArgumentError, DTypeError, ShapeError
 from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, Binding, measurements, select_for
 from hal.ops.checks import ACTIVATION_DTYPES, check_gradient, check_same_device, dtype_name
+from hal.ops.scale_layouts import CANONICAL, check_scale_layout, in_layout, new_scales
 from hal.ops.triton_since import needs_triton
 from hal.quant.asymmetric import encode_asymmetric
-from hal.quant.codec import SCALE_FLOOR, encode, encode_static
+from hal.quant.codec import SCALE_FLOOR, encode
 from hal.quant.represent import encoding_of, numbers, represent
 from hal.quant.scheme import BLOCK, SCHEMES, code_shape, find_scheme, group_of, scale_shape
 from hal.registry import Level, Op
@@ -63,9 +64,10 @@ TRITON = (
 )
 
 QuantizeFunction = Any
-"""`(x [tokens, features], encoding, how, fixed) -> (codes, scales)`, then second scales or zeros.
+"""`(x [tokens, features], encoding, how, fixed, layout) -> (codes, scales, ...)`, as `quantize`.
 
-`fixed` is the scale of a static scheme, float32 `[]`, else None."""
+`fixed` is what a static scheme fixes (`hal.quant.represent`), else None; `layout` is that of the
+scales."""
 
 
 def fake_quantize(
@@ -73,7 +75,7 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`.
 
-    A static scheme takes its `fixed` scale, float32 `[]`.
+    A static scheme takes what it fixes, as `hal.quant.represent` does.
     """
     how = scheme.activation
     if how.format is None:
@@ -93,6 +95,8 @@ def quantize(
     scheme: str | Scheme,
     *,
     input_scale: torch.Tensor | None = None,
+    input_zero: torch.Tensor | None = None,
+    scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
@@ -102,31 +106,37 @@ def quantize(
         x: bf16, fp16 or float32.
         scheme: A scheme that quantizes activations.
         input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
+        input_zero: Of a static scheme with zero points, int8 `[]`.
+        scale_layout: Order in which the scales are stored: `canonical`, or one of
+            `hal.ops.scale_layouts.STORED_LAYOUTS`, whose shape and padding are those of
+            `hal.quant.swizzle.SCALE_LAYOUTS`.
         platform: Platform to select for; None means that of the device of `x`.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
     Returns:
         Codes `[tokens, features]`, of four bits two in a byte, and scales, `[tokens]` or
-        `[tokens, groups]`; under nvfp4 float32 second scales `[tokens]` besides, under
-        int8_channel_asymmetric int8 zero points `[tokens]`.
+        `[tokens, groups]`; under nvfp4 and nvfp4_static float32 second scales `[tokens]` besides,
+        under int8_channel_asymmetric and int8_static_asymmetric int8 zero points `[tokens]`.
 
     Raises:
-        ArgumentError: If a static scheme comes without its scale, or another with one.
+        ArgumentError: If a static scheme comes without its scale or zero point, or another with
+            one, or if the layout is not defined for its scales.
         ValueRangeError: With `HAL_CHECK=1`, if that scale is not finite or below the floor.
         ShapeError: If `x` is not a matrix.
         DTypeError: If it has another dtype.
-        UnknownNameError: If the scheme does not quantize activations.
+        UnknownNameError: If the scheme does not quantize activations, or there is no such layout.
         NoKernelError: If no kernel can run.
     """
     how = find_scheme(scheme)
     check_rows("quantize", x)
-    _check_fixed(how, x, input_scale)
+    check_scale_layout("quantize", how, scale_layout)
+    fixed = _fixed(how, x, input_scale, input_zero)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     function = selection.kernel.load()
     encoding = encoding_of(how.activation.format, selection.spec.formats.fp8_encoding)
-    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation, input_scale)
+    found: tuple[torch.Tensor, ...] = function(x, encoding, how.activation, fixed, scale_layout)
     return found
 
 
@@ -143,9 +153,20 @@ def check_rows(where: str, x: torch.Tensor) -> None:
     check_gradient(where, x)
 
 
-def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+def _fixed(
+    how: Scheme, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return what kernels take as `fixed`, checked."""
     from hal.quant.calibrate import require_scale
 
+    shifted = how.static and not how.activation.symmetric
+    if (zero is not None) != shifted:
+        raise ArgumentError(
+            f"quantize under {how}",
+            found="no input_zero" if zero is None else "input_zero",
+            needed="input_zero, int8 []" if shifted else "none: no zero point of it is fixed",
+            cure="hal.quant.input_range(low, high) computes it" if shifted else "",
+        )
     if (scale is not None) != how.static:
         raise ArgumentError(
             f"quantize under {how}",
@@ -154,7 +175,7 @@ def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> No
             cure="hal.quant.input_scale(amax) computes it" if how.static else "",
         )
     if scale is None:
-        return
+        return None
     if dtype_name(scale) != "float32":
         raise DTypeError("quantize: input_scale", found=scale.dtype, needed="float32")
     if scale.ndim:
@@ -162,6 +183,25 @@ def _check_fixed(how: Scheme, x: torch.Tensor, scale: torch.Tensor | None) -> No
     check_same_device("quantize", x.device, input_scale=scale)
     if setting("HAL_CHECK") == "1":  # reading the value waits for the device
         require_scale("quantize: input_scale", scale)
+    if zero is None:
+        return scale
+    if dtype_name(zero) != "int8":
+        raise DTypeError("quantize: input_zero", found=zero.dtype, needed="int8")
+    if zero.ndim:
+        raise ShapeError("quantize: input_zero", found=list(zero.shape), needed="[]")
+    check_same_device("quantize", x.device, input_zero=zero)
+    return fixed_of(scale, zero)
+
+
+def fixed_of(
+    input_scale: torch.Tensor | None = None, input_zero: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Return what kernels take as `fixed`: the scale, or `[2]`, scale and zero point."""
+    import torch
+
+    if input_scale is None or input_zero is None:
+        return input_scale
+    return torch.stack((input_scale, input_zero.float()))
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -180,11 +220,15 @@ def quantizer(binding: Binding, features: int) -> QuantizeFunction:
     batch_invariant=True,
 )
 def quantize_reference(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Follow the codec's formula in float32."""
     coded = represent(x, how, format, fixed=fixed)
-    return tuple(tensor for tensor in coded if tensor is not None)
+    return in_layout(tuple(tensor for tensor in coded if tensor is not None), layout)
 
 
 @QUANTIZE.kernel(
@@ -196,7 +240,11 @@ def quantize_reference(
     batch_invariant=True,
 )
 def quantize_torch(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Do the same in few passes over the data."""
     import torch
@@ -206,12 +254,12 @@ def quantize_torch(
 
     shape, granularity = tuple(x.shape), how.granularity
     if fixed is not None:
-        return encode_static(x, format, fixed)
+        return quantize_reference(x, format, how, fixed)
     if not how.symmetric:
         return encode_asymmetric(x)
     whole = granularity == "token" or (granularity == "group128" and shape[1] % BLOCK == 0)
     if not whole or not x.numel():
-        return encode(x, format, granularity)
+        return in_layout(encode(x, format, granularity), layout)
     target = number_format(format)
     top = target.quantization_maximum
     rows = x if granularity == "token" else x.reshape(-1, BLOCK)
@@ -226,7 +274,7 @@ def quantize_torch(
     if target.is_integer:
         ratio.round_().nan_to_num_(nan=0.0)
     values = ratio.view(shape).to(dtype(format))
-    return values, scales.view(scale_shape(granularity, shape))
+    return in_layout((values, scales.view(scale_shape(granularity, shape))), layout)
 
 
 @QUANTIZE.kernel(
@@ -238,7 +286,11 @@ def quantize_torch(
     batch_invariant=True,
 )
 def quantize_cached(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
     from hal.ops.quantize_blocks import quantize_blocks
@@ -246,10 +298,10 @@ def quantize_cached(
     def quantize(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if how.scale_format == "float32":
             return quantize_torch(part, format, how, fixed)
-        return quantize_blocks(part, format, how)
+        return quantize_blocks(part, format, how, fixed)
 
     if x.numel() <= CACHE_ELEMENTS:
-        return quantize(x)
+        return in_layout(quantize(x), layout)
     rows = max(CACHE_ELEMENTS // x.shape[1], 1)
     whole: tuple[torch.Tensor, ...] = ()
     for first, part in zip(range(0, x.shape[0], rows), x.split(rows), strict=True):
@@ -257,7 +309,7 @@ def quantize_cached(
         whole = whole or tuple(piece.new_empty((x.shape[0], *piece.shape[1:])) for piece in pieces)
         for piece, out in zip(pieces, whole, strict=True):
             out[first : first + rows].copy_(piece)
-    return whole
+    return in_layout(whole, layout)
 
 
 @QUANTIZE.kernel(
@@ -269,11 +321,15 @@ def quantize_cached(
     batch_invariant=True,
 )
 def quantize_triton(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    fixed: torch.Tensor | None = None,
+    layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Find the largest magnitude, or take a fixed scale, and round in one Triton launch."""
-    if fixed is None and how.symmetric:
-        return launch_triton(x, format, how, x.shape[1])
+    if how.scale_format != "float32" or (fixed is None and how.symmetric):
+        return launch_triton(x, format, how, x.shape[1], layout, fixed=fixed)
     import torch
 
     from hal.formats import number_format
@@ -282,14 +338,18 @@ def quantize_triton(
     x = x if x.stride(-1) == 1 else x.contiguous()
     values = torch.empty(x.shape, dtype=dtype(format), device=x.device)
     scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    zeros = None
+    if not how.symmetric:
+        zeros = torch.empty(x.shape[0], dtype=torch.int8, device=x.device)
     if fixed is not None:
         from hal.ops.kernels.static import quantize_static
 
-        quantize_static(x, values, scales, fixed, number_format(format).quantization_maximum)
-        return values, scales
+        top = number_format(format).quantization_maximum
+        quantize_static(x, values, scales, fixed, top, zeros)
+        return (values, scales) if zeros is None else (values, scales, zeros)
     from hal.ops.kernels.asymmetric import quantize_asymmetric
 
-    zeros = torch.empty(x.shape[0], dtype=torch.int8, device=x.device)
+    assert zeros is not None
     quantize_asymmetric(x, values, scales, zeros, SCALE_FLOOR)
     return values, scales, zeros
 
@@ -299,6 +359,7 @@ def launch_triton(
     format: str,
     how: Quantization,
     features: int,
+    layout: str = CANONICAL,
     *,
     words: bool = False,
     **before: Any,
@@ -310,8 +371,9 @@ def launch_triton(
         format: Number format of the codes.
         how: How activations are stored.
         features: Columns that are quantized.
-        words: Whether rows of scales that are bytes shall begin at words of 32 bits.
-        **before: `norm` or `gate` of `hal.ops.kernels.quantize.quantize`.
+        layout: How the scales are stored; see `hal.ops.scale_layouts`.
+        words: Whether rows of scales that are bytes, in rows, shall begin at words of 32 bits.
+        **before: `norm`, `gate`, `counts` or `fixed` of `hal.ops.kernels.quantize.quantize`.
     """
     import torch
 
@@ -324,14 +386,12 @@ def launch_triton(
     stored = torch.uint8 if how.packed else dtype(format)
     values = torch.empty(code_shape(how, shape), dtype=stored, device=x.device)
     stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
-    places = scale_shape(how.granularity, shape)
-    room = (*places[:-1], -(-places[-1] // 4) * 4) if words else places
-    scales = torch.empty(room, dtype=stored, device=x.device)
-    scales = scales[..., : places[-1]] if room != places else scales
+    scales, order = new_scales(how, shape, stored, x.device, layout, words=words)
     second = None
     if how.second != "none":
         second = torch.empty(shape[:1], dtype=torch.float32, device=x.device)
     top = number_format(format).quantization_maximum
     group = group_of(how.granularity)
-    quantize(x, values, scales, top, SCALE_FLOOR, group=group, second=second, **before)
+    quantize(x, values, scales, top, SCALE_FLOOR, group=group, second=second, order=order,
+             **before)  # fmt: skip
     return (values, scales) if second is None else (values, scales, second)

@@ -23,8 +23,13 @@ ROUNDER = 1.5 * 2**23
 """Added to a small number, this leaves no fraction bits: the add itself rounds half to even."""
 
 
-def quantize_blocks(x: torch.Tensor, format: str, how: Quantization) -> tuple[torch.Tensor, ...]:
-    """Return codes and scales of `x` `[tokens, features]` on a CPU, second scales if any."""
+def quantize_blocks(
+    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Return codes and scales of `x` `[tokens, features]` on a CPU, second scales if any.
+
+    fixed: float32 `[]`, the second scale of all rows where calibration fixed it.
+    """
     import torch
 
     group = group_of(how.granularity)
@@ -34,9 +39,10 @@ def quantize_blocks(x: torch.Tensor, format: str, how: Quantization) -> tuple[to
         wide = wide.view(x.shape[0], -1, group)
         largest = wide.abs().amax(-1)
         if torch.isfinite(largest).all():
-            encode = _mx if how.scale_format == "e8m0" else _nvfp4
-            return encode(wide, largest, format)
-    return tuple(part for part in represent(x, how, format) if part is not None)
+            if how.scale_format == "e8m0":
+                return _mx(wide, largest, format)
+            return _nvfp4(wide, largest, fixed)
+    return tuple(part for part in represent(x, how, format, fixed=fixed) if part is not None)
 
 
 def _mx(wide: torch.Tensor, largest: torch.Tensor, format: str) -> tuple[torch.Tensor, ...]:
@@ -56,10 +62,15 @@ def _mx(wide: torch.Tensor, largest: torch.Tensor, format: str) -> tuple[torch.T
     return to_fnuz_mx(codes, scales, inplace=True) if format == "e4m3fnuz" else (codes, scales)
 
 
-def _nvfp4(wide: torch.Tensor, largest: torch.Tensor, format: str) -> tuple[torch.Tensor, ...]:
+def _nvfp4(
+    wide: torch.Tensor, largest: torch.Tensor, fixed: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     from hal.quant.nvfp4 import block_scales, global_scale_of
 
-    second = global_scale_of(largest.amax(-1))
+    if fixed is None:
+        second = global_scale_of(largest.amax(-1))
+    else:
+        second = fixed.new_ones(wide.shape[0]).mul_(fixed)
     scales = block_scales(largest, second.unsqueeze(-1))
     wide.div_((scales.float() * second.unsqueeze(-1)).unsqueeze(-1))
     return _e2m1(wide), scales, second

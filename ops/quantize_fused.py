@@ -29,6 +29,7 @@ from hal.ops.quantize import (
     quantize_cached,
     quantize_reference,
 )
+from hal.ops.scale_layouts import CANONICAL, check_scale_layout
 from hal.quant.represent import encoding_of
 from hal.quant.scheme import find_scheme
 from hal.registry import Level, Op
@@ -63,6 +64,7 @@ def quantize_rms_norm(
     *,
     epsilon: float = 1e-6,
     residual: torch.Tensor | None = None,
+    scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
 ) -> Parts:
@@ -74,6 +76,7 @@ def quantize_rms_norm(
         scheme: A scheme with dynamic activations.
         epsilon: What is added to the mean square.
         residual: Like `x`, added to it first.
+        scale_layout: Order in which the scales are stored, as in `hal.ops.quantize`.
         platform: Platform to select for; None means that of the device of `x`.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
@@ -83,8 +86,9 @@ def quantize_rms_norm(
 
     Raises:
         ShapeError, DTypeError, DeviceMismatchError, GradientError: For tensors that do not fit.
-        ArgumentError: If epsilon is negative or not finite.
-        UnknownNameError: If the scheme does not quantize activations.
+        ArgumentError: If epsilon is negative or not finite, or the layout is not defined for the
+            scheme's scales.
+        UnknownNameError: If the scheme does not quantize activations, or no layout has the name.
         NoKernelError: If no kernel can run.
     """
     where = "quantize_rms_norm"
@@ -95,8 +99,9 @@ def quantize_rms_norm(
         check_gradient(where, residual)
     if not 0 <= epsilon < float("inf"):
         raise ArgumentError(where, found=f"epsilon={epsilon}", needed="a finite number >= 0")
+    check_scale_layout(where, find_scheme(scheme), scale_layout)
     function, how, encoding = _selected(where, x, x.shape[1], scheme, platform, options)
-    found: Parts = function(x, weight, float(epsilon), residual, encoding, how)
+    found: Parts = function(x, weight, float(epsilon), residual, encoding, how, scale_layout)
     return found
 
 
@@ -108,6 +113,7 @@ def quantize_swiglu(
     alpha: float | None = None,
     limit: float | None = None,
     interleaved: bool = False,
+    scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
 ) -> Parts:
@@ -120,6 +126,7 @@ def quantize_swiglu(
         alpha: Factor of `swiglu_oai`, 1.702 by default.
         limit: Bound of gate and up; None is 7 for `swiglu_oai`, and none for others.
         interleaved: Gate and up columns alternate, gate first; else the gate is the first half.
+        scale_layout: Order in which the scales are stored, as in `hal.ops.quantize`.
         platform: Platform to select for; None means that of the device of `gate_up`.
         **options: `force`, `minimum` and the other options of `hal.select`.
 
@@ -129,8 +136,9 @@ def quantize_swiglu(
     Raises:
         ShapeError: If `gate_up` is not a matrix of an even number of columns.
         DTypeError, GradientError: If it does not fit.
-        ArgumentError: If alpha or limit do not go with the activation.
-        UnknownNameError: If the activation is unknown or the scheme does not quantize any.
+        ArgumentError: If alpha or limit do not go with the activation, or the layout not with the
+            scheme.
+        UnknownNameError: If activation or layout are unknown or the scheme does not quantize any.
         NoKernelError: If no kernel can run.
     """
     where = "quantize_swiglu"
@@ -139,8 +147,9 @@ def quantize_swiglu(
         raise ShapeError(where, found=f"input {list(gate_up.shape)}", needed="an even width")
     gate = activation_of(where, activation, alpha=alpha, limit=limit, interleaved=interleaved)
     columns = gate_up.shape[1] // 2
+    check_scale_layout(where, find_scheme(scheme), scale_layout)
     function, how, encoding = _selected(where, gate_up, columns, scheme, platform, options)
-    found: Parts = function(gate_up, gate, encoding, how)
+    found: Parts = function(gate_up, gate, encoding, how, scale_layout)
     return found
 
 
@@ -171,11 +180,11 @@ def gated(gate_up: torch.Tensor, gate: Activation) -> torch.Tensor:
 )
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
-    format: str, how: Quantization,
+    format: str, how: Quantization, layout: str = CANONICAL,
 ) -> Parts:  # fmt: skip
     """Follow both formulas in float32."""
     rows, total = rms_norm(x, weight, epsilon, residual)
-    return (*quantize_reference(rows, format, how), *total)
+    return (*quantize_reference(rows, format, how, None, layout), *total)
 
 
 @QUANTIZE_RMS_NORM.kernel(
@@ -188,11 +197,11 @@ def rms_norm_reference(
 )
 def rms_norm_cached(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
-    format: str, how: Quantization,
+    format: str, how: Quantization, layout: str = CANONICAL,
 ) -> Parts:  # fmt: skip
     """Normalize with torch, then quantize in pieces that stay in the cache of a core."""
     rows, total = rms_norm(x, weight, epsilon, residual)
-    return (*quantize_cached(rows, format, how), *total)
+    return (*quantize_cached(rows, format, how, None, layout), *total)
 
 
 @QUANTIZE_RMS_NORM.kernel(
@@ -205,7 +214,7 @@ def rms_norm_cached(
 )
 def rms_norm_triton(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
-    format: str, how: Quantization,
+    format: str, how: Quantization, layout: str = CANONICAL,
 ) -> Parts:  # fmt: skip
     """Do all of it in one Triton launch that reads each row once."""
     import torch
@@ -217,7 +226,7 @@ def rms_norm_triton(
         residual = residual if residual.stride(-1) == 1 else residual.contiguous()
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     norm = Norm(weight.contiguous(), epsilon, residual, total)
-    coded = launch_triton(x, format, how, x.shape[1], norm=norm)
+    coded = launch_triton(x, format, how, x.shape[1], layout, norm=norm)
     return coded if total is None else (*coded, total)
 
 
@@ -230,10 +239,14 @@ def rms_norm_triton(
     batch_invariant=True,
 )
 def swiglu_reference(
-    gate_up: torch.Tensor, gate: Activation, format: str, how: Quantization
+    gate_up: torch.Tensor,
+    gate: Activation,
+    format: str,
+    how: Quantization,
+    layout: str = CANONICAL,
 ) -> Parts:
     """Follow both formulas in float32."""
-    return quantize_reference(gated(gate_up, gate), format, how)
+    return quantize_reference(gated(gate_up, gate), format, how, None, layout)
 
 
 @QUANTIZE_SWIGLU.kernel(
@@ -244,9 +257,15 @@ def swiglu_reference(
     requires=CPU,
     batch_invariant=True,
 )
-def swiglu_cached(gate_up: torch.Tensor, gate: Activation, format: str, how: Quantization) -> Parts:
+def swiglu_cached(
+    gate_up: torch.Tensor,
+    gate: Activation,
+    format: str,
+    how: Quantization,
+    layout: str = CANONICAL,
+) -> Parts:
     """Apply the activation with torch, then quantize in pieces that stay in a core's cache."""
-    return quantize_cached(gated(gate_up, gate), format, how)
+    return quantize_cached(gated(gate_up, gate), format, how, None, layout)
 
 
 @QUANTIZE_SWIGLU.kernel(
@@ -257,9 +276,15 @@ def swiglu_cached(gate_up: torch.Tensor, gate: Activation, format: str, how: Qua
     requires=TRITON,
     batch_invariant=True,
 )
-def swiglu_triton(gate_up: torch.Tensor, gate: Activation, format: str, how: Quantization) -> Parts:
+def swiglu_triton(
+    gate_up: torch.Tensor,
+    gate: Activation,
+    format: str,
+    how: Quantization,
+    layout: str = CANONICAL,
+) -> Parts:
     """Do both in one Triton launch."""
-    return launch_triton(gate_up, format, how, gate_up.shape[1] // 2, gate=gate)
+    return launch_triton(gate_up, format, how, gate_up.shape[1] // 2, layout, gate=gate)
 
 
 def _selected(

@@ -107,10 +107,14 @@ class Sample:
             return lambda: route(logits, given["top_k"], force=kernel, **told)
         if self.op == "quantize":
             rows = self._rows(tokens, given["features"])
-            scale = None
-            if find_scheme(self.scheme).static:
-                scale = torch.tensor(INPUT_SCALE, device=self.device)
-            return lambda: quantize(rows, self.scheme, input_scale=scale, force=kernel)
+            how = find_scheme(self.scheme)
+            fixed: dict[str, Any] = {}
+            if how.static:
+                fixed = {"input_scale": torch.tensor(INPUT_SCALE, device=self.device)}
+            if how.static and not how.activation.symmetric:
+                zero = torch.zeros((), dtype=torch.int8, device=self.device)
+                fixed = {**fixed, "input_zero": zero}
+            return lambda: quantize(rows, self.scheme, force=kernel, **fixed)
         called: Any = self.bind(kernel, tokens=tokens) if bound is None else bound
         if self.op == "linear":
             x = self._rows(tokens, given["in_features"])

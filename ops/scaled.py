@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors
-from hal.ops.linear import ALL, LINEAR, QUANTIZED_ROWS, encoding_of_rows
+from hal.ops.linear import ALL, LINEAR, NVFP4, QUANTIZED_ROWS, encoding_of_rows, fixed_scale
 from hal.ops.quantize import activation_encoding, launch_triton, quantizer
 from hal.ops.tiles import Tile
 from hal.ops.triton_since import needs_triton
@@ -25,6 +25,7 @@ from hal.registry import Level
 if TYPE_CHECKING:
     import torch
 
+    from hal.quant.scheme import Scheme
     from hal.quant.tensor import QTensor
 
 Bound = tuple[Launch, Tensors]
@@ -73,7 +74,7 @@ EMITS = Needs.package("triton", "3.7", "earlier ones convert to bf16 on sm_120; 
     "triton_scaled_nvfp4",
     level=Level.NATIVE,
     band="tuned",
-    signatures={"nvfp4": ALL["nvfp4"]},
+    signatures={name: ALL[name] for name in NVFP4},
     requires=(EMITS, *TRITON, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
     claimed=True,
     not_interpreted=DOT_SCALED,
@@ -94,10 +95,12 @@ def bind_scaled(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
     encoding = activation_encoding(scheme, weight.encoding)
     quantize, two_levels = quantizer(binding, columns), scheme.weight.second != "none"
     arch, units, has_bias = binding.spec.arch.name, binding.spec.compute_units, bias is not None
+    fixed, kind = fixed_scale(weight), scaled_kind(scheme)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         out = x.new_empty(x.shape[0], rows_out)
-        codes, scales, *second = quantize(x, encoding, scheme.activation)
+        given = tensors[3] if fixed else None
+        codes, scales, *second = quantize(x, encoding, scheme.activation, given)
         scaled_gemm(
             codes,
             scales,
@@ -105,7 +108,7 @@ def bind_scaled(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
             tensors[1],
             out,
             k=columns,
-            kind=scheme.name,
+            kind=kind,
             tile=scaled_tile(x.shape[0], rows_out, scheme.weight.packed, arch, units or 64),
             bias=tensors[-1] if has_bias else None,
             a_second=second[0] if two_levels else None,
@@ -113,7 +116,13 @@ def bind_scaled(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
         )
         return out
 
-    return launch, (*weight.tensors, *(() if bias is None else (bias,)))
+    read = *weight.tensors[: 3 if two_levels else 2], *fixed
+    return launch, (*read, *(() if bias is None else (bias,)))
+
+
+def scaled_kind(scheme: Scheme) -> str:
+    """Return what Triton's kernels call a product of operands under scales per group."""
+    return "nvfp4" if scheme.name in NVFP4 else scheme.name
 
 
 @LINEAR.kernel(

@@ -7,12 +7,13 @@ instruction, and why elsewhere not, is told in `hal.ops.scaled`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
 from hal.ops.binding import Binding, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer, Updates
 from hal.ops.fused_moe import FUSED_MOE, moe_signatures
+from hal.ops.linear import NVFP4, fixed_scale
 from hal.ops.quantize import activation_encoding
 from hal.ops.scaled import (
     DOT_SCALED,
@@ -20,6 +21,7 @@ from hal.ops.scaled import (
     SUMMING,
     SUMS,
     TENSOR_MEMORY,
+    scaled_kind,
     scaled_tile,
     sums_encoding,
     sums_tensors,
@@ -72,7 +74,7 @@ ROWS = (
     "triton_scaled_nvfp4",
     level=Level.NATIVE,
     band="tuned",
-    signatures=moe_signatures("nvfp4"),
+    signatures=moe_signatures(*NVFP4),
     requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
     claimed=True,
     not_interpreted=DOT_SCALED,
@@ -117,11 +119,14 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
     scheme, how = w13.scheme, w13.scheme.activation
     encoding, packed = activation_encoding(scheme, w13.encoding), scheme.weight.packed
     arch, units = binding.spec.arch.name, binding.spec.compute_units or 64
-    read13, read2 = w13.tensors, w2.tensors
+    # Neither product reads what calibration fixed.
+    each = 3 if w13.global_scale is not None else 2
+    read13, read2 = w13.tensors[:each], w2.tensors[:each]
+    of_x, of_h = fixed_scale(w13), fixed_scale(w2)
     if sums:
         encoding = sums_encoding(binding, w13)
         read13, read2 = sums_tensors(w13), sums_tensors(w2)
-    width, both = len(read13), len(read13) + len(read2)
+    width, both, kind = len(read13), len(read13) + len(read2), scaled_kind(scheme)
     activation = layer.activation
 
     def tile_of(rows: int, n: int) -> Tile:
@@ -148,7 +153,7 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
             *places,
             top_k_divisor=top_k,
             k=k,
-            kind=scheme.name,
+            kind=kind,
             tile=tile_of(rows, out.shape[1]),
             bias=bias,
             a_second=a_second[0] if a_second else None,
@@ -170,23 +175,26 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
         block = tile_of(rows, columns).block_m
         places = align_triton(ids, experts, block)
         bias13, bias2 = layer.biases(tensors)
-        coded = launch_triton(x, encoding, how, hidden, words=sums, counts=counts)
+        fixed_x, fixed_h = tensors[both : both + 2] if of_x else (None, None)
+        how_x: dict[str, Any] = {"words": sums, "fixed": fixed_x}
+        how_h: dict[str, Any] = {"words": sums, "fixed": fixed_h}
+        coded = launch_triton(x, encoding, how, hidden, counts=counts, **how_x)
         gate_up, y = x.new_empty(slots, columns), x.new_empty(slots, hidden)
         product(coded, tensors[:width], gate_up, places, top_k, hidden, rows, bias13)
         wide = None
         if updates is None:
             coded = launch_triton(
-                gate_up, encoding, how, intermediate, words=sums, gate=activation, counts=counts
+                gate_up, encoding, how, intermediate, gate=activation, counts=counts, **how_h
             )
         else:
             updates.first(x, gate_up, None)
             wide = x.new_empty(slots, intermediate)
             silu_and_mul(gate_up, wide, activation, counts)
-            coded = launch_triton(wide, encoding, how, intermediate, words=sums)
+            coded = launch_triton(wide, encoding, how, intermediate, **how_h)
         product(coded, tensors[width:both], y, places, 1, intermediate, rows, bias2)
         if updates is not None and wide is not None:
             updates.second(wide, y, None)
         return y
 
     launch = enter_and_combine(layer, experts, hidden, products)
-    return launch, (*read13, *read2)
+    return launch, (*read13, *read2, *of_x, *of_h)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hal.quant.calibrate import input_scale
+from hal.quant.calibrate import input_range, input_scale
 from hal.quant.checkpoint import Checkpoint, load, quantize_folder, save
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.layout import LAYOUTS, Layout, kernel_arguments, register_layout, to_layout
@@ -22,6 +22,7 @@ __all__ = [
     "Scheme",
     "bind_encoding",
     "find_scheme",
+    "input_range",
     "input_scale",
     "kernel_arguments",
     "load",

@@ -139,7 +139,7 @@ class Layout:
 
 def granularity_of(name: str, how: Quantization) -> str:
     """Return how many values share an element of a weight's scales, second scales or zeros."""
-    others = {"global_scale": how.second, "input_scale": "tensor"}
+    others = {"global_scale": how.second, "input_scale": "tensor", "input_zero": "tensor"}
     return others.get(name, how.granularity)
 
 

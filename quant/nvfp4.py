@@ -94,7 +94,11 @@ def global_scale_of(amax: torch.Tensor) -> torch.Tensor:
 
 
 def encode_nvfp4(
-    x: torch.Tensor, maximum: torch.Tensor | None = None, per: str = "matrix"
+    x: torch.Tensor,
+    maximum: torch.Tensor | None = None,
+    per: str = "matrix",
+    *,
+    global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (packed codes, block scales, global scale) of `x`.
 
@@ -103,6 +107,8 @@ def encode_nvfp4(
         maximum: What to use instead of `largest_of(x, per)`. Shards along K start at a multiple
             of 16 then, so that their blocks are those of the whole.
         per: Whether each `matrix` (weights) or each `row` (activations) has a global scale.
+        global_scale: The global scale itself, where calibration fixed it: finite and above 0. What
+            exceeds 448 * 6 times it saturates.
 
     Returns:
         Codes `[..., N, ceil(K/2)]` uint8, scales `[..., N, ceil(K/16)]` float8_e4m3fn, and the
@@ -111,8 +117,8 @@ def encode_nvfp4(
     Raises:
         ArgumentError: If `per` is something else.
     """
-    largest = largest_of(x, per) if maximum is None else maximum
-    global_scale = global_scale_of(largest)
+    if global_scale is None:
+        global_scale = global_scale_of(largest_of(x, per) if maximum is None else maximum)
     outer = _spread(global_scale, per)
     blocks = groups_of(x.float(), NVFP4_BLOCK)
     amax = blocks.abs().amax(-1)

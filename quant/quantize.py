@@ -33,6 +33,7 @@ def quantize(
     device: int | None = None,
     reduce: Reduce | None = None,
     input_scale: torch.Tensor | float | None = None,
+    input_zero: torch.Tensor | int | None = None,
 ) -> QTensor:
     """Return `weight` quantized under `scheme`, in the encoding of the platform's device.
 
@@ -53,9 +54,11 @@ def quantize(
         input_scale: Scale of the activations of a static scheme, one number or `[...]`, as
             `hal.quant.input_scale` computes it for e4m3fn; doubled for devices that read
             e4m3fnuz. Without one the weight cannot be bound.
+        input_zero: Code that means zero of those activations, where a scheme has one
+            (`hal.quant.input_range`); None is 0.
 
     Raises:
-        ArgumentError: If an input scale is given to a scheme that has none.
+        ArgumentError: If an input scale or zero point is given to a scheme that has none.
         DTypeError: If the weight is not a float tensor.
         ShapeError: If it has fewer than two dimensions or an empty one.
         ValueRangeError: If it holds a NaN or an infinity, or the input scale is below SCALE_FLOOR.
@@ -63,7 +66,7 @@ def quantize(
     """
     import torch
 
-    from hal.quant.calibrate import checked_input_scale
+    from hal.quant.calibrate import checked_input_scale, checked_input_zero
     from hal.runtime import platform_of
 
     how = find_scheme(scheme)
@@ -77,6 +80,7 @@ def quantize(
     where = platform_of(weight.device, platform)
     weight = weight.detach()
     fixed = checked_input_scale(how, input_scale, tuple(weight.shape[:-2]), weight.device)
+    zero = checked_input_zero(how, input_zero, fixed)
     if how.weight.format is None:
         weight = weight if weight.dtype is not torch.float32 else weight.bfloat16()
         _require_finite(amax(weight, "tensor").amax())
@@ -100,6 +104,7 @@ def quantize(
         global_scale=coded.second,
         zeros=coded.zeros,
         input_scale=fixed,
+        input_zero=zero,
     )
 
 

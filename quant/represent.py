@@ -62,10 +62,12 @@ def represent(
             shaped like the scales of granularity tensor, channel or token, or like the second
             scales (see `largest`); of asymmetric ones, two in front (`asymmetric.bounds`). Groups
             and blocks must be whole in each shard, and take none.
-        fixed: The scale of static activations, float32 `[]` or `[...]`; see `encode_static`.
+        fixed: What calibration fixed of static activations `[rows, columns]`: float32 `[]`, their
+            scale, or second scale where groups have scales; with zero points `[2]`, scale and zero
+            point.
     """
     if fixed is not None:
-        return Coded(*encode_static(x, encoding, fixed))
+        return _static(x, how, encoding, fixed)
     if not how.symmetric:
         return _asymmetric(x, maximum)
     if how.scale_format == "e8m0":
@@ -110,6 +112,20 @@ def numbers(coded: Coded, how: Quantization, encoding: str, columns: int) -> tor
     if not how.symmetric:
         return _asymmetric_numbers(coded)
     return decode(coded.values, coded.scales, how.granularity)
+
+
+def _static(x: torch.Tensor, how: Quantization, encoding: str, fixed: torch.Tensor) -> Coded:
+    if how.second != "none":
+        from hal.quant.nvfp4 import encode_nvfp4
+
+        second = fixed.new_ones(x.shape[:-1]).mul_(fixed)
+        return Coded(*encode_nvfp4(x, per="row", global_scale=second))
+    if not how.symmetric:
+        from hal.quant.asymmetric import encode_asymmetric_static
+
+        values, scales, zeros = encode_asymmetric_static(x, fixed[0], fixed[1])
+        return Coded(values, scales, zeros=zeros)
+    return Coded(*encode_static(x, encoding, fixed))
 
 
 def _asymmetric(x: torch.Tensor, maximum: torch.Tensor | None) -> Coded:
@@ -169,7 +185,8 @@ def _nvfp4_numbers(coded: Coded, how: Quantization, columns: int) -> torch.Tenso
 
     assert coded.scales is not None
     assert coded.second is not None
-    per = "row" if how.second == "token" else "matrix"
+    # Of static activations the scale is given once a row, as other activations have it.
+    per = "row" if coded.second.ndim == coded.values.ndim - 1 else "matrix"
     return decode_nvfp4(coded.values, coded.scales, coded.second, columns, per)
 
 

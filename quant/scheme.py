@@ -9,6 +9,7 @@ a device.
 | none | any | none |
 | tensor | `[..., N, K]` | `[...]`, one a matrix |
 | tensor, of activations | `[tokens, K]` | one, fixed beforehand with the weight: `[...]` |
+| tensor, second scale of activations | `[tokens, K]` | the same, above scales of groups |
 | token | `[tokens, K]` | `[tokens]` |
 | channel | `[..., N, K]` | `[..., N]` |
 | group16 to group128 | `[..., rows, K]` | `[..., rows, ceil(K / group)]` |
@@ -54,7 +55,8 @@ class Quantization:
         scale_format: Number format of the scales, None without scales. e8m0 scales are held as
             bytes.
         second: How many values share a second scale, a float32 factor; `none` without one.
-        dynamic: Whether scales are computed from the data at each call.
+        dynamic: Whether scales are computed from the data at each call; of activations with second
+            scales, whether those are, since scales of groups always are.
         symmetric: Whether code 0 means zero; if not, each scale has a zero point beside it.
     """
 
@@ -76,9 +78,9 @@ class Quantization:
         scaled = (self.scale_format is not None, self.granularity != "none")
         if scaled != (self.format is not None,) * 2:
             raise RegistrationError("quantized values have scales, others have none")
-        shifted = self.format, self.granularity
-        if not self.symmetric and shifted not in (("int8", "token"), ("int8", "channel")):
-            raise RegistrationError("zero points belong to int8 per token or channel")
+        shifted = self.format == "int8" and self.granularity in ("token", "channel", "tensor")
+        if not self.symmetric and not shifted:
+            raise RegistrationError("zero points belong to int8 per token, channel or tensor")
 
     @property
     def bytewise(self) -> bool:
@@ -283,6 +285,14 @@ _ROWS = (
         "symmetric int8, codes -127 to 127",
     ),
     Scheme(
+        "int8_static_asymmetric",
+        Quantization("int8", "channel", "float32"),
+        Quantization("int8", "tensor", "float32", symmetric=False),
+        "int8 weights scaled per output channel, int8 activations under one fixed scale and zero "
+        "point",
+        "ONNX operators, QuantizeLinear, with int8",
+    ),
+    Scheme(
         "int8_w8a16",
         Quantization("int8", "channel", "float32"),
         _GIVEN,
@@ -360,6 +370,13 @@ _ROWS = (
         _nvfp4("tensor"),
         _nvfp4("token", dynamic=True),
         "e2m1 weights and activations under e4m3 scales per 16 and float32 per matrix or token",
+        _NVFP4,
+    ),
+    Scheme(
+        "nvfp4_static",
+        _nvfp4("tensor"),
+        _nvfp4("tensor"),
+        "as nvfp4, with one float32 scale of activations fixed beforehand instead of one per token",
         _NVFP4,
     ),
 )

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["TENSORS", "QTensor"]
 
 
-TENSORS = ("values", "scales", "global_scale", "zeros", "input_scale")
+TENSORS = ("values", "scales", "global_scale", "zeros", "input_scale", "input_zero")
 """What a weight may consist of, in this order."""
 
 
 def _dtype_of(name: str, how: Quantization) -> torch.dtype:
     """Return the dtype of the scales, second scales or zero points of codes stored in one way."""
+    if name == "input_zero":
+        return dtype("int8")
     if name == "zeros":
         return dtype("int8" if how.format == "int8" else "uint8")
     if name == "scales" and how.scale_format == "e8m0":
@@ -54,8 +56,10 @@ class QTensor:
         zeros: Codes that mean zero, shaped like the scales: uint8 of encoding uint4, int8 of
             schemes whose weights are asymmetric; None of all others.
         input_scale: float32 `[...]`, the scale of the activations that the weight multiplies, for
-            activations in the encoding of the weight; of static schemes only, None before
-            calibration.
+            activations in the encoding of the weight, and of nvfp4 their second scale; of static
+            schemes only, None before calibration.
+        input_zero: int8 `[...]`, the code of those activations that means zero; there where
+            input_scale is, of schemes whose static activations are asymmetric.
     """
 
     values: torch.Tensor
@@ -67,6 +71,7 @@ class QTensor:
     global_scale: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    input_zero: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         from hal.quant.layout import find_layout
@@ -81,6 +86,8 @@ class QTensor:
         }
         if self.input_scale is not None or not self.scheme.static:
             granularities["input_scale"] = "tensor" if self.scheme.static else "none"
+        has_zero = self.input_scale is not None and not self.scheme.activation.symmetric
+        granularities["input_zero"] = "tensor" if has_zero else "none"
         form = find_layout(self.layout).form_of(self.scheme, self.encoding, self.logical_shape)
         shape = form.stored_shape("values", how, self.logical_shape)
         if tuple(self.values.shape) != shape:

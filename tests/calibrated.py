@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from hal.quant import QTensor, find_scheme, input_scale
+from hal.quant import QTensor
 from hal.quant import quantize as quantize_weight
+from hal.quant.calibrate import fixed_arguments
 
 
 def scale_for(scheme: str, amax: float = 4.0) -> dict[str, torch.Tensor]:
     """Return the argument that calibration on magnitudes up to `amax` adds to `quantize`."""
-    return {"input_scale": input_scale(amax, scheme)} if find_scheme(scheme).static else {}
+    return fixed_arguments(scheme, -amax, amax)
 
 
 def quantize(weight: torch.Tensor, scheme: str, *, amax: float = 4.0, **options) -> QTensor:

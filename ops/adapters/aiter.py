@@ -145,23 +145,22 @@ def bind_mxfp4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     """Quantize the input per 32 and call AITER's product of e2m1 operands."""
     import torch
 
-    from hal.quant.swizzle import SCALE_LAYOUTS
     from hal.torch_compat import dtype
 
     function = attribute("amd-aiter", "aiter", "gemm_a4w4")
     passed = ("A", "B", "A_scale", "B_scale", "dtype")
     multiply = named("amd-aiter", function, *passed, bpreshuffle=True)
     quantize, how = quantizer(binding, weight.shape[1]), weight.scheme.activation
-    order, has_bias = SCALE_LAYOUTS["e8m0_shuffle"], bias is not None
+    has_bias = bias is not None
     pairs, exponents = torch.float4_e2m1fn_x2, dtype("e8m0")
     assert weight.scales is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, "e2m1", how)
+        codes, scales = quantize(x, "e2m1", how, None, "e8m0_shuffle")
         out: torch.Tensor = multiply(
             A=codes.view(pairs),
             B=tensors[0],
-            A_scale=order.forward(scales).view(exponents),
+            A_scale=scales.view(exponents),
             B_scale=tensors[1],
             dtype=x.dtype,
         )

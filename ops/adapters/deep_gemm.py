@@ -54,9 +54,9 @@ def bind_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
     encoding, rows_out, has_bias = weight.encoding, weight.shape[0], bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, encoding, how)
+        codes, scales = quantize(x, encoding, how, None, "mn_major")
         out = x.new_empty(x.shape[0], rows_out)
-        multiply((codes, aligned(scales)), (tensors[0], tensors[1]), out)
+        multiply((codes, scales.t()[: x.shape[0]]), (tensors[0], tensors[1]), out)
         return out.add_(tensors[2]) if has_bias else out
 
     return launch, (*weight.tensors, *(() if bias is None else (bias,)))

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.adapters.foreign import attribute, named
-from hal.ops.adapters.scaled_mm_blocked import in_tiles, tiled_scales
+from hal.ops.adapters.scaled_mm_blocked import TILES, in_tiles
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import ALL, LINEAR
+from hal.ops.linear import ALL, LINEAR, NVFP4, fixed_scale
 from hal.ops.quantize import quantizer
 from hal.registry import Level
 
@@ -64,11 +64,11 @@ def bind_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
         if rows % 4:
             # Columns of scales start at 16-byte steps.
             x = pad(x, (0, 0, 0, -rows % 4))
-        codes, scales = quantize(x, encoding, how)
+        codes, scales = quantize(x, encoding, how, None, "mn_major")
         out: torch.Tensor = multiply(
             codes,
             tensors[0],
-            scales.t().contiguous(),
+            scales,
             tensors[1],
             scale_major_mode="MN",
             scale_granularity_mnk=(1, 128, 128),
@@ -86,7 +86,7 @@ def bind_fp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bo
     "flashinfer_nvfp4",
     level=Level.NATIVE,
     band="specialised",
-    signatures={"nvfp4": in_tiles("nvfp4")},
+    signatures={name: in_tiles(name) for name in NVFP4},
     requires=(
         Needs.platform("cuda"),
         FLASHINFER,
@@ -104,16 +104,16 @@ def bind_nvfp4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
 
     multiply = attribute("flashinfer-python", "flashinfer.gemm", "mm_fp4")
     quantize, how = quantizer(binding, weight.shape[1]), weight.scheme.activation
-    has_bias = bias is not None
+    fixed, has_bias = fixed_scale(weight), bias is not None
     assert weight.scales is not None
     assert weight.global_scale is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, outer = quantize(x, "e2m1", how)
+        codes, scales, outer = quantize(x, "e2m1", how, tensors[3] if fixed else None, TILES)
         out = multiply(
             codes,
             tensors[0].t(),
-            tiled_scales(scales),
+            scales,
             tensors[1].t(),
             tensors[2],
             torch.bfloat16,
@@ -123,11 +123,11 @@ def bind_nvfp4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
         )
         wide: torch.Tensor = out.float().mul_(outer.unsqueeze(-1))
         if has_bias:
-            wide += tensors[3]
+            wide += tensors[-1]
         return wide.to(x.dtype)
 
-    alpha = weight.global_scale.reshape(1)
-    return launch, (weight.values, weight.scales, alpha, *(() if bias is None else (bias,)))
+    read = weight.values, weight.scales, weight.global_scale.reshape(1), *fixed
+    return launch, (*read, *(() if bias is None else (bias,)))
 
 
 @LINEAR.kernel(
@@ -157,11 +157,11 @@ def bind_mxfp8(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     assert weight.scales is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales = quantize(x, encoding, how)
+        codes, scales = quantize(x, encoding, how, None, TILES)
         out: torch.Tensor = multiply(
             a=codes,
             b=tensors[0].t(),
-            a_descale=tiled_scales(scales).flatten(),
+            a_descale=scales.flatten(),
             b_descale=tensors[1],
             out_dtype=x.dtype,
         )

@@ -18,7 +18,7 @@ exponents in tiles, as int32 `[E, N, K/128]`, and ones `[E]` |
 less Hopper's kernel gives NaN. Ids of no expert are stood in for: what its kernels do with them was
 not followed to the end. TRT-LLM's routing wants more experts than a token has.
 
-NVFP4 has one second scale of the activations for a whole batch there, which hal's scheme has per
+NVFP4 has one second scale of the activations for a whole batch there, which hal's nvfp4 has per
 token: it is not offered. Nor is what wants weights shuffled for TRT-LLM's tiles.
 
 Source: the wheel of flashinfer-python 0.7.4: flashinfer/fused_moe/core.py (`cutlass_fused_moe`,
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from hal.needs import Need, Needs
 from hal.ops.adapters.foreign import attribute, named
 from hal.ops.adapters.groups import quantized_rows
-from hal.ops.adapters.scaled_mm_blocked import TILES, tiled_scales
+from hal.ops.adapters.scaled_mm_blocked import TILES
 from hal.ops.adapters.whole_experts import plain_layer, stood_in, whole_experts
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer
@@ -202,7 +202,7 @@ def bind_mx(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PL
     import torch
 
     call = _function(layer, "input_sf", use_mxfp8_act_scaling=True)
-    rows_of = quantized_rows(binding, w13, w2)
+    rows_of = quantized_rows(binding, w13, w2, TILES)
     ones = torch.ones(w13.shape[0], device=w13.device)
     packed = w13.encoding == "e2m1"
     codes = [part.values.view(torch.int64) if packed else part.values for part in (w13, w2)]
@@ -214,7 +214,7 @@ def bind_mx(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PL
         first, second = tensors[2], tensors[3]
         return {
             "input": rows,
-            "input_sf": tiled_scales(exponents).flatten(),
+            "input_sf": exponents.flatten(),
             "fc1_expert_weights": tensors[0],
             "fc2_expert_weights": tensors[1],
             "quant_scales": [first, tensors[4], second, tensors[4]],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hal.needs import Need, Needs
 from hal.ops.binding import Binding
 from hal.ops.quantize import quantizer
+from hal.ops.scale_layouts import CANONICAL
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +38,13 @@ def grouped_layer(size: int, format: str = "standard") -> tuple[Need, ...]:
     )
 
 
-def quantized_rows(binding: Binding, w13: QTensor, w2: QTensor) -> Rows:
-    """Return a function that gives codes and scales of rows, as the scheme has them."""
+def quantized_rows(binding: Binding, w13: QTensor, w2: QTensor, layout: str = CANONICAL) -> Rows:
+    """Return a function that gives codes and scales of rows, the scales in a layout."""
     quantize, how = quantizer(binding, max(w13.shape[2], w2.shape[2])), w13.scheme.activation
     encoding = "e2m1" if how.format == "e2m1" else "e4m3fn"
 
     def rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found: tuple[torch.Tensor, ...] = quantize(x, encoding, how)
+        found: tuple[torch.Tensor, ...] = quantize(x, encoding, how, None, layout)
         return found
 
     return rows

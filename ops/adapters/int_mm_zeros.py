@@ -15,7 +15,7 @@ from hal.arch import CudaArch
 from hal.needs import Needs
 from hal.ops.adapters.int_mm import CUDA_LEAST_ROWS, exact_sums, int_mm_rows
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import ALL, INT8_SHIFTED, LINEAR, column_sums
+from hal.ops.linear import ALL, INT8_SHIFTED, LINEAR, column_sums, fixed_scale
 from hal.ops.quantize import quantizer
 from hal.registry import Level
 
@@ -101,17 +101,18 @@ def _bind(
     has_bias = bias is not None
     of_rows = weight.zeros is None
     other = column_sums(weight) if weight.zeros is None else weight.zeros.int()
+    fixed = fixed_scale(weight)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, *zeros = quantize(x, "int8", how)
+        codes, scales, *zeros = quantize(x, "int8", how, tensors[3] if fixed else None)
         sums = products(codes, tensors[0])
         one = zeros[0].int() if of_rows else codes.sum(-1, dtype=torch.int32)
         sums = sums - one.unsqueeze(-1) * tensors[2]
         out = sums.float().mul_(scales.unsqueeze(-1)).mul_(tensors[1])
         if has_bias:
-            out += tensors[3]
+            out += tensors[-1]
         return out.to(x.dtype)
 
     assert weight.scales is not None
-    tensors = weight.values, weight.scales, other
+    tensors = weight.values, weight.scales, other, *fixed
     return launch, (*tensors, *(() if bias is None else (bias,)))

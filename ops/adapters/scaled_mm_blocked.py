@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import LINEAR
+from hal.ops.linear import LINEAR, NVFP4, fixed_scale
 from hal.ops.quantize import activation_encoding, quantizer
 from hal.quant.scheme import SCHEMES, group_of
 from hal.registry import Level
@@ -86,12 +86,12 @@ def typed(scales: torch.Tensor) -> torch.Tensor:
     "torch_scaled_mm_nvfp4",
     level=Level.NATIVE,
     band="portable",
-    signatures={"nvfp4": in_tiles("nvfp4")},
+    signatures={name: in_tiles(name) for name in NVFP4},
     requires=(*COMMON, Needs.math("e2m1")),
     claimed=True,
 )
 def bind_blocked(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
-    """Quantize the input in groups, bring its scales into tiles and call torch's product."""
+    """Quantize the input in groups, with scales in tiles, and call torch's product."""
     import torch
 
     from hal.torch_compat import scaled_mm_blocked_function
@@ -103,10 +103,12 @@ def bind_blocked(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -
     kind = torch.float4_e2m1fn_x2 if how.packed else weight.values.dtype
     assert weight.scales is not None
     second = () if weight.global_scale is None else (weight.global_scale,)
+    fixed = fixed_scale(weight)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, *outer = quantize(x, encoding, how)
-        a_scales = typed(tiled_scales(scales))
+        given = tensors[3] if fixed else None
+        codes, scales, *outer = quantize(x, encoding, how, given, TILES)
+        a_scales = typed(scales)
         out = multiply(codes.view(kind), tensors[0].t(), a_scales, tensors[1], torch.bfloat16)
         if two_levels:
             out = out.float().mul_(outer[0].unsqueeze(-1)).mul_(tensors[2])
@@ -115,4 +117,5 @@ def bind_blocked(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -
         return out.to(x.dtype)
 
     tiled = typed(weight.scales)
-    return launch, (weight.values.view(kind), tiled, *second, *(() if bias is None else (bias,)))
+    read = weight.values.view(kind), tiled, *second, *fixed
+    return launch, (*read, *(() if bias is None else (bias,)))

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from hal.needs import Need, Needs
 from hal.ops.adapters.foreign import operator
-from hal.ops.adapters.scaled_mm_blocked import in_tiles, tiled_scales
+from hal.ops.adapters.scaled_mm_blocked import TILES, in_tiles
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import ALL, LINEAR, row_scales
+from hal.ops.linear import ALL, LINEAR, NVFP4, fixed_scale, row_scales
 from hal.ops.quantize import quantizer
 from hal.registry import Level
 
@@ -128,7 +128,7 @@ def bind_block128(binding: Binding, weight: QTensor, bias: torch.Tensor | None) 
     "vllm_cutlass_nvfp4",
     level=Level.NATIVE,
     band="specialised",
-    signatures={"nvfp4": in_tiles("nvfp4")},
+    signatures={name: in_tiles(name) for name in NVFP4},
     requires=(
         Needs.platform("cuda"),
         VLLM,
@@ -143,18 +143,18 @@ def bind_nvfp4(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
     """Quantize the input per 16 and call vLLM's NVFP4 product; scales of tokens come after."""
     multiply = operator("vllm", MODULE, "_C", "cutlass_scaled_fp4_mm")
     quantize, how = quantizer(binding, weight.shape[1]), weight.scheme.activation
-    rows_out, has_bias = weight.shape[0], bias is not None
+    rows_out, has_bias, fixed = weight.shape[0], bias is not None, fixed_scale(weight)
     assert weight.scales is not None
     assert weight.global_scale is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, outer = quantize(x, "e2m1", how)
+        codes, scales, outer = quantize(x, "e2m1", how, tensors[3] if fixed else None, TILES)
         out = x.new_empty(x.shape[0], rows_out)
-        multiply(out, codes, tensors[0], tiled_scales(scales), tensors[1], tensors[2])
+        multiply(out, codes, tensors[0], scales, tensors[1], tensors[2])
         wide = out.float().mul_(outer.unsqueeze(-1))
         if has_bias:
-            wide += tensors[3]
+            wide += tensors[-1]
         return wide.to(x.dtype)
 
-    alpha = weight.global_scale.reshape(1)
-    return launch, (weight.values, weight.scales, alpha, *(() if bias is None else (bias,)))
+    read = weight.values, weight.scales, weight.global_scale.reshape(1), *fixed
+    return launch, (*read, *(() if bias is None else (bias,)))

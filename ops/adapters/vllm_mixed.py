@@ -24,7 +24,7 @@ from hal.ops.adapters.foreign import accepted, attribute, operator
 from hal.ops.adapters.int4pack import offset_codes
 from hal.ops.adapters.vllm_cutlass import MODULE, VLLM, multiples
 from hal.ops.binding import Binding, Launch, Tensors
-from hal.ops.linear import ALL, FLOAT_BYTES, INT4, LINEAR
+from hal.ops.linear import ALL, FLOAT_BYTES, INT4, LINEAR, NVFP4
 from hal.ops.quantize import quantizer
 from hal.quant.scheme import SCHEMES, group_of
 from hal.registry import Level
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hal.registry import Operand
 
 FP8 = tuple(name for name in FLOAT_BYTES if name.startswith("fp8_"))
-FP4 = ("nvfp4", "nvfp4_w4a16", "mxfp4", "mxfp4_w4a8", "mxfp4_w4a16")
+FP4 = (*NVFP4, "nvfp4_w4a16", "mxfp4", "mxfp4_w4a8", "mxfp4_w4a16")
 MARLIN_TYPES = {
     "int4": "uint4b8",
     "uint4": "uint4",

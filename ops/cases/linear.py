@@ -73,7 +73,10 @@ def _nasty(trial: Trial, found: Findings) -> None:
     wanted = seen @ weight.dequantize().double().T
     found.near("rows beside NaN and infinity", error(y[rest], wanted), TOLERANCE)
     found.demand("weights of zero give zeros", not y[rest][:, :16].any())
-    found.demand("a row of zeros gives zeros", not y[3].any())
+    # Where zero is a code like others, float32 may leave a rest of what that code adds.
+    how = weight.scheme.activation
+    left = 0.0 if how.symmetric or how.dynamic else 2**-20 * float(wanted.abs().amax())
+    found.demand("a row of zeros gives zeros", bool((y[3].abs() <= left).all()))
 
 
 def _strides(trial: Trial, found: Findings) -> None:

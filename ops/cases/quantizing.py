@@ -7,10 +7,9 @@ from functools import partial
 import torch
 
 from hal.ops.activations import ACTIVATIONS, activation_of
-from hal.ops.cases.trial import STATIC_AMAX, Case, Findings, Trial, random
-from hal.ops.quantize import quantize, quantize_reference
+from hal.ops.cases.trial import Case, Findings, Trial, fixed_inputs, random
+from hal.ops.quantize import fixed_of, quantize, quantize_reference
 from hal.ops.quantize_fused import gated, quantize_rms_norm, quantize_swiglu, rms_norm
-from hal.quant import input_scale
 from hal.quant.represent import Coded, encoding_of, numbers
 from hal.quant.scheme import Scheme, find_scheme
 
@@ -74,9 +73,9 @@ def _quantize(trial: Trial, found: Findings, *, shape: tuple[int, int], nasty: b
     if nasty:
         x[1], x[2, 7], x[4, 3], x[3] = 0, float("nan"), float("inf"), x[3] * 1e-4
     scheme = find_scheme(trial.scheme)
-    fixed = input_scale(STATIC_AMAX, scheme).to(trial.device) if scheme.static else None
-    codes = quantize(x, scheme, input_scale=fixed, **trial.options)
-    wanted = _reference(trial, x, fixed)
+    given = {name: part.to(trial.device) for name, part in fixed_inputs(scheme).items()}
+    codes = quantize(x, scheme, **given, **trial.options)
+    wanted = _reference(trial, x, fixed_of(**given))
     if nasty:  # of a NaN, neither sign nor payload counts
         fault, moved = near(codes, wanted, scheme, shape[1])
         found.demand(fault or f"relative error {moved:.3g}", not fault and moved == 0)

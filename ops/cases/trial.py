@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from hal.ops.linear import fixed_scale
 from hal.ops.quantize import activation_encoding
-from hal.quant import QTensor, find_scheme, input_scale, quantize
+from hal.quant import QTensor, quantize
+from hal.quant.calibrate import fixed_arguments
 from hal.quant.represent import numbers, represent
-from hal.quant.scheme import SCHEMES
+from hal.quant.scheme import SCHEMES, Scheme
 from hal.registry import Level
 
 __all__ = ["Case", "Findings", "Trial", "as_seen", "calibrated", "error", "random", "tolerance"]
@@ -120,9 +122,12 @@ def random(*shape: int, seed: int, device: torch.device, scale: float = 1.0) -> 
 
 def calibrated(weight: torch.Tensor, scheme: str) -> QTensor:
     """Return a weight with all that binding needs; normal numbers beyond 4 saturate if static."""
-    if not find_scheme(scheme).static:
-        return quantize(weight, scheme)
-    return quantize(weight, scheme, input_scale=input_scale(STATIC_AMAX, scheme))
+    return quantize(weight, scheme, **fixed_inputs(scheme))
+
+
+def fixed_inputs(scheme: str | Scheme) -> dict[str, Any]:
+    """Return what calibration would fix of activations: `input_scale`, `input_zero`, or nothing."""
+    return fixed_arguments(scheme, -3.0, STATIC_AMAX)
 
 
 def as_seen(x: torch.Tensor, weight: QTensor, level: Level) -> torch.Tensor:
@@ -131,7 +136,7 @@ def as_seen(x: torch.Tensor, weight: QTensor, level: Level) -> torch.Tensor:
     if how.format is None or level not in QUANTIZES or not x.numel():
         return x.double()
     own = activation_encoding(weight.scheme, weight.encoding)
-    fixed = None if weight.input_scale is None else weight.input_scale.amax()
+    fixed = (*fixed_scale(weight), None)[0]
     return numbers(represent(x, how, own, fixed=fixed), how, own, x.shape[-1]).double()
 
 

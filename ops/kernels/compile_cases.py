@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hal.ops.cells import SCALE_ORDERS
 from hal.ops.few_experts import serves_few
 from hal.ops.tiles import streams_rows
 
@@ -267,7 +268,7 @@ def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
     silu_and_mul(x, out, how, counts)
 
 
-def _store(target: Target, scheme: str, before: str) -> None:
+def _store(target: Target, scheme: str, before: str = "plain", layout: str = "canonical") -> None:
     """Call the launcher of a quantizing op as its binder does."""
     from hal.ops.activations import Activation
     from hal.ops.kernels.quantize import Norm
@@ -277,10 +278,11 @@ def _store(target: Target, scheme: str, before: str) -> None:
     how = find_scheme(scheme).activation
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
     x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
+    fixed = None if how.dynamic else _empty(*(() if how.symmetric else (2,)), dtype="float32")
     if before == "plain":
-        quantize_triton(x, encoding, how, None if how.dynamic else _empty(dtype="float32"))
+        quantize_triton(x, encoding, how, fixed, layout)
         return
-    options: dict[str, Any] = {"gate": Activation()} if before == "gate" else {}
+    options: dict[str, Any] = {"gate": Activation(), "fixed": fixed} if before == "gate" else {}
     if before == "norm":
         options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
     launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
@@ -389,10 +391,17 @@ CASES: dict[str, Callable[[Target], None]] = {
         for schemes, befores in (
             (("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0"), ("plain", "norm", "gate")),
             (("fp8_channel", "fp8_block128", "int8_channel"), ("norm", "gate")),
-            (("fp8_static", "int8_static", "int8_channel_asymmetric"), ("plain",)),
+            (("nvfp4_static",), ("plain", "gate")),
+            (("fp8_static", "int8_static"), ("plain",)),
+            (("int8_channel_asymmetric", "int8_static_asymmetric"), ("plain",)),
         )
         for scheme in schemes
         for before in befores
+    },
+    **{
+        f"quantize/{scheme}/plain/{layout}": partial(_store, scheme=scheme, layout=layout)
+        for scheme, layouts in SCALE_ORDERS.items()
+        for layout in layouts
     },
     "swiglu/silu": lambda _: _gate("silu"),
     "swiglu/silu_batched": lambda _: _gate("silu", batched=True),

@@ -204,7 +204,6 @@ def nvfp4_tile(x, scale_floor, PER_WORD: tl.constexpr, ENCODING: tl.constexpr):
     """
     x = tl.reshape(x, (2, x.shape[0] // 2, 8))
     top = largest_bits(x, 0)
-    broken = top >= INFINITY_BITS
     largest = tl.max(top, axis=0)
     if largest >= INFINITY_BITS:
         # Rare, and so out of the way: numbers beside a NaN count, the NaN does not.
@@ -215,11 +214,39 @@ def nvfp4_tile(x, scale_floor, PER_WORD: tl.constexpr, ENCODING: tl.constexpr):
     row = tl.full((1,), 0, tl.int32) + largest
     top_of_row = tl.full((1,), 448.0 * 6.0, tl.float32)
     outer = tl.maximum(tl.div_rn(row.to(tl.float32, bitcast=True), top_of_row), scale_floor)
+    codes, scales = _nvfp4_blocks(x, top, outer, PER_WORD, ENCODING, False)
+    return codes, scales, outer
+
+
+@triton.jit
+def nvfp4_tile_under(x, outer, PER_WORD: tl.constexpr, ENCODING: tl.constexpr):
+    """Quantize blocks of 16 f32, as `nvfp4_tile` does, under a float32 scale [1] that is given.
+
+    Returns packed codes and scale bytes. What exceeds 448 * 6 * outer saturates.
+    """
+    x = tl.reshape(x, (2, x.shape[0] // 2, 8))
+    return _nvfp4_blocks(x, largest_bits(x, 0), outer, PER_WORD, ENCODING, True)
+
+
+@triton.jit
+def _nvfp4_blocks(
+    x, top, outer, PER_WORD: tl.constexpr, ENCODING: tl.constexpr, SATURATES: tl.constexpr
+):
+    """Encode x [2, rows, 8] f32 given the bits of the largest size of each block, and their scale.
+
+    SATURATES: Sizes may exceed what the scale reaches to.
+    """
+    broken = top >= INFINITY_BITS
     amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
+    if SATURATES:
+        # A quotient that overflows would spoil the division; beyond this bound all saturate anyway.
+        amax = tl.minimum(amax, tl.broadcast_to(outer * (2 * 448.0 * 6.0), amax.shape))
     # Where numbers are too small for an exact quotient, the scale is the least one anyway.
     wanted = divide_sizes(amax, 6.0, SIXTH)
     wanted = divide_sizes(wanted, outer, tl.div_rn(tl.full((1,), 1.0, tl.float32), outer))
     wanted = tl.maximum(wanted, 2.0**-9)
+    if SATURATES:
+        wanted = tl.minimum(wanted, 448.0)
     if ENCODING == "":
         scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
@@ -228,8 +255,11 @@ def nvfp4_tile(x, scale_floor, PER_WORD: tl.constexpr, ENCODING: tl.constexpr):
     factor = (scale.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**120
     factor = factor * tl.broadcast_to(outer, amax.shape)
     reciprocal = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)
-    size = divide_sizes(tl.abs(x), factor[None, :, None], reciprocal[None, :, None])
+    size = tl.abs(x)
+    if SATURATES:
+        size = tl.minimum(size, factor[None, :, None] * 8.0)
+    size = divide_sizes(size, factor[None, :, None], reciprocal[None, :, None])
     codes = encode_e2m1(size, x, 1.0, PER_WORD, True)
     codes = tl.permute(tl.where(broken[None, :, None], 0, codes), (1, 0, 2))
     codes = tl.reshape(codes, (x.shape[1], 16 // PER_WORD))
-    return codes, tl.where(broken, 0x7F, scale).to(tl.uint8), outer
+    return codes, tl.where(broken, 0x7F, scale).to(tl.uint8)

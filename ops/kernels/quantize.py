@@ -18,8 +18,9 @@ import triton.language as tl
 
 from hal.ops.activations import Activation
 from hal.ops.kernels.common import converts_fp8, has_pairs, is_fp8, launch
-from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
+from hal.ops.kernels.encode import mx_tile, nvfp4_tile, nvfp4_tile_under, scaled_tile
 from hal.ops.kernels.quantize_pairs import are_words, quantize_pairs
+from hal.ops.kernels.scale_order import ScaleOrder, scale_of_group, scale_of_row
 from hal.ops.kernels.source import (
     beyond_count,
     gated_tile,
@@ -77,14 +78,16 @@ def gate_options(gate: Activation | None) -> dict[str, Any]:
 @triton.jit
 def _quantize_kernel(
     x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr, counts_ptr,
-    n_columns, n_words, n_groups, stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
+    fixed_ptr, n_columns, n_words, n_groups,
+    stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
     quant_max, scale_floor, epsilon, alpha, limit, capacity,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
     INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr,
     CODEC: tl.constexpr, PER_WORD: tl.constexpr, ENCODING: tl.constexpr,
-    ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FNUZ: tl.constexpr,
+    ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FNUZ: tl.constexpr, ORDER: tl.constexpr,
+    FIXED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
@@ -112,7 +115,11 @@ def _quantize_kernel(
         x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     VALUE_DTYPE: tl.constexpr = values_ptr.dtype.element_ty
     if CODEC == "nvfp4":
-        codes, scales, second = nvfp4_tile(x, scale_floor, PER_WORD, ENCODING)
+        if FIXED:
+            second = tl.load(fixed_ptr + tl.arange(0, 1))
+            codes, scales = nvfp4_tile_under(x, second, PER_WORD, ENCODING)
+        else:
+            codes, scales, second = nvfp4_tile(x, scale_floor, PER_WORD, ENCODING)
         tl.store(second_ptr + row + tl.arange(0, 1), second)
     elif CODEC == "mx":
         codes, scales = mx_tile(x, PER_WORD, VALUE_DTYPE, ENCODING, ADDEND, TOP_EXPONENT, FNUZ)
@@ -123,7 +130,9 @@ def _quantize_kernel(
         codes = codes.to(VALUE_DTYPE)
     tl.store(values_ptr + row * stride_vm + columns, codes, mask=inside)
     groups = first_group + tl.arange(0, GROUPS)
-    tl.store(scales_ptr + row * stride_sm + groups * stride_sg, scales, mask=groups < n_groups)
+    scales_ptr += scale_of_row(row, stride_sm, ORDER)
+    target = scales_ptr + scale_of_group(groups, stride_sg, ORDER)
+    tl.store(target, scales, mask=groups < n_groups)
 
 
 def quantize_rows(
@@ -192,6 +201,8 @@ def quantize(
     norm: Norm | None = None,
     gate: Activation | None = None,
     counts: torch.Tensor | None = None,
+    order: ScaleOrder | None = None,
+    fixed: torch.Tensor | None = None,
 ) -> None:
     """Quantize rows to values [rows, columns] or, packed e2m1, [rows, ceil(columns / 2)] uint8.
 
@@ -207,6 +218,8 @@ def quantize(
         gate: The same: an activation.
         counts: [experts] where the rows are [experts * capacity]; those beyond an expert's count
             are neither read nor written.
+        order: Where in `scales`, of any shape, each belongs; None is [rows, groups].
+        fixed: [] float32, of nvfp4: what to take for all second scales, which are stored too.
     """
     rows, columns = x.shape[0], x.shape[1] // (gate.products if gate else 1)
     if rows == 0 or columns == 0:
@@ -217,11 +230,13 @@ def quantize(
     packed = values.dtype is torch.uint8
     scales = scales.unsqueeze(-1) if group is None else scales
     whole = group is None or second is not None or norm is not None
-    if not whole and gate is None and counts is None and _can_be_flat(x, values, scales, group):
+    alone = gate is None and counts is None and order is None
+    if not whole and alone and _can_be_flat(x, values, scales, group):
         x, values = x.view(-1, FLAT), values.view(-1, FLAT // 2 if packed else FLAT)
         scales = scales.view(x.shape[0], -1)
         rows, columns = x.shape
     groups, width, n_groups, warps = group_shape(rows, columns, group, whole=whole)
+    order = ScaleOrder("", *scales.stride()) if order is None else order
     fnuz = codec == "mx" and values.dtype is getattr(torch, "float8_e4m3fnuz", None)
     per_word = 1
     if packed:
@@ -237,7 +252,7 @@ def quantize(
     alpha, limit = (gate.alpha, gate.limit) if gate else (1.0, 0.0)
     # MX codes after a norm of a sum wait for memory: 0.99 of a copy one by one, 0.94 by pairs.
     slower = codec == "mx" and norm is not None and norm.residual is not None
-    if per_word == 8 and not slower and _by_pairs(x, norm, gate):
+    if per_word == 8 and not slower and fixed is None and _by_pairs(x, norm, gate):
         before = "gate" if gate else "plain" if norm is None else "norm"
         before = "residual" if norm is not None and norm.residual is not None else before
         lane, registers = IN_PAIRS.get((codec, before), (PER_LANE, 0))
@@ -246,7 +261,7 @@ def quantize(
             x, values, scales, groups=groups, warps=warps, registers=registers, addend=addend,
             top_exponent=top_exponent, scale_floor=scale_floor, encoding=encoding, norm=norm,
             gate=gate_options(gate), alpha=alpha, limit=limit, counts=counts, capacity=capacity,
-            second=second,
+            second=second, n_groups=n_groups, order=order,
         )  # fmt: skip
         return
     residual, total = (norm.residual, norm.total) if norm else (None, None)
@@ -256,16 +271,18 @@ def quantize(
         norm.weight if norm else x, values,
         scales.view(torch.uint8) if second is not None else scales,
         scales if second is None else second, x if counts is None else counts,
+        x if fixed is None else fixed,
         columns, triton.cdiv(columns, per_word), n_groups, x.stride(0),
         0 if residual is None else residual.stride(0),
         0 if total is None else total.stride(0), values.stride(0),
-        scales.stride(0), scales.stride(1),
+        order.row, order.group,
         quant_max, scale_floor, norm.epsilon if norm else 0.0,
         alpha, limit, capacity,
         GROUPS=groups, WIDTH=width, NORM=norm is not None, RESIDUAL=residual is not None,
         **gate_options(gate), COUNTED=counts is not None,
         CODEC=codec, PER_WORD=per_word, ENCODING=encoding,
-        ADDEND=addend, TOP_EXPONENT=top_exponent, FNUZ=fnuz, num_warps=warps,
+        ADDEND=addend, TOP_EXPONENT=top_exponent, FNUZ=fnuz, ORDER=order.name,
+        FIXED=fixed is not None, num_warps=warps,
     )  # fmt: skip
 
 

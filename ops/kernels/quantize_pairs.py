@@ -40,6 +40,7 @@ from hal.ops.kernels.pairs import (
     word_of_fours,
 )
 from hal.ops.kernels.reciprocals import reciprocal_table
+from hal.ops.kernels.scale_order import ScaleOrder, scale_of_group, scale_of_row
 from hal.ops.kernels.source import activate, beyond_count, gate_numbers
 
 HALF_PAIR = tl.constexpr(0x3F003F00)
@@ -140,7 +141,7 @@ def _quantize_pairs_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
     COUNTED: tl.constexpr, TWO_LEVELS: tl.constexpr, ENCODING: tl.constexpr,
     ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FULL: tl.constexpr,
-    SIGNED: tl.constexpr, QUICK: tl.constexpr,
+    SIGNED: tl.constexpr, QUICK: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
@@ -197,7 +198,8 @@ def _quantize_pairs_kernel(
         codes, scales = mxfp4_words(w0, w1, w2, w3, ADDEND, TOP_EXPONENT)
     store_words(values_ptr + row * stride_vm + eighths, codes, inside, FULL)
     groups = first_group + tl.arange(0, GROUPS)
-    target = scales_ptr + row * stride_sm + groups * stride_sg
+    scales_ptr += scale_of_row(row, stride_sm, ORDER)
+    target = scales_ptr + scale_of_group(groups, stride_sg, ORDER)
     store_words(target, scales.to(tl.uint8), groups < n_groups, FULL)
 
 
@@ -220,13 +222,15 @@ def quantize_pairs(
     counts: torch.Tensor | None,
     capacity: int,
     second: torch.Tensor | None,
+    n_groups: int,
+    order: ScaleOrder,
 ) -> None:
     """Launch what `hal.ops.kernels.quantize.quantize` found to be rows of words; see there.
 
     Args:
         x: bf16 [rows, columns], or gate and up beside each other; `are_words` holds for it.
         values: int32 [rows, columns / 8].
-        scales: [rows, groups].
+        scales: As order says.
         groups: Groups of a program, a power of two.
         warps: Warps of a program.
         registers: Most registers of a thread; 0 leaves that to the compiler.
@@ -241,14 +245,15 @@ def quantize_pairs(
         counts: [experts], or None.
         capacity: Rows of an expert.
         second: [rows] float32, of nvfp4.
+        n_groups: Groups of a row.
+        order: Where scales belong.
     """
     table = None if second is None else reciprocal_table(x.device)
     residual, total = (norm.residual, norm.total) if norm else (None, None)
     words = x.view(torch.int32)
     weight = norm.weight.view(torch.int32) if norm else words
     others = [None if part is None else part.view(torch.int32) for part in (residual, total)]
-    columns, n_groups = values.shape[1] * 8, scales.shape[1]
-    group = 32 if second is None else 16
+    columns, group = values.shape[1] * 8, 32 if second is None else 16
     full = n_groups % groups == 0 and columns == n_groups * group
     gate = {name: value for name, value in gate.items() if name != "INTERLEAVED"}
     launch(
@@ -258,10 +263,10 @@ def quantize_pairs(
         x if counts is None else counts,
         words if table is None else table, columns // 2, n_groups, words.stride(0),
         *(0 if part is None else part.stride(0) for part in others), values.stride(0),
-        *scales.stride(), scale_floor, norm.epsilon if norm else 0.0, alpha, limit, capacity,
+        order.row, order.group, scale_floor, norm.epsilon if norm else 0.0, alpha, limit, capacity,
         GROUPS=groups, NORM=norm is not None, RESIDUAL=residual is not None,
         **gate, COUNTED=counts is not None, TWO_LEVELS=second is not None, ENCODING=encoding,
-        ADDEND=addend, TOP_EXPONENT=top_exponent,
+        ADDEND=addend, TOP_EXPONENT=top_exponent, ORDER=order.name,
         SIGNED=has_signed_pairs(), QUICK=table is not None, FULL=full, num_warps=warps,
         **({"maxnreg": registers} if registers else {}),
     )  # fmt: skip

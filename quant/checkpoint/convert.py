@@ -32,7 +32,7 @@ from hal.quant.nibbles import pack, unpack_int32
 from hal.quant.tensor import QTensor
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 __all__ = ["convert", "to_qtensor"]
 
@@ -75,6 +75,7 @@ def to_qtensor(pieces: Pieces) -> QTensor:
         global_scale=pieces.global_scale,
         zeros=pieces.zeros,
         input_scale=pieces.input_scale if scheme.static else None,
+        input_zero=None if scheme.activation.symmetric else pieces.input_zero,
     )
 
 
@@ -111,7 +112,22 @@ def _bytes(source: Source) -> Pieces:
         shape,
         zeros=zeros,
         input_scale=None if static is None else read_factor(source, static),
+        input_zero=_input_zero(source),
     )
+
+
+def _input_zero(source: Source) -> torch.Tensor | None:
+    """Return the zero point of static activations; symmetric ones may have one that is 0."""
+    suffix = ".input_zero_point"
+    if suffix not in source.suffixes:
+        return None
+    source.shape(suffix, (), (1,), (1, 1))
+    zero = source.read(suffix).clone().reshape(())
+    if not source.rule.symmetric:
+        return zero
+    if bool(zero):
+        raise ArgumentError(source.where(suffix), found=int(zero), needed="0: symmetric is true")
+    return None
 
 
 def _packed(source: Source) -> Pieces:

@@ -77,10 +77,14 @@ def store(name: str, weight: QTensor) -> Stored:
             kept[".weight_zero_point"] = plain.zeros.unsqueeze(-1)
         if plain.input_scale is not None:
             kept[".input_scale"] = plain.input_scale.reshape(1)
+        if plain.input_zero is not None:
+            kept[".input_zero_point"] = plain.input_zero.reshape(1)
         return Stored(kept, _format(how), plain.zeros is None)
     found = {".weight_packed": codes, ".weight_scale": scales}
     if plain.global_scale is not None:
         found[".weight_global_scale"] = (1.0 / plain.global_scale).reshape(1)
+    if plain.input_scale is not None:
+        found[".input_global_scale"] = (1.0 / plain.input_scale).reshape(1)
     return Stored(found, _format(how))
 
 
@@ -112,9 +116,10 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
 def config_group(scheme: Scheme, format: str, *, symmetric: bool) -> dict[str, Any]:
     """Return the entry of config_groups for a scheme, without its targets."""
     how = scheme.activation
-    # NVFP4 activations need a calibrated scale in the file there; hal's are scaled per token, so
-    # that readers get the weights alone rather than a scale that nobody measured.
-    inputs = None if how.format is None or how.second != "none" else _arguments(how)
+    # NVFP4 activations need a calibrated scale in the file there; where hal's are scaled per token,
+    # readers get the weights alone rather than a scale that nobody measured.
+    unmeasured = how.second != "none" and how.dynamic
+    inputs = None if how.format is None or unmeasured else _arguments(how, activation=True)
     weights = _arguments(scheme.weight)
     if not symmetric:
         weights["symmetric"] = False
@@ -168,7 +173,7 @@ def _format(how: Quantization) -> str:
     return "int-quantized" if how.format == "int8" else "float-quantized"
 
 
-def _arguments(how: Quantization) -> dict[str, Any]:
+def _arguments(how: Quantization, *, activation: bool = False) -> dict[str, Any]:
     """Return compressed-tensors' QuantizationArgs of one operand."""
     assert how.format is not None
     bits, kind = _BITS[how.format]
@@ -183,6 +188,8 @@ def _arguments(how: Quantization) -> dict[str, Any]:
     }
     if group is not None:
         found["strategy"] = "group" if how.second == "none" else "tensor_group"
+        if activation and how.second != "none":
+            found["dynamic"] = "local"  # scales of groups are computed, the second one is not
     elif how.granularity == "block128":
         found.update(strategy="block", block_structure=[BLOCK, BLOCK])
     if how.scale_format == "e8m0" and not _wide(how):

@@ -80,6 +80,7 @@ _ROWS = (
             Part(".weight_scale", _FLOATS),
             _INPUT,
             Part(".weight_zero_point", ("I8",), False),
+            Part(".input_zero_point", ("I8",), False),
         ),
         f"{_SOURCE_CT}naive_quantized",
     ),

@@ -73,13 +73,15 @@ def _activation(where: str, group: Mapping[str, Any]) -> dict[str, Any]:
     if (bits, kind) not in known:
         refuse(f"{where}.input_activations", f"{kind} of {bits} bits", "8 or 4")
     strategy = value_of(where, inputs, "strategy", str, "tensor")
-    fixed = inputs.get("dynamic", False) is False
+    dynamic = inputs.get("dynamic", False)
+    fixed = dynamic is False
     symmetric = value_of(where, inputs, "symmetric", bool, True)
-    if not symmetric and (known[bits, kind] != "int8" or fixed or strategy != "token"):
+    shifts = ("int8", "tensor" if fixed else "token")
+    if not symmetric and (known[bits, kind], strategy) != shifts:
         raise UnsupportedModelError(
             f"{where}.input_activations",
             found=f"zero points of {'fixed' if fixed else 'dynamic'} {kind}{bits} per {strategy}",
-            needed="symmetric, or dynamic int8 of strategy token",
+            needed="symmetric, or int8: dynamic of strategy token, or fixed of strategy tensor",
         )
     if fixed and bits == 8 and strategy != "tensor":
         raise UnsupportedModelError(
@@ -87,7 +89,9 @@ def _activation(where: str, group: Mapping[str, Any]) -> dict[str, Any]:
             found=f"fixed scales of strategy {strategy}",
             needed="dynamic scales, or one fixed scale of strategy tensor",
         )
-    static = fixed and bits == 8
+    # NVFP4 computes scales of groups at each call ("local"), under a second one that is fixed.
+    two_levels = strategy == "tensor_group" and dynamic in (False, "local")
+    static = (fixed and bits == 8) or two_levels
     return {"activation": known[bits, kind], "static": static, "symmetric": symmetric}
 
 

@@ -252,7 +252,9 @@ def _require_parts(where: str, module: str, rule: Rule, suffixes: set[str]) -> N
     elif rule.encoding == "uint4" and rule.format != "gptq":
         needed.add(".qzeros")
     if rule.static:
-        needed |= {part.suffix for part in parts} & {".input_scale", ".activation_scale"}
+        scales = {".input_scale", ".activation_scale", ".input_global_scale"}
+        scales |= set() if rule.symmetric else {".input_zero_point"}
+        needed |= {part.suffix for part in parts} & scales
     if missing := sorted(needed - suffixes):
         raise ArgumentError(
             where, found=f"no {module}{missing[0]}", needed=f"it too, for {rule.format}"

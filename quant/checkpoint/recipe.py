@@ -181,7 +181,7 @@ def _awq(where: str, config: Mapping[str, Any]) -> Recipe:
 _MODELOPT = {
     "FP8": Rule("modelopt-fp8", "e4m3fn", "tensor", activation="e4m3fn", static=True),
     "FP8_PER_CHANNEL_PER_TOKEN": Rule("modelopt-fp8", "e4m3fn", "channel", activation="e4m3fn"),
-    "NVFP4": Rule("modelopt-nvfp4", "e2m1", "group16", "e4m3fn", "tensor", "e2m1"),
+    "NVFP4": Rule("modelopt-nvfp4", "e2m1", "group16", "e4m3fn", "tensor", "e2m1", static=True),
     "W4A16_NVFP4": Rule("modelopt-nvfp4", "e2m1", "group16", "e4m3fn", "tensor"),
 }
 

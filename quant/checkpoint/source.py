@@ -33,8 +33,9 @@ class Pieces:
         logical_shape: `[..., N, K]`.
         global_scale: float32, `[...]`, a factor: value = code * scale * global scale.
         zeros: uint8 shaped like the scales: value = (code - zero) * scale.
-        input_scale: float32 `[]`, a factor for static activations. Static schemes use it; others
-            scale activations by what they see.
+        input_scale: float32 `[]`, a factor for static activations; of NVFP4, their second scale.
+            Static schemes use it; others scale activations by what they see.
+        input_zero: int8 `[]`, the code of static activations that means zero; None is 0.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Pieces:
     global_scale: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    input_zero: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

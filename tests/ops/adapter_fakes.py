@@ -16,7 +16,7 @@ import torch
 import hal
 from hal.device import Software
 from hal.ops.binding import Binding
-from hal.ops.linear import LINEAR
+from hal.ops.linear import LINEAR, fixed_scale
 from hal.ops.prepare import prepare
 from hal.ops.quantize import fake_quantize, quantize_reference
 from hal.platforms.tables import device_spec
@@ -93,7 +93,9 @@ def bind(device: str, kernel: str, weight, bias=None, dtype=torch.bfloat16, **ar
 def expected(kernel: str, weight, x, bias=None):
     """Return the product in float64, with activations as the kernel's level represents them."""
     native = str(LINEAR.find(kernel).level) == "native"
-    rows = fake_quantize(x, weight.scheme, weight.encoding).double() if native else x.double()
+    fixed = (*fixed_scale(weight), None)[0]
+    rows = fake_quantize(x, weight.scheme, weight.encoding, fixed) if native else x
+    rows = rows.double()
     out = rows @ weight.dequantize().double().T
     return out if bias is None else out + bias.double()
 

@@ -8,10 +8,10 @@ import adapter_fakes as fakes
 import adapter_fakes_mixed as mixed
 import pytest
 import torch
+from calibrated import quantize
 
 from hal.errors import EncodingError, PlatformError
 from hal.ops.adapters.foreign import accepted
-from hal.quant import quantize
 from hal.quant.uint4 import encode_uint4
 
 BIAS = pytest.mark.parametrize("with_bias", [False, True])
@@ -107,7 +107,9 @@ def test_marlin_fp8(packages, scheme, shape, with_bias, dtype, generator):
 
 @BIAS
 @pytest.mark.parametrize("shape", [(64, 128), (192, 384)])
-@pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4_w4a16", "mxfp4", "mxfp4_w4a8", "mxfp4_w4a16"])
+@pytest.mark.parametrize(
+    "scheme", ["nvfp4", "nvfp4_static", "nvfp4_w4a16", "mxfp4", "mxfp4_w4a8", "mxfp4_w4a16"]
+)
 def test_marlin_fp4(packages, scheme, shape, with_bias, generator):
     fakes.skip_without_dtypes(scheme)
     args = shape, with_bias, torch.bfloat16, generator

@@ -7,12 +7,12 @@ from dataclasses import replace
 import adapter_fakes as fakes
 import pytest
 import torch
+from calibrated import quantize
 
 import hal
 import hal.ops
 from hal import torch_matmul, torch_packed
 from hal.errors import ForcedKernelError
-from hal.quant import quantize
 from hal.quant.uint4 import encode_uint4
 
 BIAS = pytest.mark.parametrize("with_bias", [False, True])
@@ -141,13 +141,13 @@ def test_scaled_mm_with_one_scale(device, scheme, dtype, with_bias, generator, m
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "scaled_mm"), reason="needs torch 2.10")
 @BIAS
-@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4", "nvfp4_static"])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (144, 160), (272, 544)])
 def test_scaled_mm_in_tiles(scheme, rows, columns, with_bias, generator, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", fakes.scaled_mm)
     monkeypatch.setattr("hal.ops.adapters.scaled_mm_blocked.quantizer", fakes.reference_quantizer)
     torch_packed.scaled_mm_blocked_function.cache_clear()
-    kernel = f"torch_scaled_mm_{scheme}"
+    kernel = f"torch_scaled_mm_{scheme.removesuffix('_static')}"
     weight, bias = make(rows, columns, scheme, generator), bias_of(rows, with_bias, generator)
     linear = fakes.bind("cuda:b200", kernel, weight, bias)
     for tokens in (1, 5, 130):

@@ -38,6 +38,7 @@ SCALED = [
     ("triton_scaled", "mxfp4"),
     ("triton_scaled_mixed", "mxfp4_w4a8"),
     ("triton_scaled_nvfp4", "nvfp4"),
+    ("triton_scaled_nvfp4", "nvfp4_static"),
 ]
 RUNS += [(*how, name) for how in SCALED for name in ("gpt-oss", "padded", "nemotron")]
 SUMS = [("triton_scaled_fp8", "mxfp8"), ("triton_scaled_fp8", "mxfp4_w4a8")]

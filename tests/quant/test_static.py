@@ -11,7 +11,16 @@ from quant_reference import TOP, round_to
 
 import hal
 from hal.errors import ArgumentError, DTypeError, ShapeError, ValueRangeError
-from hal.quant import SCALE_FLOOR, QTensor, bind_encoding, input_scale, quantize, to_layout
+from hal.quant import (
+    SCALE_FLOOR,
+    QTensor,
+    bind_encoding,
+    input_range,
+    input_scale,
+    quantize,
+    to_layout,
+)
+from hal.quant.asymmetric import decode_asymmetric, encode_asymmetric_static, widest
 from hal.quant.codec import encode_static
 from hal.quant.scheme import SCHEMES
 
@@ -26,11 +35,58 @@ def weight(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", STATIC)
 @given(amax=st.floats(0, float(np.float32(3e38)), width=32))
 def test_the_scale_follows_the_one_rule(scheme: str, amax: float) -> None:
-    top = {"e4m3fn": 448, "int8": 127}[SCHEMES[scheme].activation.format]
+    top = {"e4m3fn": 448, "int8": 127, "e2m1": 448 * 6}[SCHEMES[scheme].activation.format]
     wanted = max(np.float32(np.float64(np.float32(amax)) / top), np.float32(SCALE_FLOOR))
     found = input_scale(amax, scheme)
     assert found.dtype is torch.float32
     assert found.item() == wanted
+
+
+@given(st.floats(-(2.0**100), 2.0**100, width=32), st.floats(0, 2.0**100, width=32))
+def test_the_range_is_covered(low: float, width: float) -> None:
+    high = float(np.float32(low) + np.float32(width))
+    scale, zero = input_range(low, high)
+    assert (scale.dtype, zero.dtype) == (torch.float32, torch.int8)
+    ends = torch.tensor([[low, high, 0.0]])
+    codes, scales, zeros = encode_asymmetric_static(ends, scale, zero.float())
+    seen = decode_asymmetric(codes, scales, zeros)
+    # Half a step of the number, and half a step by which the zero point was rounded.
+    assert ((seen - ends).abs() <= scale * 1.001).all()
+    assert seen[0, 2] == 0
+
+
+def test_ranges_that_are_none() -> None:
+    for low, high in ((1.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))):
+        with pytest.raises(ValueRangeError, match="the least first"):
+            input_range(low, high)
+
+
+def test_zero_points_belong_to_one_scheme() -> None:
+    dense = weight(8, 32)
+    scale, zero = input_range(-1.0, 3.0)
+    made = quantize(dense, "int8_static_asymmetric", input_scale=scale, input_zero=zero)
+    assert made.input_zero is not None
+    assert made.input_zero.item() == zero.item() == -64
+    back = QTensor.from_state_dict(made.state_dict(), made.metadata)
+    assert torch.equal(back.input_zero, made.input_zero)
+    assert quantize(dense, made.scheme, input_scale=scale).input_zero.item() == 0
+    with pytest.raises(ArgumentError, match=r"found input_zero.*int8_static_asymmetric"):
+        quantize(dense, "int8_static", input_scale=scale, input_zero=zero)
+    with pytest.raises(ArgumentError, match=r"input_zero without input_scale.*input_range"):
+        quantize(dense, "int8_static_asymmetric", input_zero=zero)
+    for wrong in (200, 0.5, float("nan")):
+        with pytest.raises(ValueRangeError, match="integers, -128 to 127"):
+            quantize(dense, made.scheme, input_scale=scale, input_zero=torch.tensor(wrong))
+    with pytest.raises(ShapeError, match="input_zero"):
+        quantize(dense, made.scheme, input_scale=scale, input_zero=torch.zeros(3))
+
+
+def test_the_widest_range_serves_all() -> None:
+    scales, zeros = torch.tensor([0.5, 0.25]), torch.tensor([7, -100], dtype=torch.int8)
+    assert [part.item() for part in widest(scales, zeros)] == [0.5, 7.0]  # holds the other
+    apart = torch.tensor([0.5, 0.5]), torch.tensor([-128, 127], dtype=torch.int8)
+    scale, zero = widest(*apart)
+    assert (scale.item(), abs(zero.item()) <= 1) == (1.0, True)
 
 
 def test_the_scale_of_each_expert() -> None:

@@ -150,6 +150,8 @@ def _calibrate(linear, scheme) -> None:
     for name in ("input_scale", "input_global_scale"):
         if hasattr(linear, name):
             getattr(linear, name).data.fill_(0.0625)
+    if hasattr(linear, "input_zero_point") and not scheme.input_activations.symmetric:
+        linear.input_zero_point.data.fill_(-29)
 
 
 def preset(name: str, **changes):
@@ -194,6 +196,14 @@ def _(folder):
 def _(folder):
     scheme = preset("W8A8")
     scheme.input_activations = type(scheme.weights)(num_bits=8, type="int", strategy="tensor")
+    return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
+
+
+@case("ct_int8_static_asymmetric", CT)
+def _(folder):
+    scheme = preset("W8A8")
+    kind = type(scheme.weights)
+    scheme.input_activations = kind(num_bits=8, type="int", strategy="tensor", symmetric=False)
     return compressed(folder, scheme, {DOWN: (12, 24), UP: (8, 17)})
 
 

@@ -55,6 +55,8 @@ SCALES = [
     ("ct_nvfp4", "down_proj__weight_global_scale"),
     ("ct_nvfp4", "down_proj__input_global_scale"),
     ("modelopt_nvfp4", "down_proj__weight_scale_2"),
+    ("modelopt_nvfp4", "down_proj__input_scale"),
+    ("ct_int8_static_asymmetric", "down_proj__input_scale"),
     ("hf_fp8_block", "down_proj__weight_scale_inv"),
     ("gptq_symmetric", "down_proj__scales"),
     ("awq", "down_proj__scales"),
@@ -101,6 +103,9 @@ REMOVED = [
     ("ct_int4_group32", "down_proj__weight_shape", "no .*down_proj.weight_shape"),
     ("ct_int4_group64_asymmetric", "down_proj__weight_zero_point", "weight_zero_point"),
     ("ct_nvfp4", "down_proj__weight_global_scale", "no .*weight_global_scale"),
+    ("ct_nvfp4", "down_proj__input_global_scale", "no .*input_global_scale"),
+    ("modelopt_nvfp4", "down_proj__input_scale", "no .*input_scale"),
+    ("ct_int8_static_asymmetric", "down_proj__input_zero_point", "no .*input_zero_point"),
     ("ct_mxfp4", "down_proj__weight_packed", "no .*weight_packed"),
     ("ct_fp8_tensor_static", "down_proj__input_scale", "no .*input_scale"),
     ("ct_int8_static", "down_proj__input_scale", "no .*input_scale"),
@@ -122,6 +127,33 @@ def test_missing_tensors(golden, case, suffix, match) -> None:
     copy.change(**{suffix: None})
     with pytest.raises(ArgumentError, match=rf"model\.safetensors: .*{match}"):
         load(copy.folder)
+
+
+@pytest.mark.parametrize("value", [0, 5])
+def test_zero_points_of_activations_that_are_symmetric(golden, value) -> None:
+    """Zeros are harmless, others contradict the configuration."""
+    copy = golden("ct_int8_static_asymmetric")
+    copy.settings(config_groups={"group_0": {"input_activations": {"symmetric": True}}})
+    copy.change(down_proj__input_zero_point=filled(value), up_proj__input_zero_point=filled(0))
+    if value:
+        fails(copy, ArgumentError, r"input_zero_point: found 5, needed 0: symmetric is true")
+    else:
+        assert load(copy.folder)[DOWN].scheme.name == "int8_static"
+
+
+FIXED = [
+    ("ct_int8_static_asymmetric", "input_zero_point"),
+    ("ct_int8_static_asymmetric", "input_scale"),
+    ("ct_nvfp4", "input_global_scale"),
+    ("modelopt_nvfp4", "input_scale"),
+]
+
+
+@pytest.mark.parametrize(("case", "suffix"), FIXED)
+def test_shapes_of_what_is_fixed(golden, case, suffix) -> None:
+    copy = golden(case)
+    copy.change(**{f"down_proj__{suffix}": lambda part: part.new_ones(3)})
+    fails(copy, ShapeError, rf"{DOWN}\.{suffix}: found \[3\], needed \[\] or \[1\]")
 
 
 @pytest.mark.parametrize("case", ["ct_int8_channel", "ct_fp8_channel", "modelopt_fp8"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hal.errors import UnknownNameError, UnsupportedModelError
+from hal.ops import Linear
 from hal.quant import SCHEMES, QTensor
 from hal.quant.checkpoint import FORMATS, load
 from hal.quant.mx import decode_e8m0
@@ -38,13 +39,14 @@ EXPECTED_SCHEMES = {
     "ct_int8_channel": "int8_channel",
     "ct_int8_asymmetric": "int8_channel_asymmetric",
     "ct_int8_static": "int8_static",
+    "ct_int8_static_asymmetric": "int8_static_asymmetric",
     "ct_int8_weight_zeros": "int8_weight_zeros",
     "ct_int8_weight_zeros_w8a16": "int8_weight_zeros_w8a16",
     "ct_int8_w8a16": "int8_w8a16",
     "ct_mxfp4": "mxfp4",
     "ct_mxfp4_w4a16": "mxfp4_w4a16",
     "ct_mxfp8": "mxfp8",
-    "ct_nvfp4": "nvfp4",
+    "ct_nvfp4": "nvfp4_static",
     "ct_nvfp4_w4a16": "nvfp4_w4a16",
     "gpt_oss_mxfp4": "mxfp4_w4a16",
     "gptq_asymmetric": "int4_w4a16_g32",
@@ -54,7 +56,7 @@ EXPECTED_SCHEMES = {
     "hf_fp8_experts_ue8m0": "fp8_block128_ue8m0",
     "hf_fp8_tensor": "fp8_static",
     "modelopt_fp8": "fp8_static",
-    "modelopt_nvfp4": "nvfp4",
+    "modelopt_nvfp4": "nvfp4_static",
     "vllm_fp8_dynamic": "fp8_tensor",
     "vllm_fp8_static": "fp8_static",
 }
@@ -161,13 +163,33 @@ def test_global_scales_are_inverse_to_each_other(golden) -> None:
     with load(GOLDEN / "ct_nvfp4") as checkpoint:
         stored = checkpoint.tensor(f"{DOWN}.weight_global_scale")
         pieces = checkpoint.pieces(DOWN)
+        assert float(checkpoint[DOWN].input_scale) == 16.0
     assert torch.equal(pieces.global_scale, (1 / stored).reshape(()))
-    assert float(pieces.input_scale) == 16.0
     with load(GOLDEN / "modelopt_nvfp4") as checkpoint:
         stored = checkpoint.tensor(f"{DOWN}.weight_scale_2")
         pieces = checkpoint.pieces(DOWN)
+        assert float(checkpoint[DOWN].input_scale) == 0.001953125
     assert torch.equal(pieces.global_scale, stored)
-    assert float(pieces.input_scale) == 0.001953125
+
+
+def test_products_take_the_second_scale_of_the_file() -> None:
+    """Activations far from what was calibrated tell a fixed scale from one of their own."""
+    with load(GOLDEN / "modelopt_nvfp4") as checkpoint:
+        weight = checkpoint[DOWN]
+    x = torch.full((2, weight.shape[1]), 100.0, dtype=torch.bfloat16)
+    seen = weight.input_scale * 448 * 6  # what saturates
+    assert seen < 6
+    wanted = (seen * weight.dequantize().sum(-1)).bfloat16()
+    assert torch.equal(Linear(weight, force="reference")(x)[1], wanted)
+
+
+def test_fixed_zero_points_come_along() -> None:
+    with load(GOLDEN / "ct_int8_static_asymmetric") as checkpoint:
+        for module in checkpoint:
+            weight = checkpoint[module]
+            stored = checkpoint.tensor(f"{module}.input_zero_point")
+            assert int(stored) == int(weight.input_zero) == -29
+            assert float(weight.input_scale) == 0.0625
 
 
 def test_summary_and_plain_tensors() -> None:
@@ -313,7 +335,7 @@ def test_modelopt_mixed_precision(golden) -> None:
     parts = {name.replace(".", "__"): other.tensor(name) for name in other.names_of(UP)}
     copy.add(**parts)
     checkpoint = load(copy.folder)
-    assert [checkpoint[name].scheme.name for name in (DOWN, UP)] == ["fp8_static", "nvfp4"]
+    assert [checkpoint[name].scheme.name for name in (DOWN, UP)] == ["fp8_static", "nvfp4_static"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
@@ -345,6 +367,7 @@ def anonymous_bytes() -> int:
         ("ct_fp8_tensor_static", ".input_scale"),
         ("ct_fp8_channel_static", ".input_scale"),
         ("ct_int8_static", ".input_scale"),
+        ("ct_int8_static_asymmetric", ".input_scale"),
         ("hf_fp8_tensor", ".activation_scale"),
         ("modelopt_fp8", ".input_scale"),
     ],
