@@ -21,8 +21,10 @@ def prepare_once_per_launch() -> bool:
     Only a Triton that restores what it replaced is changed (seen in 3.7); calling it twice, or
     where nothing is interpreted, does no harm.
     """
-    from triton.runtime import interpreter
-
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return False
     prepare = getattr(interpreter, "_patch_lang", None)
     if prepare is None or not hasattr(interpreter, "_LangPatchScope"):
         return False

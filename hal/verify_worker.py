@@ -21,6 +21,7 @@ from hal.errors import ForcedKernelError, HalError
 from hal.needs import Code, Needs
 from hal.registry import Kernel, find_op, op_names
 from hal.selection import Options, choose
+from hal.triton_interpreter import prepare_once_per_launch
 
 if TYPE_CHECKING:
     from hal.ops.cases import Case
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
     """Run the trials that are asked for."""
     wanted, first = json.loads(argv[0]), int(argv[1])
     interpreted = bool(wanted["interpreted"])
+    if interpreted:
+        prepare_once_per_launch()
     places = list(_interpreting() if interpreted else _here(wanted["on"]))
     jobs = list(_jobs(wanted, places, interpreted))
     _answer({"trials": [_told(job) for job in jobs], "software": _software(places)})
