@@ -197,7 +197,7 @@ def _require_target(source: Path, target: Path, overwrite: bool) -> None:
 
 def _require_space(target: Path, needed: int) -> None:
     """Raise where the disk has no room for what will be written beside what is there."""
-    around = Path(os.path.abspath(target)).parent
+    around = Path(os.path.realpath(target)).parent
     while not os.path.lexists(around):
         around = around.parent
     if not around.is_dir():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hal.errors import ArgumentError, DTypeError, PlatformError
-from hal.quant.checkpoint.atomic import flush, new_folder
+from hal.quant.checkpoint.atomic import flush, new_folder, require_free
 from hal.quant.checkpoint.export import config_group, store
 from hal.quant.checkpoint.files import INDEX, SINGLE, member
 from hal.quant.checkpoint.header import PICKLES, read_json
@@ -62,18 +62,16 @@ def save(
         overwrite: Replace the folder that is there, once the new one is whole.
 
     Raises:
-        ArgumentError: If the folder is there already, or names or sizes cannot be used.
+        ArgumentError: If the folder is there already, or comes while tensors are taken, or if
+            names or sizes cannot be used.
         UnsupportedModelError: If compressed-tensors has no format for a scheme.
     """
-    target = Path(os.path.abspath(path))
-    if os.path.lexists(target) and not (overwrite and target.is_dir()):
-        raise ArgumentError(
-            str(path), found="something there already", needed="a new name or overwrite=True"
-        )
+    require_free(Path(path), overwrite)
+    target = Path(os.path.realpath(path))  # a link to a folder stays, and the folder is replaced
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError("save: shard_bytes", found=shard_bytes, needed="a positive number")
     model = _config_of(config, source)
-    with new_folder(target) as folder:
+    with new_folder(target, overwrite=overwrite) as folder:
         shards = _Shards(folder, shard_bytes)
         groups = _Groups()
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
