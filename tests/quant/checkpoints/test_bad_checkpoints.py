@@ -82,6 +82,24 @@ def test_one_scale_where_the_configuration_has_blocks(golden) -> None:
     fails(copy, ArgumentError, r"weight_scale beside scales per block128, needed weight_scale_inv")
 
 
+@pytest.mark.parametrize(
+    ("case", "second", "match"),
+    [
+        ("hf_fp8_block", "weight_scale", "a second scale of the weight, beside"),
+        ("hf_fp8_tensor", "weight_scale", "a second scale of the weight, beside"),
+        ("vllm_fp8_dynamic", "weight_scale_inv", "a second scale of the weight, beside"),
+        ("vllm_fp8_static", "weight_scale_inv", "a second scale of the weight, beside"),
+        ("ct_fp8_block", "weight_scale_inv", "a tensor of method fp8, needed tensors of compr"),
+        ("modelopt_fp8", "weight_scale_inv", "a tensor of method fp8, needed tensors of model"),
+    ],
+)
+def test_a_weight_has_one_scale(golden, case, second, match) -> None:
+    """Never `weight_scale` and `weight_scale_inv`: which of them decodes would be a guess."""
+    copy = golden(case)
+    copy.add(**{f"{DOWN}.{second}": torch.ones(1, 1)})
+    fails(copy, ArgumentError, rf"^model\.safetensors: {DOWN}\.weight_scale_inv: found {match}")
+
+
 @pytest.mark.parametrize("case", ["ct_mxfp4", "ct_mxfp8"])
 def test_exponent_that_is_no_number(golden, case) -> None:
     copy = golden(case)
