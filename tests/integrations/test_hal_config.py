@@ -169,6 +169,8 @@ def test_options_and_platform(saved) -> None:
         ((("bf16",), {"options": {"forse": "x"}}), UnknownNameError, "did you mean 'force'"),
         ((("bf16",), {"options": {"force": 1.5}}), ArgumentError, "needed text, True or False"),
         ((("bf16",), {"platform": object()}), ArgumentError, "platform: found object"),
+        ((("bf16",), {"ignore": 3}), ArgumentError, "ignore: found 3, needed names, as text"),
+        ((("bf16",), {"ignore": ["a", None]}), ArgumentError, "ignore: found None, needed names"),
         ((("bf16",), {"quant_method": "gptq"}), ArgumentError, "found gptq, needed hal"),
     ],
 )

@@ -262,6 +262,7 @@ def spoil(name, value):
         (tensors(columns=96), {}, "int4_w4a16", {}, ShapeError,
          r"up_proj\.weight and 3 more: found K = 96, needed a multiple of 128.*or ignore them"),
         (None, {}, "fp8_channel", {"ignore": ["*.up"]}, ArgumentError, "which matches no module"),
+        (None, {}, "fp8_channel", {"ignore": [7]}, ArgumentError, "ignore: found 7, needed names"),
         (None, {}, "fp8_channel", {"ignore": "*.up*"}, ArgumentError, "no linear .*ignored: "),
         (None, {}, "fp8_channel", {"shard_bytes": 0}, ArgumentError, "shard_bytes"),
         (spoil(f"{UP.format(2)}.weight", float("nan")), {}, "fp8_channel", {}, ValueRangeError,
