@@ -123,7 +123,7 @@ def _items(plan: FolderPlan, progress: Progress | None, device: str) -> Iterator
                     ) from None
                 except ValueRangeError as error:
                     raise ValueRangeError(
-                        tensor.name,
+                        checkpoint.where(tensor.name),
                         found=error.found,
                         needed=error.needed,
                         cure=f"ignore {tensor.module} to keep it as it is",

@@ -129,6 +129,14 @@ class Checkpoint(Mapping[str, QTensor]):
         self._require_scales(name)
         return self._folder.read(name)
 
+    def where(self, name: str) -> str:
+        """Return file and tensor, for an error.
+
+        Raises:
+            UnknownNameError: If there is no such tensor.
+        """
+        return f"{self._folder.entry(name).file}: {name}"
+
     def names_of(self, module: str) -> tuple[str, ...]:
         """Return the names of the tensors that a quantized module has.
 

@@ -398,7 +398,7 @@ def test_index_that_leaves_the_folder(golden, file) -> None:
     files = copy.shard()
     (copy.folder.parent / "model.safetensors").write_bytes(b"outside")
     copy.index({**files, f"{DOWN}.weight": file})
-    fails(copy, ArgumentError, "found")
+    fails(copy, ArgumentError, rf"^model\.safetensors\.index\.json: {DOWN}\.weight: found ")
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links here")
@@ -443,6 +443,12 @@ def test_truncated(golden, end) -> None:
     copy = golden("ct_int8_channel")
     copy.file.write_bytes(copy.file.read_bytes()[:end])
     fails(copy, ArgumentError, "model.safetensors.*(truncated|copy or download it again)")
+
+
+def test_a_pointer_of_git_lfs(golden) -> None:
+    copy = golden("ct_int8_channel")
+    copy.file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    fails(copy, ArgumentError, r"model\.safetensors: found a pointer of Git LFS.*git lfs pull")
 
 
 def header_of(data: bytes) -> dict:
