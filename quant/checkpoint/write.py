@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -184,10 +185,13 @@ class _Shards:
                 "writing a checkpoint needs the package safetensors: pip install safetensors"
             ) from None
         part = self.folder / f"{len(self.names)}.part"
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         try:
             save_file(self.pending, part, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from None  # a full disk, which safetensors calls its own
+        os.chmod(part, mode)  # as of any new file: safetensors lets nobody else read its files
         flush(part)
         self.names.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0

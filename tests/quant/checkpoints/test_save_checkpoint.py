@@ -300,6 +300,21 @@ def test_folders_above_are_made_and_go_with_a_failure(tmp_path) -> None:
     assert len(load(tmp_path / "new" / "er" / "m")) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_whoever_may_read_new_files_may_read_all_of_them(tmp_path) -> None:
+    """A server often runs as another user than the one that quantized."""
+    old = os.umask(0o027)
+    try:
+        save([(f"m.{i}.up_proj", quantized("int8_channel")) for i in range(3)], tmp_path / "m",
+             shard_bytes=1)  # fmt: skip
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert len(modes) > 3
+    assert set(modes.values()) == {0o640}, modes
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o750
+
+
 KILLED = """
 import sys, torch
 from hal.quant import quantize
