@@ -111,11 +111,12 @@ def patterns_of(where: str, ignore: object) -> tuple[str, ...]:
         ArgumentError: If they are no text.
     """
     given = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else ignore
-    patterns = tuple(given)
-    for pattern in patterns:
+    patterns: list[str] = []
+    for pattern in given:
         if not isinstance(pattern, str):
             raise ArgumentError(where, found=repr(pattern)[:100], needed="names, as text")
-    return patterns
+        patterns.append(pattern)
+    return tuple(patterns)
 
 
 def ignored_by(module: str, patterns: Iterable[str]) -> str | None:
