@@ -229,8 +229,15 @@ def _rebuild(kind: type[HalError], args: tuple[Any, ...], fields: dict[str, Any]
     return error
 
 
+FAMILY = 13
+"""So many names of one family are no longer an answer."""
+
+
 def nearest_names(found: str, known: Iterable[str], most: int = 3) -> tuple[str, ...]:
-    """Return the names most like `found`, best first, ignoring case and separators."""
+    """Return the names most like `found`, best first, ignoring case and separators.
+
+    A family's name, such as `fp8`, brings all of it, unless that is `FAMILY` names or more.
+    """
 
     def plain(name: str) -> str:
         return str(name).lower().replace("-", "_").replace(" ", "_")
@@ -238,5 +245,8 @@ def nearest_names(found: str, known: Iterable[str], most: int = 3) -> tuple[str,
     by_plain: dict[str, str] = {}
     for name in known:
         by_plain.setdefault(plain(name), name)
+    family = sorted(name for name in by_plain if found and name.startswith(plain(found) + "_"))
+    if 0 < len(family) < FAMILY:
+        return tuple(by_plain[name] for name in family)
     matches: list[Any] = difflib.get_close_matches(plain(found), by_plain, n=most, cutoff=0.55)
     return tuple(by_plain[match] for match in matches)

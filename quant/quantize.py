@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import DTypeError, ShapeError, ValueRangeError
+from hal.errors import ArgumentError, DTypeError, ShapeError, ValueRangeError
 from hal.quant.codec import amax
 from hal.quant.represent import Coded, encoding_of, largest, represent
 from hal.quant.scheme import BLOCK, Quantization, Scheme, code_shape, find_scheme
@@ -48,9 +48,10 @@ def quantize(
             on that platform, else the first.
         reduce: For a shard of a matrix: takes the largest magnitudes found in it, float32, and
             returns those of the whole matrix, so that all shards together hold the bits of the
-            whole (`lambda found: all_reduce(found, MAX)`). It is called equally often, with
-            equal shapes, for shards of equal shape. Scales per group and block ask for nothing:
-            a shard must hold whole groups and blocks.
+            whole. torch's `all_reduce(found, MAX)` works in place and returns None: return
+            `found` after it. It is called equally often, with equal shapes, for shards of equal
+            shape. Scales per group and block ask for nothing: a shard must hold whole groups and
+            blocks.
         input_scale: Scale of the activations of a static scheme, one number or `[...]`, as
             `hal.quant.input_scale` computes it for e4m3fn; doubled for devices that read
             e4m3fnuz. Without one the weight cannot be bound.
@@ -58,10 +59,12 @@ def quantize(
             (`hal.quant.input_range`); None is 0.
 
     Raises:
-        ArgumentError: If an input scale or zero point is given to a scheme that has none.
+        ArgumentError: If an input scale or zero point is given to a scheme that has none, or
+            `reduce` returns no tensor like the one it was given.
         DTypeError: If the weight is not a float tensor.
         ShapeError: If it has fewer than two dimensions or an empty one.
-        ValueRangeError: If it holds a NaN or an infinity, or the input scale is below SCALE_FLOOR.
+        ValueRangeError: If it, or what `reduce` returns, holds a NaN or an infinity, or the input
+            scale is below SCALE_FLOOR.
         UnknownNameError: If the scheme is unknown.
     """
     import torch
@@ -71,6 +74,15 @@ def quantize(
 
     how = find_scheme(scheme)
     floats = (torch.bfloat16, torch.float16, torch.float32)
+    if not isinstance(weight, torch.Tensor):
+        raise DTypeError(
+            "quantize",
+            found=f"a {type(weight).__name__}",
+            needed="a tensor of bfloat16, float16 or float32",
+            cure="rounding twice loses more than once: start from the weight as it was"
+            if isinstance(weight, QTensor)
+            else "",
+        )
     if weight.dtype not in floats:
         raise DTypeError("quantize", found=weight.dtype, needed="bfloat16, float16 or float32")
     if weight.ndim < 2 or 0 in weight.shape:
@@ -180,6 +192,8 @@ def _encode_slices(
         for part, target, maximum in zip(
             parts, codes.split(step), _maxima(parts, how, reduce), strict=True
         ):
+            if maximum is not None:
+                top = torch.maximum(top, maximum.amax())  # a NaN of another shard is one here
             coded = represent(part, how, encoding, maximum)
             target.copy_(coded.values)
             found.append(coded._replace(values=target))
@@ -201,8 +215,30 @@ def _maxima(
     tops = [largest(part, how) for part in parts]
     if whole:
         top = torch.stack([top for top in tops if top is not None]).amax(0)
-        return [top if reduce is None else reduce(top)] * len(parts)
-    return [None if top is None or reduce is None else reduce(top) for top in tops]
+        return [top if reduce is None else _reduced(top, reduce)] * len(parts)
+    return [None if top is None or reduce is None else _reduced(top, reduce) for top in tops]
+
+
+def _reduced(found: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    """Return what `reduce` makes of largest magnitudes: a slip would leave each shard its own."""
+    import torch
+
+    like = found.shape, found.dtype, found.device
+    whole = reduce(found)
+    if not isinstance(whole, torch.Tensor):
+        raise ArgumentError(
+            "quantize: reduce",
+            found=f"{type(whole).__name__} returned",
+            needed="the largest magnitudes of the whole matrix",
+            cure="torch.distributed.all_reduce works in place: return the tensor after it",
+        )
+    if (whole.shape, whole.dtype, whole.device) != like:
+        raise ArgumentError(
+            "quantize: reduce",
+            found=f"{whole.dtype} {list(whole.shape)} on {whole.device} returned",
+            needed=f"{like[1]} {list(like[0])} on {like[2]}, as it was given",
+        )
+    return whole
 
 
 def _joined(parts: list[Coded], how: Quantization) -> Coded:

@@ -54,13 +54,14 @@ def w4a8_weight(
     Raises:
         DTypeError: If codes are neither uint8 nor int32, or scales no floats. Nothing has changed
             then, nor for the errors below.
-        ShapeError: If the scales do not fit the codes, or the codes `columns`.
-        DeviceMismatchError: If codes and scales are on two devices.
+        ShapeError: If the scales do not fit the codes, or the codes `columns`, or `maximum` them.
+        DeviceMismatchError: If codes and scales, or `maximum`, are on two devices.
         LayoutError: If `inplace` is asked of codes that are not contiguous.
     """
     from hal.runtime import platform_of
 
     shape = _checked(packed, group_scales, columns, inplace)
+    _check_maximum(maximum, shape[:-1], packed.device)
     where = platform_of(packed.device, platform)
     with where.ordered((packed, group_scales), stream=stream):
         codes = uint4b8_to_int4(packed if inplace else packed.contiguous(), inplace=inplace)
@@ -112,3 +113,17 @@ def _checked(
             cure="inplace=False",
         )
     return shape
+
+
+def _check_maximum(
+    maximum: torch.Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    where = f"{_WHERE}: maximum"
+    if maximum is None:
+        return
+    if not maximum.is_floating_point():
+        raise DTypeError(where, found=maximum.dtype, needed="a float dtype")
+    if tuple(maximum.shape) != shape:
+        raise ShapeError(where, found=list(maximum.shape), needed=list(shape))
+    if maximum.device != device:
+        raise DeviceMismatchError(where, found=maximum.device, needed=f"{device}, of the codes")

@@ -9,6 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hal.errors import ArgumentError, UnknownNameError
 from hal.integrations.conventions import require_own_scales
+from hal.quant.checkpoint.linears import patterns_of
 from hal.quant.scheme import Scheme, find_scheme
 from hal.selection import OPTION_NAMES
 
@@ -53,7 +54,7 @@ class HalConfig(QuantizationConfigMixin):
             raise ArgumentError("HalConfig: quant_method", found=quant_method, needed=METHOD)
         self.quant_method = METHOD
         self.scheme: str = require_own_scales(find_scheme(scheme)).name
-        self.ignore: list[str] = [ignore] if isinstance(ignore, str) else list(ignore)
+        self.ignore: list[str] = list(patterns_of("HalConfig: ignore", ignore))
         self.platform = platform
         self.options: dict[str, Any] = dict(options or {})
         if not (platform is None or isinstance(platform, str)):

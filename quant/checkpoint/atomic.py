@@ -10,19 +10,52 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["flush", "new_folder"]
+from hal.errors import ArgumentError
+
+__all__ = ["flush", "new_folder", "require_free"]
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to fill; it takes the target's place if the body succeeds, else it goes."""
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to fill; it takes the target's place if the body succeeds, else it goes.
+
+    Args:
+        target: Folder to make, no link. Folders above it that are missing are made, too.
+        overwrite: Replace a folder that is there.
+
+    Raises:
+        ArgumentError: If the target is there, before the body or once it is done.
+    """
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
+    try:
+        _remove_stale(target)
+        require_free(target, overwrite)
+        with _filled(target, overwrite) as folder:
+            yield folder
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                folder.rmdir()
+        raise
+
+
+def require_free(target: Path, overwrite: bool) -> None:
+    """Raise if something is there that may not be replaced."""
+    if os.path.lexists(target) and not (overwrite and target.is_dir()):
+        raise ArgumentError(
+            str(target), found="something there already", needed="a new name or overwrite=True"
+        )
+
+
+@contextlib.contextmanager
+def _filled(target: Path, overwrite: bool) -> Iterator[Path]:
     folder = target.parent / f".{target.name}.partial-{socket.gethostname()}-{os.getpid()}"
     folder.mkdir()
     try:
         yield folder
         flush(folder)
+        require_free(target, overwrite)  # the body may have taken hours
         old = folder.with_name(f"{folder.name}-old")
         if target.exists():
             os.replace(target, old)

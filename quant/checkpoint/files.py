@@ -21,6 +21,8 @@ __all__ = ["INDEX", "SINGLE", "Folder", "member"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LEAVING = frozenset("/\\:\0")
+"""What no name of a file within a folder holds, on any system."""
 
 
 class Folder:
@@ -116,7 +118,7 @@ def member(root: Path, name: str) -> Path:
     Raises:
         ArgumentError: If the name leaves the folder, or is no regular file.
     """
-    if not name or name in (".", "..") or set(name) & set("/\\:\0"):
+    if not name or name in (".", "..") or set(name) & _LEAVING:
         raise ArgumentError(
             str(root), found=f"the file name {name!r}", needed="a file of this very folder"
         )
@@ -146,6 +148,10 @@ def _weight_map(index: dict[str, Any]) -> dict[str, str]:
                 found=repr(file),
                 needed="the name of a safetensors file",
                 cure=NO_PICKLE if pickled else "",
+            )
+        if set(file) & _LEAVING:
+            raise ArgumentError(
+                f"{INDEX}: {name}", found=repr(file), needed="a file of this very folder"
             )
     return files
 

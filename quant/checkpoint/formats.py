@@ -6,7 +6,7 @@ A module called `model.layers.0.mlp.down_proj` has its tensors under its own nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -207,15 +207,18 @@ def split_name(name: str, method: str) -> tuple[str, str] | None:
     return None if best is None else (name[: -len(best)], best)
 
 
-def modules_of(names: Iterable[str], method: str | None) -> dict[str, set[str]]:
+def modules_of(files: Mapping[str, str], method: str | None) -> dict[str, set[str]]:
     """Return the suffixes that each quantized module has, by the module's name.
+
+    Args:
+        files: Name of the file of each tensor, by the tensor's name.
+        method: `quant_method` of the configuration, None if there is none.
 
     Raises:
         ArgumentError: If a name belongs to another method than the configuration's.
     """
-    everything = set(names)
     found: dict[str, set[str]] = {}
-    for name in names:
+    for name, file in files.items():
         split = None if method is None else split_name(name, method)
         if split is not None:
             found.setdefault(split[0], set()).add(split[1])
@@ -224,10 +227,10 @@ def modules_of(names: Iterable[str], method: str | None) -> dict[str, set[str]]:
             foreign = split_name(name, other)
             if foreign and foreign[1] in _TELLING:
                 raise ArgumentError(
-                    name,
+                    f"{file}: {name}",
                     found=f"a tensor of method {other}",
                     needed=f"tensors of {method}" if method else "a quantization_config for it",
                 )
     for module, suffixes in found.items():
-        suffixes.update(suffix for suffix in ("", ".weight") if module + suffix in everything)
+        suffixes.update(suffix for suffix in ("", ".weight") if module + suffix in files)
     return found

@@ -21,6 +21,7 @@ __all__ = ["NO_PICKLE", "PICKLES", "Entry", "read_header", "read_json"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NO_PICKLE = "convert it to safetensors where you trust it; hal opens no pickle, it can run code"
 
+LFS_POINTER = b"version https://git-lfs"
 JSON_BYTES = 64 << 20
 HEADER_BYTES = 100_000_000
 """The largest header that safetensors itself accepts."""
@@ -76,7 +77,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(len(LFS_POINTER))
+            if begin == LFS_POINTER:
+                raise ArgumentError(
+                    str(path),
+                    found="a pointer of Git LFS",
+                    needed="the file that it stands for",
+                    cure="git lfs pull",
+                )
+            length = int.from_bytes(begin[:8], "little")
+            file.seek(8)
             if size < 8 or length > min(size - 8, HEADER_BYTES):
                 raise ArgumentError(
                     str(path),

@@ -33,6 +33,7 @@ __all__ = [
     "fused_with",
     "ignored_by",
     "kept_as",
+    "patterns_of",
     "require_matches",
     "why_kept",
 ]
@@ -101,6 +102,21 @@ def why_kept(name: str, dtype: str, shape: Sequence[int]) -> str | None:
     if dtype not in FLOATS:
         return f"dtype {dtype}"
     return kept_as(name.removesuffix(".weight"))
+
+
+def patterns_of(where: str, ignore: object) -> tuple[str, ...]:
+    """Return the patterns that were given, one or several.
+
+    Raises:
+        ArgumentError: If they are no text.
+    """
+    given = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else ignore
+    patterns: list[str] = []
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise ArgumentError(where, found=repr(pattern)[:100], needed="names, as text")
+        patterns.append(pattern)
+    return tuple(patterns)
 
 
 def ignored_by(module: str, patterns: Iterable[str]) -> str | None:

@@ -11,7 +11,13 @@ from hal.errors import ArgumentError, ShapeError, UnsupportedModelError
 from hal.quant.checkpoint.export import can_store, instead_of, stored_bytes
 from hal.quant.checkpoint.files import Folder
 from hal.quant.checkpoint.header import Entry
-from hal.quant.checkpoint.linears import STACKED, ignored_by, require_matches, why_kept
+from hal.quant.checkpoint.linears import (
+    STACKED,
+    ignored_by,
+    patterns_of,
+    require_matches,
+    why_kept,
+)
 from hal.quant.checkpoint.reader import CONFIG, MODELOPT_CONFIG, Checkpoint
 from hal.quant.scheme import SCHEMES, Scheme, find_scheme, group_of
 
@@ -116,10 +122,11 @@ def plan_folder(
         UnsupportedModelError: If the scheme cannot be saved, or the model is quantized already or
             holds its matrices transposed.
         ShapeError: If a matrix does not divide into whole groups.
-        ArgumentError: If the folder is faulty, a pattern matches nothing, or nothing is left.
+        ArgumentError: If the folder is faulty, a pattern is no text or matches nothing, or nothing
+            is left.
     """
     how = _storable(scheme)
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    patterns = patterns_of("ignore", ignore)
     folder = Folder(source)
     _require_plain(folder)
     with Checkpoint(source) as checkpoint:

@@ -123,7 +123,7 @@ def _items(plan: FolderPlan, progress: Progress | None, device: str) -> Iterator
                     ) from None
                 except ValueRangeError as error:
                     raise ValueRangeError(
-                        tensor.name,
+                        checkpoint.where(tensor.name),
                         found=error.found,
                         needed=error.needed,
                         cure=f"ignore {tensor.module} to keep it as it is",
@@ -197,7 +197,7 @@ def _require_target(source: Path, target: Path, overwrite: bool) -> None:
 
 def _require_space(target: Path, needed: int) -> None:
     """Raise where the disk has no room for what will be written beside what is there."""
-    around = Path(os.path.abspath(target)).parent
+    around = Path(os.path.realpath(target)).parent
     while not os.path.lexists(around):
         around = around.parent
     if not around.is_dir():

@@ -129,6 +129,14 @@ class Checkpoint(Mapping[str, QTensor]):
         self._require_scales(name)
         return self._folder.read(name)
 
+    def where(self, name: str) -> str:
+        """Return file and tensor, for an error.
+
+        Raises:
+            UnknownNameError: If there is no such tensor.
+        """
+        return f"{self._folder.entry(name).file}: {name}"
+
     def names_of(self, module: str) -> tuple[str, ...]:
         """Return the names of the tensors that a quantized module has.
 
@@ -225,6 +233,12 @@ def _modules(folder: Folder, recipe: Recipe) -> dict[str, Source]:
             )
         if rule.format == "fine-grained-fp8" and "_scale_inv" in suffixes:
             rule = replace(rule, format="fine-grained-fp8-experts")
+        if {".weight_scale", ".weight_scale_inv"} <= suffixes:
+            raise ArgumentError(
+                f"{folder.files[module + '.weight_scale_inv']}: {module}.weight_scale_inv",
+                found=f"a second scale of the weight, beside {module}.weight_scale",
+                needed="one of the two",
+            )
         if rule.format == "fine-grained-fp8" and ".weight_scale" in suffixes:
             if rule.granularity != "tensor":
                 raise ArgumentError(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hal.errors import ArgumentError, DTypeError, PlatformError
-from hal.quant.checkpoint.atomic import flush, new_folder
+from hal.quant.checkpoint.atomic import flush, new_folder, require_free
 from hal.quant.checkpoint.export import config_group, store
 from hal.quant.checkpoint.files import INDEX, SINGLE, member
 from hal.quant.checkpoint.header import PICKLES, read_json
@@ -62,18 +63,16 @@ def save(
         overwrite: Replace the folder that is there, once the new one is whole.
 
     Raises:
-        ArgumentError: If the folder is there already, or names or sizes cannot be used.
+        ArgumentError: If the folder is there already, or comes while tensors are taken, or if
+            names or sizes cannot be used.
         UnsupportedModelError: If compressed-tensors has no format for a scheme.
     """
-    target = Path(os.path.abspath(path))
-    if os.path.lexists(target) and not (overwrite and target.is_dir()):
-        raise ArgumentError(
-            str(path), found="something there already", needed="a new name or overwrite=True"
-        )
+    require_free(Path(path), overwrite)
+    target = Path(os.path.realpath(path))  # a link to a folder stays, and the folder is replaced
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError("save: shard_bytes", found=shard_bytes, needed="a positive number")
     model = _config_of(config, source)
-    with new_folder(target) as folder:
+    with new_folder(target, overwrite=overwrite) as folder:
         shards = _Shards(folder, shard_bytes)
         groups = _Groups()
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -186,10 +185,13 @@ class _Shards:
                 "writing a checkpoint needs the package safetensors: pip install safetensors"
             ) from None
         part = self.folder / f"{len(self.names)}.part"
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         try:
             save_file(self.pending, part, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from None  # a full disk, which safetensors calls its own
+        os.chmod(part, mode)  # as of any new file: safetensors lets nobody else read its files
         flush(part)
         self.names.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0

@@ -103,6 +103,18 @@ def test_text_is_the_same() -> None:
     assert torch.equal(found, wanted)
 
 
+def test_the_page_shows_what_is_printed() -> None:
+    """What is chosen depends on the CPU: elsewhere than where the page was made, the bytes stay."""
+    page = (TINY.parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    shown = page.split("print(model.hf_quantizer.report)\n```\n\n```\n", 1)[1].split("\n```", 1)[0]
+    config = HalConfig("int4_w4a16", ignore=["*.o_proj"])
+    model = Auto.from_pretrained(TINY, dtype=torch.bfloat16, quantization_config=config)
+    found = str(model.hf_quantizer.report)
+    if hal.platform("cpu").device(0).arch.name != "x86_64+avx512_bf16":
+        found, shown = (text.split("; kernels read", 1)[0] for text in (found, shown))
+    assert found == shown
+
+
 def test_one_module_at_a_time_is_unquantized(monkeypatch) -> None:
     model = Auto.from_pretrained(TINY)
     waiting = {f"{name}.weight" for name in linears(model) - {"lm_head"}}
@@ -169,6 +181,8 @@ def test_options_and_platform(saved) -> None:
         ((("bf16",), {"options": {"forse": "x"}}), UnknownNameError, "did you mean 'force'"),
         ((("bf16",), {"options": {"force": 1.5}}), ArgumentError, "needed text, True or False"),
         ((("bf16",), {"platform": object()}), ArgumentError, "platform: found object"),
+        ((("bf16",), {"ignore": 3}), ArgumentError, "ignore: found 3, needed names, as text"),
+        ((("bf16",), {"ignore": ["a", None]}), ArgumentError, "ignore: found None, needed names"),
         ((("bf16",), {"quant_method": "gptq"}), ArgumentError, "found gptq, needed hal"),
     ],
 )

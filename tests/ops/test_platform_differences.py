@@ -15,6 +15,7 @@ from calibrated import quantize
 
 import hal
 from hal.arch import CudaArch
+from hal.errors import ValueRangeError
 from hal.ops import FusedMoE, Routing
 from hal.platforms.base import DeviceRecord
 from hal.platforms.cpu import CpuPlatform
@@ -115,7 +116,10 @@ def test_int8_batches_are_refused_with_the_reason(platform):
 
 
 # ------------------------------------------------------------------------------------- W8A16-fp8
-@pytest.mark.parametrize("scheme", ["fp8_w8a16_tensor", "fp8_w8a16", "fp8_w8a16_block128"])
+W8A16 = ("fp8_w8a16_tensor", "fp8_w8a16", "fp8_w8a16_block128")
+
+
+@pytest.mark.parametrize("scheme", W8A16)
 @pytest.mark.parametrize(
     "platform", ["cuda:rtx-3090", "rocm:gfx90a", "rocm:gfx942", "rocm:gfx1100", "rocm:gfx1201"]
 )
@@ -124,6 +128,36 @@ def test_fp8_weights_alone_are_decoded_in_the_loop(platform, scheme):
     assert (selection.kernel.name, selection.level) == ("triton_decode", Level.WEIGHT_ONLY)
     if platform.startswith("rocm"):
         assert "found rocm, needs cpu or cuda or xpu" in why(selection, "torch_experts_decode")
+
+
+@pytest.mark.parametrize("scheme", W8A16)
+def test_a_single_fp8_weight_before_ada_is_decoded(scheme):
+    for platform in ("cuda:a100-80gb", "cuda:rtx-3090", "cuda:rtx-a6000"):
+        selection = hal.select("linear", scheme=scheme, platform=platform, dtype="bfloat16")
+        assert (selection.kernel.name, selection.level) == ("triton_decode", Level.WEIGHT_ONLY)
+    for platform in ("cuda:t4", "cuda:v100"):
+        selection = hal.select("linear", scheme=scheme, platform=platform, dtype="float16")
+        assert (selection.kernel.name, selection.level) == ("torch_decode", Level.WEIGHT_ONLY)
+        assert "feature triton" in why(selection, "triton_decode")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheme", W8A16)
+@pytest.mark.parametrize("sizes", [(256, 384), (200, 130)])
+def test_what_sm_75_makes_of_fp8_weights_against_float64(scheme, dtype, sizes):
+    """Under one scale, one a channel, one a block, ragged ones too; a NaN code is refused."""
+    platform = CpuPlatform([DeviceRecord(fakes.newest("cuda:t4"), 0)], HostOrdering())
+    generator = torch.Generator().manual_seed(5)
+    wide = torch.randn(*sizes, generator=generator) * torch.logspace(-2, 0, sizes[0])[:, None]
+    weight = quantize(wide.bfloat16(), scheme)
+    x = torch.randn(9, sizes[1], generator=generator).to(dtype)
+    bound = hal.ops.Linear(weight, platform=platform, dtype=dtype)
+    assert bound.kernel == "torch_decode"
+    wanted = x.double() @ weight.dequantize().double().T
+    assert float((bound(x).double() - wanted).norm() / wanted.norm()) < 4e-3
+    weight.values.view(torch.uint8)[3, 5] = 0xFF
+    with pytest.raises(ValueRangeError, match="a NaN code in the weight"):
+        hal.ops.Linear(weight, platform=platform, dtype=dtype)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_tensor", "fp8_channel", "fp8_block128"])

@@ -239,3 +239,28 @@ def test_shards_that_share_their_maxima_hold_the_bits_of_the_whole(scheme: str, 
     whole = quantize(weight, scheme, platform="cpu")
     wide = torch.cat([part.dequantize() for part in parts], axis)
     assert torch.equal(wide, whole.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("reduce", "error", "match"),
+    [
+        (lambda found: None, ArgumentError, r"NoneType returned.*return the tensor after it"),
+        (lambda found: found[..., None], ArgumentError, "reduce: found torch.float32"),
+        (lambda found: found.bfloat16(), ArgumentError, "reduce: found torch.bfloat16"),
+        (lambda found: found.to("meta"), ArgumentError, "on meta returned, needed .* on cpu"),
+        (lambda found: found * float("nan"), ValueRangeError, "NaN or infinity"),
+        (lambda found: found + float("inf"), ValueRangeError, "NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_tensor", "nvfp4", "int8_weight_zeros"])
+def test_a_reduction_that_gives_nothing_to_share_is_refused(scheme, reduce, error, match) -> None:
+    """Else each shard would keep its own scale, without a word."""
+    with pytest.raises(error, match=match):
+        quantize(weight_of(130, 140), scheme, platform="cpu", reduce=reduce)
+
+
+def test_quantizing_twice_is_refused() -> None:
+    with pytest.raises(DTypeError, match=r"found a QTensor.*start from the weight as it was"):
+        quantize(quantize(weight_of(4, 6), "fp8_channel"), "int8_channel")
+    with pytest.raises(DTypeError, match="found a list, needed a tensor"):
+        quantize([[1.0]], "int8_channel")

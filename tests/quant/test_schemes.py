@@ -65,6 +65,16 @@ def test_an_unknown_scheme_brings_the_nearest(name: str, nearest: str) -> None:
     assert caught.value.nearest[0] == nearest
 
 
+@pytest.mark.parametrize("family", ["fp8", "INT8", "int4"])
+def test_the_name_of_a_family_brings_all_of_it(family: str) -> None:
+    """`mxfp8` looks more like `fp8` than `fp8_channel` does."""
+    with pytest.raises(UnknownNameError) as caught:
+        find_scheme(family)
+    wanted = [name for name in sorted(SCHEMES) if name.startswith(f"{family.lower()}_")]
+    assert list(caught.value.nearest) == wanted
+    assert len(wanted) > 3
+
+
 @pytest.mark.parametrize("name", ["fp8", "", None, 8])
 def test_what_is_no_name_is_refused(name: object) -> None:
     with pytest.raises(UnknownNameError):

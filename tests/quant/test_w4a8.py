@@ -90,16 +90,25 @@ def test_the_reorder_comes_next() -> None:
         ({"scales": torch.ones(4)}, ShapeError, r"needed \[4, 2\]"),
         ({"scales": torch.ones(4, 2, dtype=torch.int32)}, DTypeError, "a float dtype"),
         ({"scales": torch.ones(4, 2, device="meta")}, ValueError, "needed one device"),
+        ({"maximum": torch.ones(3)}, ShapeError, r"maximum: found \[3\], needed \[4\]"),
+        ({"maximum": torch.ones(4, 1)}, ShapeError, r"maximum: found \[4, 1\]"),
+        ({"maximum": torch.ones(4, dtype=torch.int32)}, DTypeError, "maximum: found torch.int32"),
+        ({"maximum": torch.ones(4, device="meta")}, ValueError, "maximum: found meta"),
         ({"packed": torch.zeros(128, 4, dtype=torch.uint8).t()}, LayoutError, "cure|inplace=False"),
     ],
 )
 def test_refusals_leave_the_checkpoint_alone(change, error, match: str) -> None:
     packed, scales = checkpoint(4, 256)
-    given = {"packed": packed, "scales": scales, "columns": None} | change
+    given = {"packed": packed, "scales": scales, "columns": None, "maximum": None} | change
     before = given["packed"].clone()
     with pytest.raises(error, match=match):
         w4a8_weight(
-            given["packed"], given["scales"], given["columns"], platform="cpu", inplace=True
+            given["packed"],
+            given["scales"],
+            given["columns"],
+            maximum=given["maximum"],
+            platform="cpu",
+            inplace=True,
         )
     assert torch.equal(given["packed"], before)
 

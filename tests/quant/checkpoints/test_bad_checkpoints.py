@@ -82,6 +82,24 @@ def test_one_scale_where_the_configuration_has_blocks(golden) -> None:
     fails(copy, ArgumentError, r"weight_scale beside scales per block128, needed weight_scale_inv")
 
 
+@pytest.mark.parametrize(
+    ("case", "second", "match"),
+    [
+        ("hf_fp8_block", "weight_scale", "a second scale of the weight, beside"),
+        ("hf_fp8_tensor", "weight_scale", "a second scale of the weight, beside"),
+        ("vllm_fp8_dynamic", "weight_scale_inv", "a second scale of the weight, beside"),
+        ("vllm_fp8_static", "weight_scale_inv", "a second scale of the weight, beside"),
+        ("ct_fp8_block", "weight_scale_inv", "a tensor of method fp8, needed tensors of compr"),
+        ("modelopt_fp8", "weight_scale_inv", "a tensor of method fp8, needed tensors of model"),
+    ],
+)
+def test_a_weight_has_one_scale(golden, case, second, match) -> None:
+    """Never `weight_scale` and `weight_scale_inv`: which of them decodes would be a guess."""
+    copy = golden(case)
+    copy.add(**{f"{DOWN}.{second}": torch.ones(1, 1)})
+    fails(copy, ArgumentError, rf"^model\.safetensors: {DOWN}\.weight_scale_inv: found {match}")
+
+
 @pytest.mark.parametrize("case", ["ct_mxfp4", "ct_mxfp8"])
 def test_exponent_that_is_no_number(golden, case) -> None:
     copy = golden(case)
@@ -380,7 +398,7 @@ def test_index_that_leaves_the_folder(golden, file) -> None:
     files = copy.shard()
     (copy.folder.parent / "model.safetensors").write_bytes(b"outside")
     copy.index({**files, f"{DOWN}.weight": file})
-    fails(copy, ArgumentError, "found")
+    fails(copy, ArgumentError, rf"^model\.safetensors\.index\.json: {DOWN}\.weight: found ")
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links here")
@@ -425,6 +443,12 @@ def test_truncated(golden, end) -> None:
     copy = golden("ct_int8_channel")
     copy.file.write_bytes(copy.file.read_bytes()[:end])
     fails(copy, ArgumentError, "model.safetensors.*(truncated|copy or download it again)")
+
+
+def test_a_pointer_of_git_lfs(golden) -> None:
+    copy = golden("ct_int8_channel")
+    copy.file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    fails(copy, ArgumentError, r"model\.safetensors: found a pointer of Git LFS.*git lfs pull")
 
 
 def header_of(data: bytes) -> dict:

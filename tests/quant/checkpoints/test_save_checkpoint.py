@@ -253,6 +253,68 @@ def test_overwriting(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_while_it_is_written_stays(overwrite, tmp_path) -> None:
+    """Only a folder is replaced, and only where that was asked for."""
+    target = tmp_path / "m"
+
+    def pairs():
+        yield NAME, quantized("int8_channel")
+        if overwrite:
+            target.write_text("mine")
+        else:
+            target.mkdir()
+            (target / "letter").write_text("mine")
+
+    with pytest.raises(ArgumentError, match="found something there already"):
+        save(pairs(), target, overwrite=overwrite)
+    assert (target if overwrite else target / "letter").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links here")
+def test_a_link_stays_and_its_folder_is_replaced(tmp_path) -> None:
+    first, second = quantized("int8_channel"), quantized("fp8_channel")
+    save({NAME: first}, tmp_path / "disk" / "real")
+    (tmp_path / "m").symlink_to(Path("disk", "real"))
+    with pytest.raises(ArgumentError, match="something there already"):
+        save({NAME: second}, tmp_path / "m")
+    save({NAME: second}, tmp_path / "m", overwrite=True)
+    assert (tmp_path / "m").is_symlink()
+    same(second, load(tmp_path / "disk" / "real")[NAME])
+    (tmp_path / "n").symlink_to("nowhere")
+    with pytest.raises(ArgumentError, match="something there already"):
+        save({NAME: second}, tmp_path / "n", overwrite=True)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert [path for path in found if "." not in path] == ["disk", "disk/real", "m", "n"]
+    assert not any("partial" in path for path in found)
+
+
+def test_folders_above_are_made_and_go_with_a_failure(tmp_path) -> None:
+    (tmp_path / "kept").mkdir()
+    for target in (tmp_path / "new" / "er" / "m", tmp_path / "kept" / "m"):
+        with pytest.raises(ArgumentError, match="no tensors"):
+            save({}, target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+    save({NAME: quantized("int8_channel")}, tmp_path / "new" / "er" / "m")
+    assert len(load(tmp_path / "new" / "er" / "m")) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_whoever_may_read_new_files_may_read_all_of_them(tmp_path) -> None:
+    """A server often runs as another user than the one that quantized."""
+    old = os.umask(0o027)
+    try:
+        save([(f"m.{i}.up_proj", quantized("int8_channel")) for i in range(3)], tmp_path / "m",
+             shard_bytes=1)  # fmt: skip
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert len(modes) > 3
+    assert set(modes.values()) == {0o640}, modes
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o750
+
+
 KILLED = """
 import sys, torch
 from hal.quant import quantize
@@ -301,6 +363,9 @@ def test_killed_between_the_two_moves(tmp_path) -> None:
         pass
     old = tmp_path / f".m.partial-{socket.gethostname()}-{gone.pid}-old"
     (tmp_path / "m").rename(old)
+    with pytest.raises(ArgumentError, match="something there already"):
+        save({NAME: before}, tmp_path / "m")
+    same(before, load(tmp_path / "m")[NAME])
     with pytest.raises(ArgumentError, match="no tensors"):
         save({}, tmp_path / "m", overwrite=True)
     same(before, load(tmp_path / "m")[NAME])
