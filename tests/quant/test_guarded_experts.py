@@ -123,9 +123,15 @@ def test_kernels_read_their_tensors_alone(device, kernel, scheme, count):
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows of absent slots hold any memory
 @pytest.mark.parametrize(
-    ("count", "tokens", "intermediate"),
+    ("count", "tokens", "hidden", "intermediate"),
     # The last two of the same experts: rows that are sorted, and few tokens, which are not.
-    [(1, 5, 96), (3, 5, 96), (5, 5, 96), (17, 11, 96), pytest.param(17, 3, 32, id="few")],
+    [
+        (1, 5, 160, 96),
+        (3, 5, 160, 96),
+        (5, 5, 160, 96),
+        (17, 11, 160, 96),
+        pytest.param(17, 3, 32, 32, id="few"),
+    ],
 )
 @pytest.mark.parametrize(
     ("kernel", "scheme", "device"),
@@ -137,8 +143,9 @@ def test_kernels_read_their_tensors_alone(device, kernel, scheme, count):
         ("triton_scaled_nvfp4", "nvfp4", "cuda:b200"),
     ],
 )
-def test_triton_reads_its_tensors_alone(kernel, scheme, device, count, tokens, intermediate):
-    hidden = 160
+def test_triton_reads_its_tensors_alone(
+    kernel, scheme, device, count, tokens, hidden, intermediate
+):
     w13 = experts(count, 2 * intermediate, hidden, scheme, 1)
     w2 = experts(count, hidden, intermediate, scheme, 2)
     platform = hal.platform(device)
