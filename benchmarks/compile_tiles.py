@@ -4,7 +4,7 @@
 All that it gives for the sizes below are compiled in child processes, as launchers would, so that
 no number of rows meets one that the compiler cannot do. What came of each target goes to
 benchmarks/results/compiled_tiles.jsonl, the table of it to docs/matrix.md. Two to five minutes a
-target on an idle core.
+target on an idle core; what is known is not compiled again, so that a run may be ended at any time.
 
 Usage: python benchmarks/compile_tiles.py [--jobs N] [--only TARGET ...]
 """
@@ -29,7 +29,8 @@ from compile_matrix import FURTHER, TARGETS
 import hal.ops.tiles
 from hal import config
 from hal.evidence import write_text
-from hal.ops.kernels.crosscompile import Cell, Target, _compile, cell_names
+from hal.ops.kernels.crosscompile import Cell, Target, cell_names, compile_cell
+from hal.ops.kernels.machine_code import Memory
 from hal.ops.tiles import Tile, choose_tile
 from hal.platforms.tables import device_rows, device_spec
 
@@ -104,12 +105,13 @@ def target_of(platform: str, arch: str) -> Target:
     return Target(platform, arch, spec.shared_memory_bytes, units, spec.lanes, fp8)
 
 
-def compile_tile(target: Target, op: str, kind: str, tile: Tile) -> Cell:
-    """Compile one product with a tile in this process."""
+def compile_tile(target: Target, op: str, kind: str, tile: Tile, memory: Memory) -> Cell:
+    """Compile one product with a tile in this process, if that is not known."""
     kept, hal.ops.tiles.choose_tile = hal.ops.tiles.choose_tile, lambda *_, **__: tile
     try:
         size = "few" if tile.block_m <= 32 else "many"
-        return replace(_compile(f"{op}/{kind}/{size}", target), name=told(op, kind, tile))
+        cell = compile_cell(f"{op}/{kind}/{size}", target, memory)
+        return replace(cell, name=told(op, kind, tile))
     finally:
         hal.ops.tiles.choose_tile = kept
 
@@ -125,8 +127,10 @@ def told(op: str, kind: str, tile: Tile) -> str:
 def child(name: str, first: int) -> None:
     """Compile the tiles of a target from number `first` on; print one JSON object a line."""
     platform, _, arch = name.partition(":")
+    memory = Memory(config.cache_folder() / "compiled" / f"{platform}-{arch}.jsonl")
     for one in tiles_of(platform, arch)[first:]:
-        print(json.dumps(asdict(compile_tile(target_of(platform, arch), *one))), flush=True)
+        cell = compile_tile(target_of(platform, arch), *one, memory)
+        print(json.dumps(asdict(cell)), flush=True)
 
 
 def compile_target(platform: str, arch: str) -> Outcome:

@@ -32,7 +32,7 @@ from hal import config
 from hal.ops.kernels.compile_cases import CASES, OWN_FORMAT
 from hal.ops.kernels.machine_code import Memory, facts_of, specialization_of
 
-__all__ = ["OWN_FORMAT", "Cell", "Target", "cell_names", "compile_cells"]
+__all__ = ["OWN_FORMAT", "Cell", "Target", "cell_names", "compile_cell", "compile_cells"]
 
 _FORMATS = {
     "fp8": re.compile(r"e4m3|e5m2|f8f6f4|fp8|bf8"),
@@ -198,7 +198,7 @@ def _first_error(text: str) -> str:
 # ------------------------------------------------------------------------------- in the child
 
 
-def _compile(name: str, target: Target, memory: Memory | None = None) -> Cell:
+def compile_cell(name: str, target: Target, memory: Memory | None = None) -> Cell:
     """Compile one cell in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     ptx = runs_ptx(platform, arch)
     memory = None if options.memory is None else Memory(options.memory)
     for name in options.cells or cell_names(OWN_FORMAT.values(), ptx=ptx):
-        print(json.dumps(asdict(_compile(name, target, memory))), flush=True)
+        print(json.dumps(asdict(compile_cell(name, target, memory))), flush=True)
     return 0
 
 
