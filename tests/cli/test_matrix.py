@@ -38,7 +38,7 @@ class TestCells:
     def test_all_of_them_are_there(self) -> None:
         matrix = build_matrix(["quantize", "route"], book=Book([]))
         assert len(matrix.columns) == len(arch_rows())
-        assert [key[0] for key in matrix.rows] == ["quantize"] * 15 + ["route"]
+        assert [key[0] for key in matrix.rows] == ["quantize"] * 17 + ["route"]
         assert all(len(cells) == len(matrix.columns) for cells in matrix.rows.values())
 
     def test_the_choice_is_that_of_selection(self) -> None:

@@ -90,13 +90,13 @@ def moe_without_absent_slots(binding, w13, w2, layer):
     return (lambda x, ids, *given: launch(x, ids.clamp(0, w13.shape[0] - 1), *given)), tensors
 
 
-def quantize_with_one_bit_wrong(x, encoding, how, fixed=None):
+def quantize_with_one_bit_wrong(x, encoding, how, *rest):
     from hal.ops.quantize import quantize_reference
 
-    codes, *rest = quantize_reference(x, encoding, how, fixed)
+    codes, *scales = quantize_reference(x, encoding, how, *rest)
     if codes.numel():
         codes.view(torch.uint8).view(-1)[0] ^= 1
-    return codes, *rest
+    return codes, *scales
 
 
 def route_with_ties_to_the_highest(logits, router, bias, expert_map):

@@ -129,11 +129,11 @@ def test_nothing_else_of_hal_reaches_torch_xpu() -> None:
     assert found == {
         "hal/quirk_probes.py": ["xpu.XPUGraph"],
         "hal/testing.py": ["name"],
-        "hal/torch_compat.py": ["xpu.XPUGraph", "{device.type}.mem_get_info"],
+        "hal/torch_compat.py": ["device.type", "xpu.XPUGraph", "{device.type}.mem_get_info"],
         "hal/trials.py": ["kind"],
         "ops/adapters/ipex_xpu.py": ["torch.xpu"],
         "ops/bound.py": ["device.type"],
-        "ops/kernels/crosscompile.py": ["dtype"],  # names of number formats
+        "ops/kernels/compile_cases.py": ["dtype"],  # names of number formats
         "platforms/live.py": ["device_type"],
         "platforms/streams.py": ["self._type"],
     }
