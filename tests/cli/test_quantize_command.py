@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import run_on_terminal
 
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -157,30 +158,12 @@ WITHOUT_RICH = "import sys; sys.modules['rich'] = None; from hal.cli import main
 @pytest.mark.parametrize("rich", [True, False])
 def test_progress_on_a_terminal(rich: bool, tmp_path: Path) -> None:
     """On stderr alone, where a terminal is; stdout stays what a program reads."""
-    import pty
-
     if rich:
         pytest.importorskip("rich")
     start = (sys.executable, "-m", "hal") if rich else (sys.executable, "-c", WITHOUT_RICH)
-    ours, theirs = pty.openpty()
     arguments = [*start, "quantize", str(TINY), str(tmp_path / "m"), "--scheme", "fp8_channel"]
-    with subprocess.Popen(
-        [*arguments, "--json"], stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path
-    ) as child:
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                part = os.read(ours, 1 << 16)
-            except OSError:  # the other end was closed
-                break
-            if not part:
-                break
-            seen += part
-        assert child.stdout is not None
-        out = child.stdout.read()
-    os.close(ours)
-    assert child.returncode == 0
+    status, out, seen = run_on_terminal([*arguments, "--json"], tmp_path)
+    assert status == 0
     assert json.loads(out)["written"] is True
     assert (b"hal: 50% of 14,325,248 bytes" in seen) is not rich
     assert (b"14.3 MB" in seen) is rich

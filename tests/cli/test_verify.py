@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from terminal import run_on_terminal
 
 pytest.importorskip("torch", reason="needs the package torch")
 
@@ -161,29 +161,13 @@ QUICK = WORKER.replace("time.sleep(60)", "pass")
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_a_bar_for_who_watches_a_table_and_a_file(tmp_path: Path) -> None:
     """The bar goes to stderr, the table to stdout, and rows to the file."""
-    import pty
-
     pytest.importorskip("rich")
     worker, output = tmp_path / "python", tmp_path / "found.jsonl"
     worker.write_text(QUICK.format(python=sys.executable))
     worker.chmod(0o755)
-    ours, theirs = pty.openpty()
     command = [sys.executable, "-c", VERIFY, str(worker), "verify", "--output", str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path) as child:
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                part = os.read(ours, 1 << 16)
-            except OSError:  # the other end was closed
-                break
-            if not part:
-                break
-            seen += part
-        assert child.stdout is not None
-        out = child.stdout.read().decode()
-    os.close(ours)
-    assert child.returncode == 1
+    status, out, seen = run_on_terminal(command, tmp_path)
+    assert status == 1
     assert b"align/torch_sort none" in seen
     assert b"6/6" in seen
     assert "6/6" not in out
