@@ -2,11 +2,12 @@
 
 Each kernel runs its own cases (`hal verify --kernel NAME`) with `--tool memcheck`, which reports
 reads and writes outside of what was allocated. torch gets each tensor from the driver then
-(`PYTORCH_NO_CUDA_MEMORY_CACHING=1`): in its cache, memory beside a tensor belongs to another. First
-a kernel that reads one element too far must be found, or nothing is reported as clean.
+(`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), and the sanitizer pads it: else memory beside a tensor belongs
+to another. First a kernel that reads one element too far must be found, or nothing is reported as
+clean.
 
 Usage: python benchmarks/memcheck.py [--op NAME ...] [--kernel NAME ...] [--sanitizer FILE]
-                                     [--seconds N] [--output FILE]
+                                     [--seconds N] [--jobs N] [--output FILE]
 Exit status: 0 all clean, 1 errors, 2 nothing could be checked.
 """
 
@@ -20,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+PADDING = 4096
+"""Bytes behind each allocation that nothing may touch."""
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer",
           "/usr/local/cuda/compute-sanitizer/compute-sanitizer")  # fmt: skip
 
@@ -64,7 +68,10 @@ def kernels(ops: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str
 
 def run(sanitizer: str, command: Sequence[str], seconds: float) -> tuple[int | None, str, int]:
     """Return the sanitizer's errors, what was printed, and the exit status of the command."""
-    whole = [sanitizer, "--tool", "memcheck", "--target-processes", "all", "--", *command]
+    whole = [
+        sanitizer, "--tool", "memcheck", "--padding", str(PADDING), "--target-processes", "all",
+        "--", *command,
+    ]  # fmt: skip
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
@@ -127,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", action="append", default=[], help="this kernel alone")
     parser.add_argument("--sanitizer", help="compute-sanitizer, where it is not on the path")
     parser.add_argument("--seconds", type=float, default=600, help="longest time of a kernel")
+    parser.add_argument("--jobs", type=int, default=1, help="kernels at a time")
     parser.add_argument("--output", type=Path, help="file for the table")
     parser.add_argument("--control", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -146,9 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     outcomes = []
-    for op, kernel in kernels(options.op, options.kernel):
-        outcomes.append(check(op, kernel, sanitizer, options.seconds))
-        print(table(outcomes[-1:]), flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(
+            lambda pair: check(*pair, sanitizer, options.seconds),
+            kernels(options.op, options.kernel),
+        ):
+            outcomes.append(outcome)
+            print(table([outcome]), flush=True)
     if options.output is not None:
         options.output.write_text(table(outcomes) + "\n", encoding="utf-8")
     if any(outcome.errors for outcome in outcomes):

@@ -55,9 +55,8 @@ HALF_BYTES = 2
 FLAG_BYTES = 8
 SLOT_ALIGNMENT = 256
 SYMMETRIC = "symmetric_memory"
-PROGRAMS = 128
-"""Thread blocks that send, and as many that receive, in a launch of a one-sided transport: no more
-than any GPU with the links for it has compute units, so that all of them run at once."""
+PROGRAMS = 384
+"""Most thread blocks that send, and as many that receive, in a launch of a one-sided transport."""
 FLOAT32_BYTES = 4
 
 

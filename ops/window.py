@@ -30,7 +30,7 @@ class Window:
         memory: `[size]` uint8 of this rank: flags, then two slots of equal size.
         addresses: Where that of each rank begins.
         handle: What keeps the others' memory mapped.
-        programs: Senders, and receivers, of a launch; at most what memory was sized for.
+        programs: Most senders, and receivers, of a launch; at most what memory was sized for.
 
     Attributes:
         memory: That of this rank.
@@ -55,7 +55,7 @@ class Window:
         self.memory, self.handle, self.programs = memory, handle, programs
         told = [*addresses, self.failures.data_ptr()]
         self.peers = torch.tensor(told, dtype=torch.int64, device=device)
-        self.state = torch.zeros(4 * programs, dtype=torch.int64, device=device)
+        self.state = torch.zeros(4 * PROGRAMS, dtype=torch.int64, device=device)
         self.flags = flag_bytes(ranks)
         self.slot_bytes = (memory.numel() - self.flags) // 2
         self._taken = [False, False]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hal.ops.kernels.common import launch
 from hal.ops.kernels.dispatch_rows import Places
-from hal.ops.kernels.peers import COMBINE, address, raise_flag, wait
+from hal.ops.kernels.peers import COMBINE, FLAGS, address, raise_flag, wait
 
 
 @triton.jit
@@ -27,21 +27,21 @@ def _send(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
-    base = tl.load(state_ptr + 2 * PROGRAMS + program)
+    base = tl.load(state_ptr + 2 * FLAGS + program)
     counts = address(peers_ptr, me, counts_at, tl.int64) + program
     # As many turns as there are rows for; the last one's flag stands for the rest.
     own_turns = turns * 0 + 1
     if turns > 1:
         for source in range(RANKS):
             # An atomic gives all threads the same, even while a rank writes that was given up.
-            count = tl.atomic_add(counts + source * PROGRAMS, 0, sem="acquire", scope="gpu")
+            count = tl.atomic_add(counts + source * FLAGS, 0, sem="acquire", scope="gpu")
             count = tl.minimum(tl.maximum(count, 0), room)
             needed = tl.cdiv(count * PIECES, PROGRAMS * STEPS).to(turns.dtype)
             own_turns = tl.maximum(own_turns, needed)
     for turn in range(own_turns):
         for i in range(1, RANKS):
             rank = (me + i) % RANKS
-            count = tl.minimum(tl.load(counts + rank * PROGRAMS), room)
+            count = tl.minimum(tl.load(counts + rank * FLAGS), room)
             for step in range(STEPS):
                 unit = program + PROGRAMS * (turn * STEPS + step)
                 row, piece = unit // PIECES, unit % PIECES
@@ -60,10 +60,8 @@ def _send(
         reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
         for i in range(1, RANKS):
             rank = (me + i) % RANKS
-            raise_flag(
-                peers_ptr, me, rank, program, base + reached, COMBINE, RANKS, PROGRAMS
-            )  # fmt: skip
-    tl.store(state_ptr + 2 * PROGRAMS + program, base + turns)
+            raise_flag(peers_ptr, me, rank, program, base + reached, COMBINE, RANKS)
+    tl.store(state_ptr + 2 * FLAGS + program, base + turns)
 
 
 @triton.jit
@@ -73,7 +71,7 @@ def _sum(
     RANKS: tl.constexpr, PROGRAMS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, PIECES: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    base = tl.load(state_ptr + 3 * PROGRAMS + program)
+    base = tl.load(state_ptr + 3 * FLAGS + program)
     own_turns = tl.maximum(tl.cdiv(n_tokens * PIECES, PROGRAMS * STEPS), 1)
     returned = address(peers_ptr, me, returned_at, partial_ptr.dtype.element_ty)
     came = 1
@@ -82,9 +80,7 @@ def _sum(
         reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
         for i in range(1, RANKS):
             rank = (me + i) % RANKS
-            came &= wait(
-                peers_ptr, me, rank, program, base + reached, limit, COMBINE, RANKS, PROGRAMS
-            )  # fmt: skip
+            came &= wait(peers_ptr, me, rank, program, base + reached, limit, COMBINE, RANKS)
         for step in range(STEPS):
             unit = program + PROGRAMS * (turn * STEPS + step)
             row, piece = unit // PIECES, unit % PIECES
@@ -109,7 +105,7 @@ def _sum(
                 total = tl.where(came == 1, total, float("nan"))
                 to = out_ptr + row * COLUMNS + columns
                 tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(state_ptr + 3 * PROGRAMS + program, base + turns)
+    tl.store(state_ptr + 3 * FLAGS + program, base + turns)
 
 
 @triton.jit(
@@ -180,7 +176,7 @@ def combine_rows(
         me: This rank.
         room: As for the dispatch.
         top_k: Slots of a token.
-        programs: Senders, and receivers; the same on all ranks for all calls.
+        programs: Senders, and receivers; the same on all ranks, at most those of the dispatch.
         block: Columns of a unit, a power of two.
         steps: Units of a program between flags.
         turns: Flags of each program in this call.

@@ -301,11 +301,12 @@ def _exchange(target: Target, format: str, size: str) -> None:
     common: dict[str, Any] = {
         "peers": _empty(ranks + 1, dtype="int64"),
         "state": _empty(4 * PROGRAMS, dtype="int64"),
-        "places": Places(**places), "me": 0, "room": room, "programs": PROGRAMS, "limit": 2**40,
+        "places": Places(**places), "me": 0, "room": room, "limit": 2**40,
     }  # fmt: skip
     hits, rows = _empty(room, dtype="int64"), _empty(ranks * room, HIDDEN)
     if format == "plain":
-        units = units_of(Codec("raw", HIDDEN), room, PROGRAMS)._asdict()
+        units = units_of(Codec("raw", HIDDEN), room, PROGRAMS, back=True)._asdict()
+        del units["registers"]
         shared = _empty(room, HIDDEN) if size == "few" else None
         combine_rows(
             rows, _empty(room, HIDDEN), hits, shared, top_k=TOP_K, block=units.pop("groups"),

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import decode_fp8, launch
-from hal.ops.kernels.encode import mx_tile, nvfp4_tile, scaled_tile
-from hal.ops.kernels.peers import DISPATCH, address, raise_flag, wait
+from hal.ops.kernels.common import decode_fp8, has_ptx, launch
+from hal.ops.kernels.encode import divide, mx_tile, nvfp4_tile, scaled_tile
+from hal.ops.kernels.peers import DISPATCH, FLAGS, address, raise_flag, wait
 from hal.ops.kernels.source import group_columns, half_columns
 
 LOCAL_BITS = tl.constexpr(20)
@@ -74,7 +74,7 @@ class Places:
         second: float32 `[]`.
         weights: float32 `[top_k]`.
         ids: int32 `[top_k]`.
-        counts: int64 `[ranks, programs]`: tokens of each rank.
+        counts: int64 `[ranks, FLAGS]`: tokens of each rank.
         returned: `[hidden]` of 16 bits.
     """
 
@@ -115,13 +115,14 @@ def _encoded(
 
 @triton.jit
 def _decoded(
-    codes, scales, second, CODEC: tl.constexpr, PACKED: tl.constexpr, INTEGER: tl.constexpr,
+    codes, scales, second, CODEC: tl.constexpr, PER_WORD: tl.constexpr, INTEGER: tl.constexpr,
     FNUZ: tl.constexpr,
 ):  # fmt: skip
-    """Return the float32 numbers [groups, width] of bytes [groups, ...] and scales [groups]."""
-    if PACKED:
-        pair = tl.join(codes & 0xF, codes >> 4).reshape(codes.shape[0], 2 * codes.shape[1])
-        wide = pair.to(tl.int32)
+    """Return the float32 numbers [groups, width] of what `_encoded` returns."""
+    if PER_WORD > 1:
+        places = (tl.arange(0, PER_WORD) * 4)[None, None, :]
+        wide = (codes.to(tl.int32)[:, :, None] >> places) & 0xF
+        wide = tl.reshape(wide, (codes.shape[0], codes.shape[1] * PER_WORD))
         # The bits of the number: of 2^(e - 1) * 1.m, or of a half or zero, and its sign.
         size = ((((wide >> 1) & 3) + 126) << 23) | ((wide & 1) << 22)
         size = tl.where((wide & 6) == 0, (wide & 1) * 0x3F000000, size)
@@ -135,19 +136,70 @@ def _decoded(
         bits = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
         return x * bits.to(tl.int32).to(tl.float32, bitcast=True)[:, None]
     elif CODEC == "nvfp4":
-        return x * decode_fp8(scales, tl.float16, False).to(tl.float32)[:, None] * second
+        # The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
+        scale = (scales.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**120
+        return x * tl.where(scales == 0x7F, float("nan"), scale)[:, None] * second
     else:
         return x * scales[:, None]
 
 
 @triton.jit
-def _destinations(
-    ids_ptr, table_ptr, copies_ptr, row, experts, me, stride_i, TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr, COPIES: tl.constexpr,
+def _rounded(x):
+    """Round x (f32, at most 448 in size) to the nearest e4m3 number, ties to even; NaN stays NaN.
+
+    What the hardware encoded is not decoded from registers: the compiler of CUDA 12.9 gives wrong
+    numbers for every second code then (seen on an H200 with Triton 3.6).
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    # The add leaves multiples of 2^-9, the distance of subnormal numbers.
+    magic = tl.full(x.shape, 1.5 * 2.0**14, tl.float32)
+    subnormal = ((tl.abs(x) + magic) - magic).to(tl.int32, bitcast=True) | (bits & -0x80000000)
+    rounded = tl.where(tl.abs(x) < 2.0**-6, subnormal, normal).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def _kept(
+    x, codes, scales, second, CODEC: tl.constexpr, PER_WORD: tl.constexpr,
+    INTEGER: tl.constexpr, ENCODING: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
-    """Return the rank of each slot of a token, -1 where it is absent, and the number there."""
+    """Return what `_decoded` makes of the codes of x, while they are in registers."""
+    if PER_WORD > 1 or INTEGER or ENCODING != "":
+        return _decoded(codes, scales, second, CODEC, PER_WORD, INTEGER, FNUZ)
+    elif CODEC == "mx":
+        byte = scales.to(tl.int32)
+        factor = ((254 - byte) << 23).to(tl.int32).to(tl.float32, bitcast=True)
+        bits = tl.where(byte == 0, 0x00400000, tl.where(byte == 255, 0x7FC00000, byte << 23))
+        scale = bits.to(tl.int32).to(tl.float32, bitcast=True)
+        return _rounded(x * factor[:, None]) * scale[:, None]
+    else:
+        return _rounded(divide(x, scales)) * scales[:, None]
+
+
+@triton.jit
+def _row(
+    x_ptr, ids_ptr, weights_ptr, unit, n_tokens, stride_x, stride_i, stride_w,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, CODEC: tl.constexpr,
+):  # fmt: skip
+    """Begin to load a unit: its columns, and its token's ids and weights; nothing beyond tokens."""
+    row, piece = unit // PIECES, (unit % PIECES).to(tl.int32)
+    if CODEC == "nvfp4":
+        columns, inside = half_columns(COLUMNS, GROUPS)
+    else:
+        columns, inside = group_columns(COLUMNS, piece * GROUPS, GROUPS, WIDTH)
+    exists = row < n_tokens
+    x = tl.load(x_ptr + row * stride_x + columns, mask=inside & exists, other=0.0)
     slot = tl.arange(0, SLOTS)
-    ids = tl.load(ids_ptr + row * stride_i + slot, mask=slot < TOP_K, other=-1)
+    here = (slot < TOP_K) & exists
+    ids = tl.load(ids_ptr + row * stride_i + slot, mask=here, other=-1)
+    return x, ids, tl.load(weights_ptr + row * stride_w + slot, mask=here, other=0.0)
+
+
+@triton.jit
+def _destinations(ids, table_ptr, copies_ptr, row, experts, me, COPIES: tl.constexpr):
+    """Return the rank of each slot of a token, -1 where it is absent, and the number there."""
     present = (ids >= 0) & (ids < experts)
     expert = tl.where(present, ids, 0).to(tl.int64)
     place = table_ptr + expert * COPIES
@@ -160,7 +212,7 @@ def _destinations(
 
 @triton.jit
 def _send(
-    x_ptr, ids_ptr, weights_ptr, table_ptr, copies_ptr, peers_ptr, state_ptr, hits_ptr,
+    x_ptr, ids_ptr, weights_ptr, table_ptr, copies_ptr, peers_ptr, state_ptr, hits_ptr, out_ptr,
     n_tokens, room, turns, experts, me, stride_x, stride_i, stride_w,
     codes_at, scales_at, second_at, weights_at, ids_at, counts_at, quant_max, scale_floor,
     RANKS: tl.constexpr, PROGRAMS: tl.constexpr, STEPS: tl.constexpr, TOP_K: tl.constexpr,
@@ -176,79 +228,85 @@ def _send(
     base = tl.load(state_ptr + program)
     # As many turns as there are tokens for; the last one's flag stands for the rest.
     own_turns = tl.maximum(tl.cdiv(n_tokens * PIECES, PROGRAMS * STEPS), 1)
-    for turn in range(own_turns):
-        for step in range(STEPS):
-            unit = program + PROGRAMS * (turn * STEPS + step)
-            row, piece = unit // PIECES, unit % PIECES
-            if row < n_tokens:
-                if CODEC == "nvfp4":
-                    columns, inside = half_columns(COLUMNS, GROUPS)
-                else:
-                    columns, inside = group_columns(COLUMNS, piece * GROUPS, GROUPS, WIDTH)
-                x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0)
-                rank_of, local = _destinations(
-                    ids_ptr, table_ptr, copies_ptr, row, experts, me, stride_i, TOP_K, SLOTS,
-                    COPIES,
+    x, ids, weights = _row(
+        x_ptr, ids_ptr, weights_ptr, program, n_tokens, stride_x, stride_i, stride_w,
+        TOP_K, SLOTS, COLUMNS, PIECES, GROUPS, WIDTH, CODEC,
+    )  # fmt: skip
+    for index in range(own_turns * STEPS):
+        unit = program + PROGRAMS * index
+        row, piece = unit // PIECES, (unit % PIECES).to(tl.int32)
+        # The next unit is on its way while this one is dealt with.
+        next_x, next_ids, next_weights = _row(
+            x_ptr, ids_ptr, weights_ptr, unit + PROGRAMS, n_tokens, stride_x, stride_i, stride_w,
+            TOP_K, SLOTS, COLUMNS, PIECES, GROUPS, WIDTH, CODEC,
+        )  # fmt: skip
+        if row < n_tokens:
+            rank_of, local = _destinations(ids, table_ptr, copies_ptr, row, experts, me, COPIES)
+            target = me * room + row
+            group = piece * GROUPS + tl.arange(0, GROUPS)
+            columns, inside = group_columns(COLUMNS, piece * GROUPS, GROUPS, WIDTH)
+            if CODEC != "raw":
+                codes, scales, second = _encoded(
+                    x.to(tl.float32), quant_max, scale_floor, CODEC, PER_WORD, INTEGER, ENCODING,
+                    ADDEND, TOP_EXPONENT, FNUZ,
                 )  # fmt: skip
-                weights = weights_ptr + row * stride_w + slot
-                weights = tl.load(weights, mask=slot < TOP_K, other=0.0).to(tl.float32)
-                target = me * room + row
-                group = piece * GROUPS + tl.arange(0, GROUPS)
-                if CODEC != "raw":
-                    codes, scales, second = _encoded(
-                        x.to(tl.float32), quant_max, scale_floor, CODEC, PER_WORD, INTEGER,
-                        ENCODING, ADDEND, TOP_EXPONENT, FNUZ,
-                    )  # fmt: skip
-                    # Scales of padding belong to no column.
-                    scales = tl.where(group * WIDTH < COLUMNS, scales, 0).to(scales.dtype)
-                    words, kept = group_columns(
-                        N_WORDS, piece * GROUPS, GROUPS, WIDTH // PER_WORD
-                    )  # fmt: skip
-                hits = me * 0
-                for i in range(RANKS):
-                    # Each rank begins with another one, so that no link has all of them.
-                    rank = (me + 1 + i) % RANKS
-                    here = (rank_of == rank).to(tl.int32)
-                    hit = tl.max(here, axis=0)
-                    hits |= hit.to(tl.int64) << rank
-                    if hit > 0:
-                        if CODEC == "raw":
-                            to = address(peers_ptr, rank, codes_at, x_ptr.dtype.element_ty)
-                            tl.store(to + target * COLUMNS + columns, x, mask=inside)
-                        else:
-                            to = address(peers_ptr, rank, codes_at, WORD)
-                            tl.store(to + target * N_WORDS + words, codes, mask=kept)
-                            to = address(peers_ptr, rank, scales_at, scales.dtype)
-                            to += target * N_GROUPS + group
-                            tl.store(to, scales, mask=group < N_GROUPS)
-                            if CODEC == "nvfp4":
-                                to = address(peers_ptr, rank, second_at, tl.float32)
-                                tl.store(to + target + tl.arange(0, 1), second)
-                    if piece == 0:
-                        to = address(peers_ptr, rank, ids_at, tl.int32) + target * TOP_K
-                        tl.store(to + slot, tl.where(here > 0, local, -1), mask=slot < TOP_K)
-                        to = address(peers_ptr, rank, weights_at, tl.float32) + target * TOP_K
-                        tl.store(to + slot, weights, mask=slot < TOP_K)
+                # Scales of padding belong to no column.
+                scales = tl.where(group * WIDTH < COLUMNS, scales, 0).to(scales.dtype)
+                words, kept = group_columns(N_WORDS, piece * GROUPS, GROUPS, WIDTH // PER_WORD)
+            hits = me * 0
+            for i in range(RANKS):
+                # Each rank begins with another one, so that no link has all of them.
+                rank = (me + 1 + i) % RANKS
+                here = (rank_of == rank).to(tl.int32)
+                hit = tl.max(here, axis=0)
+                hits |= hit.to(tl.int64) << rank
+                if hit > 0:
+                    if CODEC == "raw":
+                        to = address(peers_ptr, rank, codes_at, x_ptr.dtype.element_ty)
+                        tl.store(to + target * COLUMNS + columns, x, mask=inside)
+                    elif rank == me:
+                        # What is its own need not be read again.
+                        own = _kept(
+                            x.to(tl.float32), codes, scales, second, CODEC, PER_WORD, INTEGER,
+                            ENCODING, FNUZ,
+                        )  # fmt: skip
+                        place = out_ptr + target * COLUMNS + columns
+                        tl.store(place, own.to(out_ptr.dtype.element_ty), mask=inside)
+                    else:
+                        to = address(peers_ptr, rank, codes_at, WORD)
+                        tl.store(to + target * N_WORDS + words, codes, mask=kept)
+                        to = address(peers_ptr, rank, scales_at, scales.dtype)
+                        to += target * N_GROUPS + group
+                        tl.store(to, scales, mask=group < N_GROUPS)
+                        if CODEC == "nvfp4":
+                            to = address(peers_ptr, rank, second_at, tl.float32)
+                            tl.store(to + target + tl.arange(0, 1), second)
                 if piece == 0:
-                    tl.store(hits_ptr + row, hits)
-        for i in range(RANKS):
-            rank = (me + 1 + i) % RANKS
+                    to = address(peers_ptr, rank, ids_at, tl.int32) + target * TOP_K
+                    tl.store(to + slot, tl.where(here > 0, local, -1), mask=slot < TOP_K)
+                    to = address(peers_ptr, rank, weights_at, tl.float32) + target * TOP_K
+                    tl.store(to + slot, weights.to(tl.float32), mask=slot < TOP_K)
+            if piece == 0:
+                tl.store(hits_ptr + row, hits)
+        x, ids, weights = next_x, next_ids, next_weights
+        if (index + 1) % STEPS == 0:
+            turn = index // STEPS
             if turn == 0:
-                to = address(peers_ptr, rank, ids_at, tl.int32) + me * room * TOP_K
-                first = n_tokens * TOP_K + program * FILL
-                for start in range(first, room * TOP_K, PROGRAMS * FILL):
-                    places = start + tl.arange(0, FILL)
-                    absent = tl.full((FILL,), -1, tl.int32)
-                    tl.store(to + places, absent, mask=places < room * TOP_K)
-                to = address(peers_ptr, rank, counts_at, tl.int64)
-                tl.store(to + me * PROGRAMS + program, n_tokens)
-        tl.debug_barrier()
-        reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
-        for i in range(RANKS):
-            rank = (me + 1 + i) % RANKS
-            raise_flag(
-                peers_ptr, me, rank, program, base + reached, DISPATCH, RANKS, PROGRAMS
-            )  # fmt: skip
+                for i in range(RANKS):
+                    rank = (me + 1 + i) % RANKS
+                    to = address(peers_ptr, rank, ids_at, tl.int32) + me * room * TOP_K
+                    first = n_tokens * TOP_K + program * FILL
+                    for start in range(first, room * TOP_K, PROGRAMS * FILL):
+                        places = start + tl.arange(0, FILL)
+                        absent = tl.full((FILL,), -1, tl.int32)
+                        tl.store(to + places, absent, mask=places < room * TOP_K)
+                    to = address(peers_ptr, rank, counts_at, tl.int64)
+                    tl.store(to + me * FLAGS + program, n_tokens)
+            tl.debug_barrier()
+            reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
+            for i in range(RANKS):
+                rank = (me + 1 + i) % RANKS
+                raise_flag(peers_ptr, me, rank, program, base + reached, DISPATCH, RANKS)
     tl.store(state_ptr + program, base + turns)
 
 
@@ -262,44 +320,47 @@ def _receive(
     PER_WORD: tl.constexpr, INTEGER: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, SLOTS)
-    PER_BYTE: tl.constexpr = 1 if PER_WORD == 1 else 2
-    N_BYTES: tl.constexpr = (COLUMNS + PER_BYTE - 1) // PER_BYTE
+    N_WORDS: tl.constexpr = (COLUMNS + PER_WORD - 1) // PER_WORD
+    WORD: tl.constexpr = tl.int32 if PER_WORD == 8 else tl.uint8
     SCALE: tl.constexpr = tl.float32 if CODEC == "scaled" else tl.uint8
-    base = tl.load(state_ptr + PROGRAMS + program)
-    for i in range(RANKS):
-        # A rank's own rows come first, which are there at once.
-        rank = (me + i) % RANKS
-        if CODEC == "raw":
-            wait(
-                peers_ptr, me, rank, program, base + turns, limit, DISPATCH, RANKS, PROGRAMS
-            )  # fmt: skip
-        else:
-            came = wait(
-                peers_ptr, me, rank, program, base + 1, limit, DISPATCH, RANKS, PROGRAMS
-            )  # fmt: skip
-            count = address(peers_ptr, me, counts_at, tl.int64) + rank * PROGRAMS + program
-            count = tl.where(came == 1, tl.minimum(tl.load(count), room), 0)
-            own_turns = tl.maximum(tl.cdiv(count * PIECES, PROGRAMS * STEPS), 1)
-            for turn in range(own_turns):
-                if turn > 0:
+    base = tl.load(state_ptr + FLAGS + program)
+    if CODEC == "raw":
+        for i in range(RANKS):
+            rank = (me + i) % RANKS
+            wait(peers_ptr, me, rank, program, base + turns, limit, DISPATCH, RANKS)
+    else:
+        # This rank's own rows are decoded by those who send. Of the others each has a turn, so
+        # that what has come is decoded while the rest travels.
+        longest = turns * 0 + 1
+        turn = turns * 0
+        while turn < longest:
+            for i in range(1, RANKS):
+                rank = (me + i) % RANKS
+                counts = address(peers_ptr, me, counts_at, tl.int64) + rank * FLAGS + program
+                came = 1
+                if turn == 0:
+                    came = wait(peers_ptr, me, rank, program, base + 1, limit, DISPATCH, RANKS)
+                # An atomic gives all threads the same, even while a rank writes that was given up.
+                count = tl.atomic_add(counts, 0, sem="acquire", scope="gpu")
+                count = tl.where(came == 1, tl.minimum(tl.maximum(count, 0), room), 0)
+                own_turns = tl.maximum(tl.cdiv(count * PIECES, PROGRAMS * STEPS), 1)
+                longest = tl.maximum(longest, own_turns.to(turns.dtype))
+                if (turn > 0) & (turn < own_turns):
                     reached = tl.where(turn + 1 < own_turns, turn + 1, turns)
-                    wait(
-                        peers_ptr, me, rank, program, base + reached, limit,
-                        DISPATCH, RANKS, PROGRAMS,
-                    )  # fmt: skip
+                    wait(peers_ptr, me, rank, program, base + reached, limit, DISPATCH, RANKS)
                 for step in range(STEPS):
                     unit = program + PROGRAMS * (turn * STEPS + step)
-                    row, piece = unit // PIECES, unit % PIECES
+                    row, piece = unit // PIECES, (unit % PIECES).to(tl.int32)
                     target = rank * room + row
                     if row < count:
                         ids = address(peers_ptr, me, ids_at, tl.int32) + target * TOP_K
                         ids = tl.load(ids + slot, mask=slot < TOP_K, other=-1)
                         if tl.max(ids, axis=0) >= 0:
-                            places, kept = group_columns(
-                                N_BYTES, piece * GROUPS, GROUPS, WIDTH // PER_BYTE
+                            words, kept = group_columns(
+                                N_WORDS, piece * GROUPS, GROUPS, WIDTH // PER_WORD
                             )  # fmt: skip
-                            codes = address(peers_ptr, me, codes_at, tl.uint8) + target * N_BYTES
-                            codes = tl.load(codes + places, mask=kept, other=0)
+                            codes = address(peers_ptr, me, codes_at, WORD) + target * N_WORDS
+                            codes = tl.load(codes + words, mask=kept, other=0)
                             group = piece * GROUPS + tl.arange(0, GROUPS)
                             scales = address(peers_ptr, me, scales_at, SCALE) + target * N_GROUPS
                             scales = tl.load(scales + group, mask=group < N_GROUPS, other=0)
@@ -308,13 +369,12 @@ def _receive(
                                 second = tl.load(
                                     address(peers_ptr, me, second_at, tl.float32) + target
                                 )  # fmt: skip
-                            x = _decoded(
-                                codes, scales, second, CODEC, PER_WORD > 1, INTEGER, FNUZ
-                            )  # fmt: skip
+                            x = _decoded(codes, scales, second, CODEC, PER_WORD, INTEGER, FNUZ)
                             columns, inside = group_columns(COLUMNS, piece * GROUPS, GROUPS, WIDTH)
                             to = out_ptr + target * COLUMNS + columns
                             tl.store(to, x.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(state_ptr + PROGRAMS + program, base + turns)
+            turn += 1
+    tl.store(state_ptr + FLAGS + program, base + turns)
 
 
 @triton.jit(
@@ -341,7 +401,7 @@ def _dispatch_kernel(
         if program < PROGRAMS:
             _send(
                 x_ptr, ids_ptr, weights_ptr, table_ptr, copies_ptr, peers_ptr, state_ptr, hits_ptr,
-                n_tokens, room, turns, experts, me, stride_x, stride_i, stride_w,
+                out_ptr, n_tokens, room, turns, experts, me, stride_x, stride_i, stride_w,
                 codes_at, scales_at, second_at, weights_at, ids_at, counts_at,
                 quant_max, scale_floor,
                 RANKS, PROGRAMS, STEPS, TOP_K, SLOTS, COPIES, COLUMNS, PIECES, GROUPS, WIDTH,
@@ -381,6 +441,7 @@ def dispatch_rows(
     limit: int,
     send: bool = True,
     receive: bool = True,
+    registers: int = 0,
 ) -> None:
     """Send tokens to all ranks and, in the same launch or another, wait for theirs.
 
@@ -398,7 +459,7 @@ def dispatch_rows(
         codec: How rows are coded.
         me: This rank.
         room: Rows that every rank has here, at least its tokens.
-        programs: Senders, and receivers; the same on all ranks for all calls.
+        programs: Senders, and receivers; the same on all ranks.
         groups: Groups of a unit, a power of two; of raw rows columns of a unit.
         steps: Units of a program between flags.
         turns: Flags of each program in this call.
@@ -406,6 +467,7 @@ def dispatch_rows(
         limit: See `wait`.
         send: Whether to send.
         receive: Whether to wait for what was sent.
+        registers: Most of a thread, on CUDA; 0 leaves that to the compiler.
     """
     tokens, top_k = ids.shape
     if x.stride(-1) != 1 or ids.stride(-1) != 1 or weights.stride(-1) != 1:
@@ -426,5 +488,5 @@ def dispatch_rows(
         PIECES=pieces, GROUPS=groups, WIDTH=width, N_GROUPS=codec.groups, CODEC=codec.kind,
         PER_WORD=codec.per_word, INTEGER=codec.integer, ENCODING=codec.encoding, FNUZ=codec.fnuz,
         ADDEND=codec.addend, TOP_EXPONENT=codec.top_exponent, SEND=send, RECEIVE=receive,
-        num_warps=warps,
+        num_warps=warps, **({"maxnreg": registers} if registers and has_ptx() else {}),
     )  # fmt: skip

@@ -15,7 +15,8 @@ by their next call, or by `check`: a kernel cannot raise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.errors import ArgumentError
@@ -45,8 +46,19 @@ SMALL_ROOM = 64
 """Rows up to which a unit is a piece of a row, so that all programs have one."""
 SMALL_UNIT, LARGE_UNIT = 1024, 8192
 """Columns of a unit of few and of many rows."""
-STEPS = 8
-"""Units of a program between flags: what waits can go on that much later."""
+STEPS, RAW_STEPS, COMBINE_STEPS = 8, 32, 2
+"""Units of a program between flags: what waits can go on that much later, and a flag waits for all
+that was written before. Nothing of rows that arrive as they are is done before all have come; sums
+are made of what comes, so that few are left to make in the end."""
+FEW_PROGRAMS = 128
+"""Programs of a launch that copies, and of any with few rows."""
+MANY: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {"scaled": (256, 8, 128), "mx": (128, 8, 128), "nvfp4": (384, 4, 0)}
+)
+"""Programs, warps and most registers of a thread (0: what the compiler wants; on CUDA alone) with
+many rows, by how they are coded: on two H200 within 5% of the best of 13 that were tried with 2048
+and 8192 rows. Where registers leave room for one program on a compute unit, receivers begin when
+senders have ended. All this is in benchmarks/results/h200_expert_parallel.txt."""
 MOST_RANKS = 32
 LOOKS_PER_SECOND = 1_000_000
 """How often a kernel looks at a flag while it waits: assumed, so that a time limit is one of order.
@@ -72,36 +84,44 @@ class _Sent(NamedTuple):
 class Units(NamedTuple):
     """How rows are cut into units, and units dealt to programs.
 
+    programs: Senders, and receivers.
     groups: Of a unit; of activations as given columns.
     steps: Units of a program between flags.
     turns: Flags of a program in a call.
     warps: Of a program.
+    registers: See `MANY`.
     """
 
+    programs: int
     groups: int
     steps: int
     turns: int
     warps: int
+    registers: int = 0
 
 
-def units_of(codec: Codec, room: int, programs: int) -> Units:
+def units_of(codec: Codec, room: int, most: int, *, back: bool = False) -> Units:
     """Choose how rows are cut up, by what all ranks know alike.
 
     Args:
         codec: How rows are coded.
         room: Rows that each rank has.
-        programs: That share them.
+        most: Programs that there may be.
+        back: Whether it is for a combine, which never has more programs than a dispatch.
     """
     raw = codec.kind == "raw"
     width, groups = (1, codec.columns) if raw else (codec.width, codec.groups)
     unit = SMALL_UNIT if room <= SMALL_ROOM else LARGE_UNIT
-    most = _power(groups)
-    each = most if codec.whole else min(most, max(unit // width, 1))
+    whole = _power(groups)
+    each = whole if codec.whole else min(whole, max(unit // width, 1))
     pieces = -(-groups // each)
+    programs, warps, registers = FEW_PROGRAMS, min(max(each * width // 512, 4), 8), 0
+    if not raw and room * pieces > 2 * FEW_PROGRAMS:
+        programs, warps, registers = MANY[codec.kind]
+    programs = min(programs, most)
     units = -(-room * pieces // programs)
-    steps = max(min(units, STEPS), 1)
-    warps = min(max(each * width // 512, 4), 8)
-    return Units(each, steps, max(-(-units // steps), 1), warps)
+    steps = max(min(units, COMBINE_STEPS if back else RAW_STEPS if raw else STEPS), 1)
+    return Units(programs, each, steps, max(-(-units // steps), 1), warps, registers)
 
 
 def _power(number: int) -> int:
@@ -208,7 +228,7 @@ class OneSided:
             x, ids, weights, state.hits, None if raw else received.x,
             table=self._table, copies=self._copies, peers=window.peers, state=window.state,
             places=state.places, codec=codec, me=self.ranks.rank, room=state.room,
-            programs=window.programs, limit=self._limit(), send=send, receive=receive,
+            limit=self._limit(), send=send, receive=receive,
             **units._asdict(),
         )  # fmt: skip
 
@@ -250,13 +270,14 @@ class OneSided:
         from hal.ops.kernels.combine_rows import combine_rows
 
         window = self.window
-        units = units_of(self._plain, state.room, window.programs)._asdict()
+        units = units_of(self._plain, state.room, window.programs, back=True)._asdict()
+        del units["registers"]
         combine_rows(
             partial if partial.stride(-1) == 1 else partial.contiguous(),
             out, state.hits,
             None if shared is None else shared if shared.stride(-1) == 1 else shared.contiguous(),
             peers=window.peers, state=window.state, places=state.places, me=self.ranks.rank,
-            room=state.room, top_k=self.payload.top_k, programs=window.programs,
+            room=state.room, top_k=self.payload.top_k,
             block=units.pop("groups"), limit=self._limit(), send=send, receive=receive, **units,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from hal.ops import Placement, Routing
 from hal.ops.payload import SYMMETRIC, Payload, workspace
 from hal.ops.quantize import quantize_reference
 from hal.ops.rows import Rows
-from hal.ops.transports.one_sided import OneSided
+from hal.ops.transports.one_sided import FEW_PROGRAMS, OneSided
 from hal.ops.window import Window
 from hal.quant.represent import encoding_of
 
@@ -72,9 +72,9 @@ class Group:
         memory = [whole.to(device) for whole in memory]
         memory = [whole[-whole.data_ptr() % 256 :][:size] for whole in memory]
         addresses = tuple(part.data_ptr() for part in memory)
-        # Few programs: the interpreter runs them one by one.
-        programs = {"programs": 3} if device == "cpu" else {}
-        windows = [Window(part, addresses, **programs) for part in memory]
+        # The interpreter runs programs one by one; one GPU must hold those of all ranks that wait.
+        programs = 3 if device == "cpu" else FEW_PROGRAMS
+        windows = [Window(part, addresses, programs=programs) for part in memory]
         for window in windows:
             window.memory[window.flags :] = 0xFF
         encoding = encoding_of(self.payload.how.format, "e4m3fn")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import parallel_overlap_worker as overlap
 import pytest
 import torch
+import triton
+import triton.language as tl
 from one_sided_group import EXPERTS, Group, calls, check, made, partials_of, sums
 
 from hal.errors import ArgumentError, RankError
 from hal.ops import FusedMoE, Placement, Workspace
-from hal.ops.kernels.dispatch_rows import Codec
+from hal.ops.kernels.dispatch_rows import Codec, _kept
 from hal.ops.payload import FORMATS
 from hal.ops.transports import one_sided
 
@@ -26,6 +28,38 @@ def test_what_arrives_and_what_comes_back(format, ranks, tokens):
     # The interpreter truncates to bf16 where devices round, so that what is rounded is fp16 here.
     dtype = torch.bfloat16 if format == "bf16" else torch.float16
     calls(Group(ranks, format, dtype=dtype), tokens)
+
+
+@triton.jit
+def _keep(x_ptr, scales_ptr, out_ptr, CODEC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    place = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    x, scales = tl.load(x_ptr + place), tl.load(scales_ptr + row)
+    out = _kept(x, x, scales, scales, CODEC, 1, False, "", False)
+    tl.store(out_ptr + place, out)
+
+
+def test_own_rows_where_the_hardware_encodes():
+    """Every e4m3 number, what lies halfway to the next, and beside that: as torch rounds them."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    half = (codes[1:] + codes[:-1]) / 2
+    x = torch.cat([codes, half, half.nextafter(codes[1:]), half.nextafter(codes[:-1])])
+    x = torch.cat([x, -x, torch.full((1024 - 2 * len(x),), 1e-30)]).reshape(8, 128)
+    out = torch.empty_like(x)
+    scales = torch.tensor([1.0, 0.5, 2.0, 4.0, 1.0, 0.25, 8.0, 1.0])
+    _keep[(1,)](x * scales[:, None], scales, out, "scaled", 8, 128)
+    wanted = x.to(torch.float8_e4m3fn).float() * scales[:, None]
+    assert torch.equal(out.view(torch.int32), wanted.view(torch.int32))  # signs of zeros, too
+    bytes_ = torch.tensor([127, 126, 120, 135, 127, 127, 0, 253], dtype=torch.uint8)
+    powers = torch.exp2(bytes_.double() - 127)[:, None]
+    _keep[(1,)]((x * powers).float(), bytes_, out, "mx", 8, 128)
+    # Row 6 lies below float32's normal numbers.
+    wanted = (x.to(torch.float8_e4m3fn).double() * powers).float()
+    assert torch.equal(out[:6], wanted[:6])
+    assert torch.equal(out[7], wanted[7])
+    broken = torch.full_like(bytes_, 255)
+    _keep[(1,)](x, broken, out, "mx", 8, 128)
+    assert out.isnan().all()
 
 
 def test_ids_of_no_expert_and_tokens_of_none():
@@ -82,7 +116,11 @@ def test_scales_of_padding_are_zero():
     check(group, inputs, received, group.room)
     window, places = group.windows[0], received[0].state.places
     scales = window.view(places.scales, (2 * group.room, 8), torch.uint8)
-    assert (scales[received[0].ids.max(1).values >= 0][:, 5:] == 0).all()
+    here = received[0].ids.max(1).values >= 0
+    # Of this rank's own rows none are stored.
+    here[: group.room] = False
+    assert here.any()
+    assert (scales[here][:, 5:] == 0).all()
 
 
 @pytest.mark.parametrize("room", [1, 5])
@@ -93,11 +131,16 @@ def test_fewer_rows_than_the_most(room):
 def test_units_of_many_rows(monkeypatch):
     """Several flags a call, as for thousands of tokens."""
     monkeypatch.setattr(one_sided, "SMALL_ROOM", 0)
-    monkeypatch.setattr(one_sided, "STEPS", 1)
+    for steps in ("STEPS", "RAW_STEPS", "COMBINE_STEPS"):
+        monkeypatch.setattr(one_sided, steps, 1)
     monkeypatch.setattr(one_sided, "LARGE_UNIT", 64)
-    assert one_sided.units_of(Codec("raw", 160), 8, 3) == (64, 1, 8, 4)
+    assert one_sided.units_of(Codec("raw", 160), 8, 3) == (3, 64, 1, 8, 4, 0)
     calls(Group(2), (8, 2))
     monkeypatch.setattr(one_sided, "LARGE_UNIT", 128)
+    monkeypatch.setattr(one_sided, "FEW_PROGRAMS", 2)
+    coded = Codec("scaled", 160, 2, 128)
+    assert one_sided.units_of(coded, 8, 3)[:4] == (3, 1, 1, 6), "of more programs than a combine"
+    assert one_sided.units_of(Codec("raw", 160), 8, 3, back=True) == (2, 128, 1, 8, 4, 0)
     calls(Group(2, "fp8", dtype=torch.float16), (8, 2))
 
 
