@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +65,14 @@ def bench_answer(
     if runner is None:
         require_gpu(spec, platform.simulated)
     problems = problems_of("bench", options, spec, tiles=False)
-    run = runner or in_children(f"{platform.torch_device_type}:{options.device}", 1)
+    children = in_children(f"{platform.torch_device_type}:{options.device}", 1)
     items = [_items(problem, spec) for problem in problems]
     total, done = sum(map(len, items)), 0
     rows: list[dict[str, Any]] = []
-    with shown_progress("times") as progress:
+    with (
+        shown_progress("times") as progress,
+        children if runner is None else nullcontext(runner) as run,
+    ):
         for problem, of_one in zip(problems, items, strict=True):
 
             def heard(number: int, result: dict[str, Any]) -> None:

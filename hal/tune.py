@@ -11,6 +11,8 @@ before it; the time that counts is that of the whole op, replayed as a CUDA grap
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = ["Found", "merge_table", "planned", "require_gpu", "tune", "tuned_tile
 REPLAYING = ("cuda", "rocm")
 BETTER = 0.98
 """A tile must take at most this share of the rules' time: less is within the noise of a replay."""
+OUT_OF_TIME = "no time was left"
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Found:
         default_us: Time with the tiles that rules give.
         tried: How many settings were timed.
         note: Why there is nothing, if so.
+        late: Whether time ran out before all products were searched.
     """
 
     problem: Problem
@@ -55,6 +59,7 @@ class Found:
     default_us: float = 0.0
     tried: int = 0
     note: str = ""
+    late: bool = False
 
 
 def require_gpu(spec: DeviceSpec, simulated: bool) -> None:
@@ -87,7 +92,8 @@ class _Search:
     spec: DeviceSpec
     runner: Runner
     journal: Journal
-    thorough: bool
+    apart: int
+    late: Callable[[], bool] = lambda: False
     found: list[Found] = field(default_factory=list)
 
     def run(self, told: Callable[[int, str], None]) -> list[Found]:
@@ -98,6 +104,10 @@ class _Search:
             products = products_of(p.op, p.scheme, p.kernel, p.sizes, tokens)
             self.found.append(Found(p, tokens, products))
         for place in range(max(len(each.products) for each in self.found)):
+            if self.late():
+                for each in self.found:
+                    each.late, each.note = True, each.note or ("" if place else OUT_OF_TIME)
+                break
             self._product(place, told)
         return self.found
 
@@ -111,7 +121,7 @@ class _Search:
                 continue
             block_m = each.tiles[0].block_m if place else 0
             sizes = each.products[place]
-            for tile in candidates(sizes, self.spec, block_m, thorough=self.thorough):
+            for tile in candidates(sizes, self.spec, block_m, apart=self.apart):
                 tiles = [*each.tiles, tile, *[None] * (len(each.products) - place - 1)]
                 items.append(_item(each, tiles))
                 owners.append((each, tile))
@@ -185,7 +195,7 @@ def _item(found: Found, tiles: Sequence[Tile | None]) -> Item:
     }
 
 
-def planned(problem: Problem, spec: DeviceSpec, thorough: bool) -> int:
+def planned(problem: Problem, spec: DeviceSpec, apart: int) -> int:
     """Return about how many settings a search tries: later products depend on earlier ones."""
     from hal.ops.tuning import candidates, products_of
 
@@ -193,7 +203,7 @@ def planned(problem: Problem, spec: DeviceSpec, thorough: bool) -> int:
     for tokens in problem.tokens:
         block_m = 0
         for sizes in products_of(problem.op, problem.scheme, problem.kernel, problem.sizes, tokens):
-            tiles = candidates(sizes, spec, block_m, thorough=thorough)
+            tiles = candidates(sizes, spec, block_m, apart=apart)
             block_m = block_m or (tiles[0].block_m if tiles else 0)
             total += len(tiles)
     return total
@@ -205,16 +215,28 @@ def tune(
     runner: Runner,
     journal: Journal,
     *,
-    thorough: bool = False,
+    apart: int,
+    seconds: float | None = None,
     progress: Progress | None = None,
     finished: Callable[[list[Found]], None] = lambda found: None,
 ) -> list[Found]:
     """Search all problems; call `finished` after each, so that its tiles can be kept.
 
+    Args:
+        problems: What to search.
+        spec: Facts of the device.
+        runner: What compiles and times.
+        journal: What was timed already.
+        apart: In how many respects tiles may differ from the rules' ones.
+        seconds: After so many, no product is begun that was not; None searches all.
+        progress: Told how much is done.
+        finished: Told what was found for a problem.
+
     Raises:
         ArgumentError: For a problem whose kernel has no tiles or whose sizes are not known.
     """
-    total = 2 * sum(planned(problem, spec, thorough) for problem in problems)
+    total = 2 * sum(planned(problem, spec, apart) for problem in problems)
+    until = math.inf if seconds is None else time.monotonic() + seconds
     done = 0
 
     def told(count: int, name: str) -> None:
@@ -225,7 +247,8 @@ def tune(
 
     found: list[Found] = []
     for problem in problems:
-        of_one = _Search(problem, spec, runner, journal, thorough).run(told)
+        search = _Search(problem, spec, runner, journal, apart, lambda: time.monotonic() > until)
+        of_one = search.run(told)
         found += of_one
         finished(of_one)
     return found

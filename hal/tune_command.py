@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,12 @@ def add_tune(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     add_timed_problem(command)
     command.add_argument("--jobs", type=int, help="children that compile at a time")
-    command.add_argument("--thorough", action="store_true", help="try every tile that fits")
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--thorough", action="store_true", help="try every tile that fits")
+    size.add_argument("--quick", action="store_true", help="try what differs in one respect alone")
+    command.add_argument(
+        "--seconds", metavar="S", type=float, help="begin nothing more after S seconds"
+    )
     command.add_argument("--dry-run", action="store_true", help="list what would be compiled")
     command.add_argument(
         "--restart", action="store_true", help="forget what an interrupted search has timed"
@@ -96,7 +102,7 @@ def tune_answer(
         path.unlink(missing_ok=True)
     journal = Journal(path, _head(problems, spec))
     jobs = options.jobs or max(1, min(os.cpu_count() or 1, MOST_JOBS))
-    run = runner or in_children(f"{platform.torch_device_type}:{options.device}", jobs)
+    children = in_children(f"{platform.torch_device_type}:{options.device}", jobs)
     source = f"hal tune on {spec.name}, Triton {spec.software.triton}"
     rows = 0
 
@@ -107,17 +113,22 @@ def tune_answer(
         if new:
             merge_table(table, new, spec)
 
-    with shown_progress("steps") as progress:
+    with (
+        shown_progress("steps") as progress,
+        children if runner is None else nullcontext(runner) as run,
+    ):
         found = tune(
             problems,
             spec,
             run,
             journal,
-            thorough=options.thorough,
+            apart=_apart(options),
+            seconds=options.seconds,
             progress=progress,
             finished=finished,
         )
-    journal.finish()
+    if not any(each.late for each in found):
+        journal.finish()
     if options.json:
         return {"table": str(table), "rows": rows, "found": [_told(each) for each in found]}
     return _sections(found, table, rows)
@@ -221,6 +232,13 @@ def _head(problems: Sequence[Problem], spec: DeviceSpec) -> dict[str, Any]:
     return {"device": spec.key, **software, "sources": sources}
 
 
+def _apart(options: argparse.Namespace) -> int:
+    """Return in how many respects tiles may differ from the rules' ones."""
+    from hal.ops.tuning import APART, QUICK, THOROUGH
+
+    return THOROUGH if options.thorough else QUICK if options.quick else APART
+
+
 def _plan(
     problems: Sequence[Problem], spec: DeviceSpec, options: argparse.Namespace
 ) -> dict[str, Any] | list[Section]:
@@ -234,7 +252,7 @@ def _plan(
         for tokens in p.tokens:
             block_m = 0
             for sizes in products_of(p.op, p.scheme, p.kernel, p.sizes, tokens):
-                tiles = candidates(sizes, spec, block_m, thorough=options.thorough)
+                tiles = candidates(sizes, spec, block_m, apart=_apart(options))
                 block_m = block_m or (tiles[0].block_m if tiles else 0)
                 shape = f"{sizes.matrices} x {sizes.rows} x {sizes.n} x {sizes.k}"
                 rows.append((p.op, p.kernel, str(tokens), sizes.kind, shape, tiles))
@@ -245,7 +263,7 @@ def _plan(
             for row in rows
         ]
         return {"device": spec.key, "plan": listed}
-    total = sum(planned(p, spec, options.thorough) for p in problems)
+    total = sum(planned(p, spec, _apart(options)) for p in problems)
     shown = tuple(
         (*row[:5], str(len(row[5])), _short(row[5][0]) if row[5] else "-") for row in rows
     )

@@ -2,7 +2,7 @@
 
 A setting that ends its process or hurts the device costs itself alone: another child goes on after
 it. Settings compile in several children at a time, into Triton's cache on disk, and are timed in
-one.
+one. Children live as long as the search: they wait for the next job on their standard input.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 from hal.errors import HalError
 from hal.files import write_text
+from hal.verify_child import Worker
 
 __all__ = ["Heard", "Item", "Journal", "Problem", "Runner", "TuneError", "in_children"]
 
@@ -113,49 +115,105 @@ class Journal:
             self._path.unlink(missing_ok=True)
 
 
-def in_children(device: str, jobs: int) -> Runner:
-    """Return a runner that compiles in as many children as `jobs` and times in one."""
+@contextmanager
+def in_children(device: str, jobs: int) -> Iterator[Runner]:
+    """Give a runner that compiles in as many children as `jobs` and times in one.
 
-    def run(mode: str, problem: Problem, items: Sequence[Item], heard: Heard) -> None:
-        parts = min(jobs, len(items)) if mode == "compile" else 1
-        shares = [range(part, len(items), parts) for part in range(parts)] if items else []
+    A child is kept for what comes next, since to import torch and to reach a device takes seconds;
+    all of them end with the context.
+    """
+    with _Children(device, jobs) as children:
+        yield children.run
+
+
+class _Children:
+    """Children that wait for jobs, by mode."""
+
+    def __init__(self, device: str, jobs: int) -> None:
+        self._device, self._jobs = device, jobs
+        self._idle: dict[str, list[Worker]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (worker for idle in self._idle.values() for worker in idle):
+            worker.stop()
+
+    def run(self, mode: str, problem: Problem, items: Sequence[Item], heard: Heard) -> None:
+        """Run items as `Runner` says."""
+        if not items:
+            return
+        shares = _shares(items, self._jobs if mode == "compile" else 1)
 
         def of_one(numbers: Sequence[int]) -> None:
             share = [items[number] for number in numbers]
-            _follow(mode, problem, device, share, lambda n, result: heard(numbers[n], result))
+            self._follow(mode, problem, share, lambda n, result: heard(numbers[n], result))
 
-        with ThreadPoolExecutor(max(parts, 1)) as pool:
+        with ThreadPoolExecutor(len(shares)) as pool:
             for each in [pool.submit(of_one, share) for share in shares]:
                 each.result()
 
-    return run
+    @contextmanager
+    def _worker(self, mode: str) -> Iterator[Worker]:
+        """Lend a child; it is kept unless the block is left by an error or has stopped it."""
+        with self._lock:
+            idle = self._idle.setdefault(mode, [])
+            worker = idle.pop() if idle else None
+        if worker is None:
+            worker = Worker({"fed": True}, 0, "hal.tune_worker", fed=True)
+        try:
+            yield worker
+        except BaseException:
+            worker.stop()
+            raise
+        if worker.running:
+            with self._lock:
+                self._idle[mode].append(worker)
 
-
-def _follow(mode: str, problem: Problem, device: str, items: Sequence[Item], heard: Heard) -> None:
-    """Run items in a child, and in another one after an item that ended it."""
-    from hal.verify_child import Worker
-
-    done, failed_to_start = 0, 0
-    with _job_file(mode, problem, device, items) as path:
-        while done < len(items):
-            with Worker({"job": path}, done, "hal.tune_worker") as child:
-                first = True
-                while done < len(items):
-                    result = child.answer(START_SECONDS if first else ITEM_SECONDS)
-                    if result is None:
-                        if child.status() == 3:  # it said that it would end
+    def _follow(self, mode: str, problem: Problem, items: Sequence[Item], heard: Heard) -> None:
+        """Run items in a child, and in another one after an item that ended it."""
+        done, failed_to_start = 0, 0
+        with _job_file(mode, problem, self._device, items) as path:
+            while done < len(items):
+                with self._worker(mode) as child:
+                    child.tell({"job": path, "first": done})
+                    first = True
+                    while done < len(items):
+                        result = child.answer(START_SECONDS if first else ITEM_SECONDS)
+                        if result is None:
+                            if child.status() == 3:  # it said that it would end
+                                child.stop()
+                                break
+                            ended = child.end(START_SECONDS if first else ITEM_SECONDS)
+                            child.stop()
+                            failed_to_start += first
+                            if failed_to_start > MOST_FAILED_STARTS:
+                                raise TuneError(f"no child can work on {problem}: {ended}")
+                            heard(done, {"error": ended})
+                            done += 1
                             break
-                        ended = child.end(START_SECONDS if first else ITEM_SECONDS)
-                        failed_to_start += first
-                        if failed_to_start > MOST_FAILED_STARTS:
-                            raise TuneError(f"no child can work on {problem}: {ended}")
-                        heard(done, {"error": ended})
+                        first = False
+                        result.pop("number", None)
+                        heard(done, result)
                         done += 1
-                        break
-                    first = False
-                    result.pop("number", None)
-                    heard(done, result)
-                    done += 1
+
+
+def _shares(items: Sequence[Item], parts: int) -> list[list[int]]:
+    """Deal out the numbers of items; those with the same tiles to one child, which compiles once.
+
+    With one part the order stays, and with it the inputs that a child keeps for the next item.
+    """
+    if parts == 1:
+        return [list(range(len(items)))]
+    alike: dict[str, list[int]] = {}
+    for number, item in enumerate(items):
+        alike.setdefault(json.dumps([item["kernel"], item.get("tiles")]), []).append(number)
+    shares: list[list[int]] = [[] for _ in range(min(parts, len(alike)))]
+    for place, numbers in enumerate(alike.values()):
+        shares[place % len(shares)] += numbers
+    return shares
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Compile or time what it is told in a process of its own, and print what came of each item.
 
     python -m hal.tune_worker '{"job": "FILE"}' FIRST
+    python -m hal.tune_worker '{"fed": true}' 0      reads lines {"job": "FILE", "first": FIRST}
 
 The file is JSON: `mode` (`compile` or `time`), `op`, `scheme`, `problem`, `device` and `items`,
 each with `kernel`, `tokens` and, to tune, `products` and `tiles`: a tile for each product that is
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,39 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def main(argv: list[str], timer: Timer | None = None) -> int:
-    """Run the items of a job."""
-    job, first = json.loads(Path(json.loads(argv[0])["job"]).read_text("utf-8")), int(argv[1])
-    if timer is None:
-        timer = _compiling if job["mode"] == "compile" else _timing
-    worker = _Worker(job, timer)
-    for number in range(first, len(job["items"])):
-        result, broken = worker.run(job["items"][number])
-        print(MARK + json.dumps({"number": number, **result}), flush=True)
-        if broken:
-            return 3
+    """Run the items of a job, or of all jobs that are told."""
+    told = json.loads(argv[0])
+    lines: Iterable[Any] = [{**told, "first": int(argv[1])}]
+    if told.get("fed"):
+        lines = map(json.loads, sys.stdin)
+    worker: _Worker | None = None
+    for line in lines:
+        job = json.loads(Path(line["job"]).read_text("utf-8"))
+        if worker is None or not worker.serves(job):
+            worker = None  # first: its weights are freed before others are made
+            worker = _Worker(job)
+        of_mode = _compiling if job["mode"] == "compile" else _timing
+        worker.begin(job, timer or of_mode)
+        for number in range(line["first"], len(job["items"])):
+            result, broken = worker.run(job["items"][number])
+            print(MARK + json.dumps({"number": number, **result}), flush=True)
+            if broken:
+                return 3
+        if job["mode"] == "compile":  # others time next, and may need the memory
+            worker = None
+            _free()
     return 0
+
+
+def _free() -> None:
+    """Give the device the memory back that nothing holds."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _timing(call: Callable[[], Any]) -> float:
@@ -62,13 +85,11 @@ def _compiling(call: Callable[[], Any]) -> float:
 class _Worker:
     """Holds what items share: weights, and the op bound to them by each kernel."""
 
-    def __init__(self, job: Mapping[str, Any], timer: Timer) -> None:
+    def __init__(self, job: Mapping[str, Any]) -> None:
         import torch
 
         from hal.ops.samples import Sample
 
-        self._timer, self._tunes = timer, any(item.get("tiles") for item in job["items"])
-        self._checks = job["mode"] == "time"
         self._wanted: dict[tuple[str, int], Any] = {}
         self._calls: dict[tuple[str, int], Callable[[], Any]] = {}
         device = torch.device(job["device"])
@@ -76,6 +97,16 @@ class _Worker:
             torch.cuda.set_device(device)  # graphs are captured and replayed on the current one
         self._sample = Sample(job["op"], job["scheme"], job["problem"], device)
         self._bound: dict[str, tuple[Any, list[Any]]] = {}
+        self._made_for = _weights_of(job)
+
+    def serves(self, job: Mapping[str, Any]) -> bool:
+        """Say whether a job takes the same weights."""
+        return _weights_of(job) == self._made_for
+
+    def begin(self, job: Mapping[str, Any], timer: Timer) -> None:
+        """Take up a job: how its items are run."""
+        self._timer, self._tunes = timer, any(item.get("tiles") for item in job["items"])
+        self._checks = job["mode"] == "time"
 
     def run(self, item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """Return what came of an item, and whether the process should end."""
@@ -138,6 +169,10 @@ class _Worker:
             finally:
                 tuned.BIND_HOOKS.remove(made.append)
         return self._bound[kernel]
+
+
+def _weights_of(job: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(job[name] for name in ("op", "scheme", "problem", "device"))
 
 
 class _Watched(dict[Any, Any]):

@@ -28,10 +28,16 @@ class Worker:
         wanted: What it is told, as plain data; `interpreted` among it, if Triton shall interpret.
         first: Number of the first trial to run.
         module: Module that is run, called with both as texts.
+        fed: Whether it is told more by `tell`, as lines of its standard input.
     """
 
     def __init__(
-        self, wanted: Mapping[str, Any], first: int, module: str = "hal.verify_worker"
+        self,
+        wanted: Mapping[str, Any],
+        first: int,
+        module: str = "hal.verify_worker",
+        *,
+        fed: bool = False,
     ) -> None:
         from hal.config import child_environment
 
@@ -44,7 +50,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(dict(wanted)), str(first)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=environment,
@@ -61,6 +67,10 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the child and whatever it started, and wait for it."""
         if self._child.poll() is None:
             if hasattr(os, "killpg"):
                 with suppress(OSError):
@@ -68,7 +78,17 @@ class Worker:
             self._child.kill()
         self._child.wait()
         self._reader.join()
+        if self._child.stdin is not None:
+            with suppress(OSError):
+                self._child.stdin.close()
         self._errors.close()
+
+    def tell(self, told: Mapping[str, Any]) -> None:
+        """Write a line to a child that is fed; one that has ended says so by its next answer."""
+        assert self._child.stdin is not None
+        with suppress(OSError):
+            self._child.stdin.write(json.dumps(dict(told)).encode() + b"\n")
+            self._child.stdin.flush()
 
     def answer(self, seconds: float) -> dict[str, Any] | None:
         """Return the next answer; None where the child has ended or takes longer."""
@@ -85,6 +105,11 @@ class Worker:
                 with suppress(ValueError):
                     found: dict[str, Any] = json.loads(text[len(MARK) :])
                     return found
+
+    @property
+    def running(self) -> bool:
+        """Return whether the child has not ended."""
+        return self._child.poll() is None
 
     def status(self) -> int | None:
         """Return the exit status of a child that ended by itself, None while it runs."""

@@ -21,7 +21,7 @@ from hal.quant.scheme import find_scheme
 if TYPE_CHECKING:
     from hal.device import DeviceSpec
 
-__all__ = ["TUNABLE", "candidates", "default_tile", "products_of"]
+__all__ = ["APART", "QUICK", "THOROUGH", "TUNABLE", "candidates", "default_tile", "products_of"]
 
 TUNABLE: Mapping[str, tuple[str, ...]] = {
     "linear": ("triton", "triton_fp8", "triton_int8", "triton_decode", "triton_packed",
@@ -40,7 +40,8 @@ LANES = {"cuda": 32, "rocm": 64}
 ROWS, COLUMNS, INNER = (16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128, 256)
 WARPS, STAGES = (4, 8), (2, 3, 4, 5)
 MOST_ROWS_SPLIT = 128
-NEAR = 2
+QUICK, APART, THOROUGH = 1, 2, len(fields(Tile))
+"""In how many respects tiles may differ from the rules' one."""
 
 
 def products_of(
@@ -114,7 +115,7 @@ def default_tile(sizes: ProductSizes, spec: DeviceSpec, block_m: int = 0) -> Til
 
 
 def candidates(
-    sizes: ProductSizes, spec: DeviceSpec, block_m: int = 0, *, thorough: bool = False
+    sizes: ProductSizes, spec: DeviceSpec, block_m: int = 0, *, apart: int = APART
 ) -> tuple[Tile, ...]:
     """Return the tiles to try: what rules give first, then what fits and is not absurd.
 
@@ -122,7 +123,7 @@ def candidates(
         sizes: The product.
         spec: Facts of the device.
         block_m: Rows that every tile must have; 0 leaves them free.
-        thorough: Try all; else what differs from the rules' tile in at most two respects.
+        apart: In how many respects a tile may differ from the rules' one.
     """
     default = default_tile(sizes, spec, block_m)
     found = dict.fromkeys([default] if fits(default, sizes, spec) else [])
@@ -134,7 +135,7 @@ def candidates(
             tile = Tile(m, n, k, warps, stages, group_m, swap, lanes)
             for split in _splits(sizes, tile, spec):
                 tried = replace(tile, split_k=split)
-                near = thorough or _differences(tried, default) <= NEAR
+                near = _differences(tried, default) <= apart
                 if near and _sensible(tried, sizes, spec):
                     found[tried] = None
     return tuple(found)

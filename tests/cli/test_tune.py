@@ -20,7 +20,7 @@ from hal.ops.linear import TileChoice
 from hal.ops.tiles import Tile
 from hal.tune import merge_table, require_gpu
 from hal.tune_command import tune_answer
-from hal.tune_runner import Heard, Item, Journal, Problem, TuneError, in_children
+from hal.tune_runner import Heard, Item, Journal, Problem, TuneError, _shares, in_children
 from hal.verify_worker import MARK
 
 EXPERTS = ["experts=64", "top_k=4", "hidden=1024", "intermediate=512"]
@@ -132,6 +132,50 @@ def test_an_interrupted_search_goes_on(cache: Path) -> None:
     assert tune_answer(parsed([*TUNE, "--tokens", "1,64", "--json"]), again) == wanted
     assert again.timed == whole.timed - 30
     assert not journal.exists()  # all of it is in the table
+
+
+def test_a_search_without_time_keeps_what_it_has_and_goes_on(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("hal.tune.time.monotonic", lambda: clock[0])
+
+    def slow(item: Item) -> float:
+        clock[0] = 11.0
+        return likes_wide(item)
+
+    limited = Machine(slow)
+    told = [*TUNE, "--tokens", "64", "--json", "--quick"]
+    answer = tune_answer(parsed([*told, "--seconds", "10"]), limited)
+    assert isinstance(answer, dict)
+    (found,) = answer["found"]
+    assert answer["rows"] == len(found["tiles"]) == 1  # of two products
+    assert found["tiles"][0]["stages"] == 5
+    assert list(cache.glob("tune-*.jsonl"))
+    late = tune_answer(parsed([*told, "--seconds", "-1", "--restart"]), Machine(slow))
+    assert isinstance(late, dict)
+    assert late["found"][0]["note"] == "no time was left"
+    clock[0] = 0.0
+    again = Machine(likes_wide)
+    whole = tune_answer(parsed(told), again)
+    assert isinstance(whole, dict)
+    assert whole["rows"] == 2
+    assert not list(cache.glob("tune-*.jsonl"))
+
+
+def test_settings_with_the_same_tiles_compile_in_one_child() -> None:
+    tiles = [{"block_m": 16}, {"block_m": 32}, {"block_m": 64}]
+    items = [{"kernel": "a", "tokens": n, "tiles": [t]} for n in (1, 2) for t in tiles]
+    shares = _shares(items, 2)
+    assert sorted(number for share in shares for number in share) == list(range(6))
+    for share in shares:
+        held = {json.dumps(items[number]["tiles"]) for number in share}
+        others = {
+            json.dumps(items[n]["tiles"]) for other in shares if other != share for n in other
+        }
+        assert not held & others
+    assert _shares(items, 1) == [list(range(6))]
+    assert len(_shares(items, 16)) == 3
 
 
 def test_a_journal_of_other_software_does_not_count(tmp_path: Path) -> None:
@@ -372,13 +416,34 @@ def test_a_worker_ends_after_an_error_that_may_have_hurt_the_device(
     assert "illegal memory access" in result["error"]
 
 
+def test_a_fed_worker_takes_job_after_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hal import tune_worker
+
+    problem = {"in_features": 64, "out_features": 32}
+    lines = []
+    for number, mode in enumerate(("time", "time", "compile")):
+        items = [{"kernel": "reference", "tokens": tokens} for tokens in (1, 5)]
+        told = {"mode": mode, "device": "cpu", "op": "linear", "scheme": "bf16"}
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({**told, "problem": problem, "items": items}))
+        lines.append(json.dumps({"job": str(path), "first": number % 2}))
+    monkeypatch.setattr("sys.stdin", iter(lines))
+    with hal.use_platform("cpu"):
+        assert tune_worker.main([json.dumps({"fed": True}), "0"], lambda call: 2.5) == 0
+    numbers = [result["number"] for result in answers(capsys.readouterr().out)]
+    assert numbers == [0, 1, 1, 0, 1]
+
+
 @pytest.mark.slow
 def test_children_go_on_after_an_item_that_ended_one() -> None:
     """On a machine without a GPU each timing fails in its child, and every item is told."""
     results: dict[int, Any] = {}
     problem = Problem("linear", "bf16", "", {"in_features": 64, "out_features": 32}, (1,))
     items = [{"kernel": "reference", "tokens": tokens} for tokens in (1, 2)]
-    in_children("cpu", 2)("time", problem, items, results.__setitem__)
+    with in_children("cpu", 2) as run:
+        run("time", problem, items, results.__setitem__)
     assert sorted(results) == [0, 1]
     assert all("error" in result or "us" in result for result in results.values())
 

@@ -11,7 +11,9 @@ from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES
 from hal.ops.tuned import ProductSizes
 from hal.ops.tuning import (
     ACCUMULATOR_REGISTERS,
-    NEAR,
+    APART,
+    QUICK,
+    THOROUGH,
     TUNABLE,
     candidates,
     default_tile,
@@ -59,7 +61,10 @@ def test_every_candidate_fits(
         assert registers <= ACCUMULATOR_REGISTERS
         assert tile.block_k <= 128 or "block128" not in kind
         assert tile.split_k == 1 or matrices == 1
-    assert set(tiles) <= set(candidates(sizes, spec, thorough=True))
+    assert set(tiles) <= set(candidates(sizes, spec, apart=THOROUGH))
+    quick = candidates(sizes, spec, apart=QUICK)
+    assert len(quick) <= len(tiles)
+    assert set(quick) <= set(tiles)
 
 
 def test_the_rules_tile_is_tried_first_and_others_are_near_it() -> None:
@@ -71,7 +76,7 @@ def test_the_rules_tile_is_tried_first_and_others_are_near_it() -> None:
             assert 20 < len(tiles) < 100
             for tile in tiles[1:]:
                 pairs = zip(vars_of(tile), vars_of(tiles[0]), strict=True)
-                assert 1 <= sum(one != other for one, other in pairs) <= NEAR
+                assert 1 <= sum(one != other for one, other in pairs) <= APART
 
 
 def vars_of(tile: object) -> list[object]:
