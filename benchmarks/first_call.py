@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -133,32 +133,34 @@ def measure_line(op: str, scheme: str, options: argparse.Namespace, run: Any) ->
     return {"op": op, "scheme": scheme, **phases}
 
 
-def table(lines: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of the table, then what was compiled although it was warm."""
+def head() -> str:
+    """Return the first line of the table."""
     counts = "".join(f"{f'{count} tok':>9}" for count in TOKENS)
-    shown = [
+    return (
         f"{'op':<10}{'scheme':<14}{'kernel':<25}{'phase':<8}{'imported s':>10}{'bound s':>9}"
         f"{counts}{'worst':>9}{'again ms':>9}{'compiles':>9}"
-    ]
-    for line in lines:
-        for phase in PHASES:
-            found = line[phase]
-            head = f"{line['op']:<10}{line['scheme']:<14}"
-            if "failed" in found:
-                shown.append(f"{head}{phase}: failed: {found['failed']}")
-                continue
-            calls = found["calls"]
-            times = "".join(f"{calls.get(str(n), float('nan')):>9.2f}" for n in TOKENS)
-            shown.append(
-                f"{head}{found['kernel']:<25}{phase:<8}{found['imported']:>10.1f}"
-                f"{found['bound']:>9.1f}{times}{max(calls.values()):>9.2f}{found['again']:>9.3f}"
-                f"{len(found['compiles']):>9}"
-            )
-    for line in lines:
-        for told in line["warmed"].get("compiles", ())[:3]:
-            shown.append(f"compiled after warm-up, {line['op']} {line['scheme']}: {told}"[:300])
-    watching = {line[p]["watching"] for line in lines for p in PHASES if "watching" in line[p]}
-    return [*shown, f"watched: {', '.join(sorted(watching))}"]
+    )
+
+
+def shown(line: dict[str, Any]) -> str:
+    """Return the three lines of an op and scheme, and what was compiled although it was warm."""
+    lines = []
+    for phase in PHASES:
+        found = line[phase]
+        named = f"{line['op']:<10}{line['scheme']:<14}"
+        if "failed" in found:
+            lines.append(f"{named}{phase}: failed: {found['failed']}")
+            continue
+        calls = found["calls"]
+        times = "".join(f"{calls.get(str(n), float('nan')):>9.2f}" for n in TOKENS)
+        lines.append(
+            f"{named}{found['kernel']:<25}{phase:<8}{found['imported']:>10.1f}"
+            f"{found['bound']:>9.1f}{times}{max(calls.values()):>9.2f}{found['again']:>9.3f}"
+            f"{len(found['compiles']):>9}"
+        )
+    for told in line["warmed"].get("compiles", ())[:3]:
+        lines.append(f"compiled after warm-up, {line['op']} {line['scheme']}: {told}"[:300])
+    return "\n".join(lines)
 
 
 def good(lines: list[dict[str, Any]]) -> bool:
@@ -183,11 +185,15 @@ def main(arguments: list[str] | None = None, run: Any = in_child) -> int:
         return 0
     asked = [(op, scheme) for op in options.ops.split(",") for scheme in options.schemes.split(",")]
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(measure_line, *each, options, run) for each in asked]
-        lines = [each.result() for each in waiting]
-    print("\n".join(table(lines)), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+        print(head(), flush=True)
+        lines = []
+        for done in as_completed(pool.submit(measure_line, *each, options, run) for each in asked):
+            lines.append(done.result())
+            print(shown(lines[-1]), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+    watched = {line[p]["watching"] for line in lines for p in PHASES if "watching" in line[p]}
+    print(f"watched: {', '.join(sorted(watched))}", flush=True)
     return 0 if good(lines) else 1
 
 

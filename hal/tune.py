@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Found", "merge_table", "planned", "require_gpu", "tune", "tuned_tiles"]
 
 REPLAYING = ("cuda", "rocm")
+TOGETHER = 4
+"""How many problems are compiled together, before they are timed: no child waits for the last."""
+Told = Callable[[int, str], None]
 BETTER = 0.98
 """A tile must take at most this share of the rules' time: less is within the noise of a replay."""
 OUT_OF_TIME = "no time was left"
@@ -95,23 +99,49 @@ class _Search:
     apart: int
     late: Callable[[], bool] = lambda: False
     found: list[Found] = field(default_factory=list)
+    compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def run(self, told: Callable[[int, str], None]) -> list[Found]:
+    def __post_init__(self) -> None:
         from hal.ops.tuning import products_of
 
         p = self.problem
         for tokens in p.tokens:
             products = products_of(p.op, p.scheme, p.kernel, p.sizes, tokens)
             self.found.append(Found(p, tokens, products))
+
+    def prepare(self, told: Told) -> None:
+        """Compile what will be timed, as far as it is known: later products follow the rules."""
+        from hal.ops.tuning import candidates
+
+        items = []
+        for each in self.found:
+            before: list[Tile] = []
+            for sizes in each.products:
+                block_m = before[0].block_m if before else 0
+                tiles = candidates(sizes, self.spec, block_m, apart=self.apart)
+                items += [_item(each, [*before, tile]) for tile in tiles]
+                if not tiles:
+                    break
+                before.append(tiles[0])
+        self._compile([item for item in items if not self._known(item)], told)
+
+    def leave(self) -> list[Found]:
+        """Return what was found of a search that is not begun for want of time: nothing."""
+        for each in self.found:
+            each.late, each.note = True, OUT_OF_TIME
+        return self.found
+
+    def run(self, told: Told) -> list[Found]:
+        """Search product by product."""
         for place in range(max(len(each.products) for each in self.found)):
-            if self.late():
+            if place and self.late():
                 for each in self.found:
-                    each.late, each.note = True, each.note or ("" if place else OUT_OF_TIME)
+                    each.late = True
                 break
             self._product(place, told)
         return self.found
 
-    def _product(self, place: int, told: Callable[[int, str], None]) -> None:
+    def _product(self, place: int, told: Told) -> None:
         from hal.ops.tuning import candidates
 
         items: list[Item] = []
@@ -122,8 +152,7 @@ class _Search:
             block_m = each.tiles[0].block_m if place else 0
             sizes = each.products[place]
             for tile in candidates(sizes, self.spec, block_m, apart=self.apart):
-                tiles = [*each.tiles, tile, *[None] * (len(each.products) - place - 1)]
-                items.append(_item(each, tiles))
+                items.append(_item(each, [*each.tiles, tile]))
                 owners.append((each, tile))
         results = self._timed(items, told)
         for each in self.found:
@@ -156,21 +185,27 @@ class _Search:
         each.tiles, each.us = (*each.tiles, tile), times[tile]
         each.tried += len(times)
 
-    def _timed(
-        self, items: Sequence[Item], told: Callable[[int, str], None]
-    ) -> list[dict[str, Any]]:
-        """Return what each item took; only what the journal does not know is compiled and run."""
-        results = [self.journal.known(self.problem, item) for item in items]
-        todo = [number for number, result in enumerate(results) if result is None]
-        told(2 * (len(items) - len(todo)), str(self.problem))
-        refused: dict[int, dict[str, Any]] = {}
+    def _known(self, item: Item) -> dict[str, Any] | None:
+        return self.journal.known(self.problem, item)
+
+    def _compile(self, items: Sequence[Item], told: Told) -> None:
+        """Compile what was not compiled yet."""
+        todo = [item for item in items if _compiled_as(item) not in self.compiled]
 
         def compiled(number: int, result: dict[str, Any]) -> None:
-            if "us" not in result:
-                refused[todo[number]] = result
+            self.compiled[_compiled_as(todo[number])] = result
             told(1, f"compile {self.problem}")
 
-        self.runner("compile", self.problem, [items[number] for number in todo], compiled)
+        self.runner("compile", self.problem, todo, compiled)
+
+    def _timed(self, items: Sequence[Item], told: Told) -> list[dict[str, Any]]:
+        """Return what each item took; only what the journal does not know is compiled and run."""
+        results = [self._known(item) for item in items]
+        todo = [number for number, result in enumerate(results) if result is None]
+        told(2 * (len(items) - len(todo)), str(self.problem))
+        self._compile([items[number] for number in todo], told)
+        of_items = {number: self.compiled[_compiled_as(items[number])] for number in todo}
+        refused = {number: result for number, result in of_items.items() if "us" not in result}
         for number, result in refused.items():
             results[number] = result
             self.journal.keep(self.problem, items[number], result)
@@ -186,13 +221,21 @@ class _Search:
         return [result or {"error": "was not run"} for result in results]
 
 
-def _item(found: Found, tiles: Sequence[Tile | None]) -> Item:
+def _item(found: Found, tiles: Sequence[Tile]) -> Item:
+    """Return the setting of the first products' tiles; the others follow from the rules."""
+    unset = [None] * (len(found.products) - len(tiles))
     return {
         "kernel": found.problem.kernel,
         "tokens": found.tokens,
         "products": [asdict(sizes) for sizes in found.products],
-        "tiles": [None if tile is None else asdict(tile) for tile in tiles],
+        "tiles": [*map(asdict, tiles), *unset],
     }
+
+
+def _compiled_as(item: Item) -> str:
+    """Return what tells the kernels of an item from others: the last tile that it sets."""
+    tiles = [tile for tile in item["tiles"] if tile is not None]
+    return json.dumps([item["tokens"], len(tiles), tiles[0]["block_m"], tiles[-1]])
 
 
 def planned(problem: Problem, spec: DeviceSpec, apart: int) -> int:
@@ -228,7 +271,7 @@ def tune(
         runner: What compiles and times.
         journal: What was timed already.
         apart: In how many respects tiles may differ from the rules' ones.
-        seconds: After so many, no product is begun that was not; None searches all.
+        seconds: After so many no problems and no further products are begun; None searches all.
         progress: Told how much is done.
         finished: Told what was found for a problem.
 
@@ -246,11 +289,25 @@ def tune(
             progress(min(done, total), total, name)
 
     found: list[Found] = []
-    for problem in problems:
-        search = _Search(problem, spec, runner, journal, apart, lambda: time.monotonic() > until)
-        of_one = search.run(told)
-        found += of_one
-        finished(of_one)
+
+    def late() -> bool:
+        return time.monotonic() > until
+
+    for first in range(0, len(problems), TOGETHER):
+        group = [
+            _Search(problem, spec, runner, journal, apart, late)
+            for problem in problems[first : first + TOGETHER]
+        ]
+        if late():
+            found += [each for search in group for each in search.leave()]
+            continue
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            for each in [pool.submit(search.prepare, told) for search in group]:
+                each.result()
+        for search in group:
+            of_one = search.run(told)
+            found += of_one
+            finished(of_one)
     return found
 
 

@@ -132,7 +132,7 @@ class _Children:
     def __init__(self, device: str, jobs: int) -> None:
         self._device, self._jobs = device, jobs
         self._idle: dict[str, list[Worker]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._places = threading.Lock(), threading.BoundedSemaphore(jobs)
 
     def __enter__(self) -> _Children:
         return self
@@ -157,20 +157,21 @@ class _Children:
 
     @contextmanager
     def _worker(self, mode: str) -> Iterator[Worker]:
-        """Lend a child; it is kept unless the block is left by an error or has stopped it."""
-        with self._lock:
-            idle = self._idle.setdefault(mode, [])
-            worker = idle.pop() if idle else None
-        if worker is None:
-            worker = Worker({"fed": True}, 0, "hal.tune_worker", fed=True)
-        try:
-            yield worker
-        except BaseException:
-            worker.stop()
-            raise
-        if worker.running:
+        """Lend one of `jobs` children, which is kept unless the block ends it or fails."""
+        with self._places:
             with self._lock:
-                self._idle[mode].append(worker)
+                idle = self._idle.setdefault(mode, [])
+                worker = idle.pop() if idle else None
+            if worker is None:
+                worker = Worker({"fed": True}, 0, "hal.tune_worker", fed=True)
+            try:
+                yield worker
+            except BaseException:
+                worker.stop()
+                raise
+            if worker.running:
+                with self._lock:
+                    self._idle[mode].append(worker)
 
     def _follow(self, mode: str, problem: Problem, items: Sequence[Item], heard: Heard) -> None:
         """Run items in a child, and in another one after an item that ended it."""

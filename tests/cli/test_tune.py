@@ -163,6 +163,30 @@ def test_a_search_without_time_keeps_what_it_has_and_goes_on(
     assert not list(cache.glob("tune-*.jsonl"))
 
 
+def test_problems_are_compiled_together_and_each_setting_once(tmp_path: Path) -> None:
+    class Noting(Machine):
+        def __call__(self, mode: str, problem: Problem, items: Any, heard: Heard) -> None:
+            steps.extend((mode, problem.sizes["hidden"], json.dumps(item)) for item in items)
+            super().__call__(mode, problem, items, heard)
+
+    told = {"op": "fused_moe", "scheme": "bf16", "device": "", "arch": "", "kernel": "triton"}
+    problems = [
+        {**told, "problem": {**PROBLEM, "hidden": hidden}, "calls": {"64": 1}}
+        for hidden in (1024, 2048)
+    ]
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({"format": 1, "problems": problems}))
+    for us in (likes_wide, lambda item: 50.0):
+        steps: list[tuple[str, int, str]] = []
+        given = ["tune", "--from", str(path), "--quick", "--platform", "cuda:h200", "--restart"]
+        tune_answer(parsed(given), Noting(us))
+        first = [step[0] for step in steps].index("time")
+        assert {step[1] for step in steps[:first]} == {1024, 2048}
+        assert len(set(steps)) == len(steps)
+        # The first product's best tile has the rows of the rules' one: all was compiled ahead.
+        assert "compile" not in {step[0] for step in steps[first:]}
+
+
 def test_settings_with_the_same_tiles_compile_in_one_child() -> None:
     tiles = [{"block_m": 16}, {"block_m": 32}, {"block_m": 64}]
     items = [{"kernel": "a", "tokens": n, "tiles": [t]} for n in (1, 2) for t in tiles]
