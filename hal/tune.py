@@ -228,7 +228,7 @@ def _item(found: Found, tiles: Sequence[Tile]) -> Item:
         "kernel": found.problem.kernel,
         "tokens": found.tokens,
         "products": [asdict(sizes) for sizes in found.products],
-        "tiles": [*map(asdict, tiles), *unset],
+        "tiles": [*(asdict(tile) for tile in tiles), *unset],
     }
 
 
