@@ -17,7 +17,7 @@ import tune_shapes  # noqa: E402
 import hal  # noqa: E402
 from hal.ops import tuned  # noqa: E402
 from hal.ops.shapes import read_shapes  # noqa: E402
-from hal.ops.tiles import Tile  # noqa: E402
+from hal.ops.tiles import Tile, choose_tile  # noqa: E402
 from hal.ops.tuned import ProductSizes, TunedTile  # noqa: E402
 from hal.ops.tuning import TUNABLE  # noqa: E402
 from hal.platforms.tables import device_spec  # noqa: E402
@@ -25,7 +25,7 @@ from hal.tune import merge_table  # noqa: E402
 from hal.tune_command import _tuned_kernel  # noqa: E402
 
 SIZES = ProductSizes("fp8_channel", 1536, 2048, 32, 128)
-TILE = Tile(64, 128, 128, 4, 3, 1)
+TILE = Tile(64, 128, 128, 4, 2, 1)
 
 
 def row(device="cuda:h200", arch="sm_90", tile=TILE, sizes=SIZES, us=90.0):
@@ -79,6 +79,20 @@ def test_tiles_ship_beside_what_is_there_and_are_taken(tmp_path, monkeypatch, ca
     merge_table(table, [row(tile=replace(TILE, stages=4), us=80.0)], spec)
     assert ship_tiles.main(told) == 0
     assert tuned.find_tile("fused_moe", "fp8_channel", spec, asked) == replace(TILE, stages=4)
+
+
+def test_what_is_hardly_faster_ships_as_the_rules_tile():
+    spec = device_spec("cuda", "h200")
+    hardly = ship_tiles.settled(row(us=98.0))
+    assert hardly.us == hardly.default_us == 99.0
+    assert hardly.tile != TILE
+    assert hardly.tile == choose_tile(
+        SIZES.kind, SIZES.rows, SIZES.n, SIZES.k, matrices=SIZES.matrices, platform="cuda",
+        arch="sm_90", compute_units=132, shared_memory_bytes=spec.shared_memory_bytes,
+    )  # fmt: skip
+    slower = ship_tiles.settled(row(us=101.0))
+    assert slower == hardly
+    assert ship_tiles.settled(row(us=97.0)).tile == TILE
 
 
 def test_what_does_not_fit_its_device_does_not_ship(tmp_path, capsys):
