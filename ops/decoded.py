@@ -90,7 +90,8 @@ def decoded_product(
         if way == FEW and ptx and streams_rows(kind, n, k, rows):
             held = by_row(kind, weight)
             if fits(kind, x, held):
-                ring_rows(x, held, out, bias=bias, kind=kind, ring=ring_of(kind, n, k, rows, units))
+                ring = ring_of(kind, n, k, rows, units, group=held.group)
+                ring_rows(x, held, out, bias=bias, kind=kind, ring=ring)
                 return out
         if way == FEW and rows <= few_apart:
             gemv(x, weight, out, bias=bias, kind=kind, tile=few_tile)

@@ -345,23 +345,39 @@ def runs_ptx(platform: str, arch: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def ring_of(kind: str, n: int, k: int, rows: int, compute_units: int) -> Ring:
+def ring_of(
+    kind: str, n: int, k: int, rows: int, compute_units: int, *, group: int = 128
+) -> Ring:
     """Choose the program of `kernels.ring_rows`: best, or within 5% of it, on an H200.
 
-    More warps share k where programs are few; where they are many, two tiles share what they read
-    of several rows.
+    More warps share k where programs are few. Two tiles share what they read of a where that is
+    much of the traffic: bytes decode fast (int8) or k is short, or rows are more than eight and
+    scales take little of the shared memory.
+
+    Args:
+        kind: A kind that decodes its weights.
+        n: Rows of the weight.
+        k: Elements of each.
+        rows: Rows of a, 1 to 16.
+        compute_units: Multiprocessors of the device.
+        group: Codes that share a scale.
+
+    Source: benchmarks/results/h200_ring_sweep.txt.
     """
     programs = -(-n // 16)
+    many = programs >= 2 * compute_units
     if OPERAND_BYTES[kind][1] == 1:
-        return Ring(1, 8, 128, 2)
+        share = k <= 2048 or (many and kind == "int8_channel_decode")
+        return Ring(2, 4, 128, 2) if share and rows <= 8 else Ring(1, 8, 128, 2)
     if rows == 1:
         few = programs < 1.5 * compute_units
         return Ring(1, 8, 64, 3) if few else Ring(1, 4, 128, 4 if k <= 2048 else 2)
-    if programs < 2 * compute_units:
+    if not many:
         return Ring(1, 8, 64)
     if k <= 2048:
-        return Ring(1, 4, 128)
-    return Ring(1, 4, 128, 2) if kind == "nvfp4_decode" and rows <= 8 else Ring(2, 2, 128)
+        return Ring(1, 4, 128, 4 if group >= 128 else 2)
+    shared = rows > 8 and (group >= 128 or kind == "nvfp4_decode")
+    return Ring(2, 2, 128) if shared else Ring(1, 4, 128, 2)
 
 
 def gemv_tile(kind: str, n: int, k: int) -> Tile:

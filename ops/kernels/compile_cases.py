@@ -171,7 +171,7 @@ def _rows(target: Target, *, kind: str, tokens: int) -> None:
         }
     weight, a = by_row(kind, as_weight(kind, k, b, **given)), _empty(tokens, k)
     assert fits(kind, a, weight)
-    ring = ring_of(kind, n, k, tokens, target.compute_units)
+    ring = ring_of(kind, n, k, tokens, target.compute_units, group=weight.group)
     ring_rows(a, weight, _empty(tokens, n), kind=kind, ring=ring)
 
 

@@ -126,4 +126,10 @@ def test_where_rows_stream_through_shared_memory():
     assert not runs_ptx("rocm", "gfx942")
     shapes = (2112, 7168), (4096, 4096), (14336, 4096)
     assert [ring_of("mxfp4_decode", *shape, 1, 132).splits for shape in shapes] == [8, 4, 4]
-    assert [ring_of("mxfp4_decode", *shape, 4, 132).tiles for shape in shapes] == [1, 1, 2]
+    assert [ring_of("mxfp4_decode", *shape, 4, 132).stages for shape in shapes] == [4, 4, 2]
+    # What two tiles share pays under many rows, unless scales fill the shared memory.
+    rings = [ring_of("int4_group_decode", 14336, 4096, 16, 132, group=group) for group in (128, 32)]
+    assert [ring.tiles for ring in rings] == [2, 1]
+    kinds = "int8_channel_decode", "fp8_channel_decode"
+    assert [ring_of(kind, 14336, 4096, 8, 132).tiles for kind in kinds] == [2, 1]
+    assert {ring_of(kind, 7168, 2048, 8, 132).tiles for kind in kinds} == {2}
