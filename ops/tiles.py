@@ -345,9 +345,7 @@ def runs_ptx(platform: str, arch: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def ring_of(
-    kind: str, n: int, k: int, rows: int, compute_units: int, *, group: int = 128
-) -> Ring:
+def ring_of(kind: str, n: int, k: int, rows: int, compute_units: int, *, group: int = 128) -> Ring:
     """Choose the program of `kernels.ring_rows`: best, or within 5% of it, on an H200.
 
     More warps share k where programs are few. Two tiles share what they read of a where that is
