@@ -16,9 +16,10 @@ of each sequence, from token ids to logits. Contenders:
 
 Before a time is taken, the output of every layer's experts is compared with the formula in float32
 on the same quantized weights (its first two tokens; the largest error of a layer counts), and what
-the graph's replay gives with what the calls gave. What is beyond the bound is shown as wrong and
-never the best. What cannot run is left out, by name, with the reason; what no graph can hold is
-timed as plain calls and says so.
+the first layer's experts give in the graph's replay with what they gave in a call: further on, sums
+in another order lead to other experts, as random weights leave routers hardly a preference. What is
+beyond the bound is shown as wrong and never the best. What cannot run is left out, by name, with
+the reason; what no graph can hold is timed as plain calls and says so.
 
 `floor` is the bytes that a step must read, at 4.05 TB/s, the best that weights were seen to
 stream at on an H200: experts that its tokens chose, all other weights, keys and values. `ratio` is
@@ -52,7 +53,7 @@ NO_GRAPH = {"eager": "it waits for the host to know which experts were hit"}
 ALLOWED = {"fp8_channel": 0.08, FP8: 0.08, "int4_w4a8_fp8": 0.11}
 """Largest error by scheme, as in `rival_cases`; 0.012 where activations stay in bf16."""
 SAME = 0.02
-"""How far a replay's logits may be from those of the calls: sums may be taken in another order."""
+"""How far a replay may be from a call: sums may be taken in another order."""
 BANDWIDTH = 4.05e12
 GRAPH, CALLS = "graph", "calls"
 
@@ -68,7 +69,7 @@ class Row:
         us: Microseconds a step; None where nothing was timed.
         floor_us: Least time that the bytes allow.
         error: Largest error of a layer's experts.
-        replay: How far the replay's logits are from the calls'.
+        replay: How far what the first layer's experts give in a replay is from that in a call.
         how: `graph`, or `calls` where none can hold it.
         note: Why it was left out, or is wrong.
     """
@@ -127,8 +128,8 @@ def time_step(call: Callable[[], Any], seconds: float, device: torch.device) -> 
     return statistics.median(times[1:])
 
 
-def captured(call: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
-    """Return a graph of the call, and the tensor that its replays write."""
+def captured(call: Callable[[], torch.Tensor], layer: Any) -> tuple[Any, torch.Tensor]:
+    """Return a graph of the call, and what its replays write as the output of a layer."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -137,24 +138,28 @@ def captured(call: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    kept: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda module, given, out: kept.append(out))
     with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
+        call()
+    hook.remove()
+    return graph, kept[0]
 
 
 def run_one(model: Any, shape: Shape, row: Row, implementation: str, told: Any) -> Row:
     """Compare, then time one contender at one batch size."""
     model.set_experts_implementation(implementation)
     step = Step(model, shape, row.batch, told.context)
-    wanted, seen = watch(model, step)
+    _, seen = watch(model, step)
     moved = seen.bytes_hit() + other_bytes(model, row.batch) + step.cache_bytes
     row = replace(row, floor_us=moved / BANDWIDTH * 1e6, error=seen.error(told.checked))
+    layer, *_, wanted = seen.layers[0]
     del seen
     if not row.error <= ALLOWED.get(row.scheme, 0.012):
         row = replace(row, note=f"wrong: error {row.error:.3g}")
     if model.device.type != "cuda" or implementation in NO_GRAPH:
         return replace(row, us=time_step(step, told.seconds, model.device), how=CALLS)
-    graph, out = captured(step)
+    graph, out = captured(step, layer)
     graph.replay()
     torch.cuda.synchronize()
     row = replace(row, replay=_distance(out, wanted))
