@@ -5,13 +5,15 @@ than this. A token goes to a rank with `held` of `experts` experts with probabil
 
     p = 1 - C(experts - held, top_k) / C(experts, top_k)
 
-and time is what a collective of NCCL took on two H200 for as many bytes as a rank takes in (bf16,
-hidden 7168, under CUDA graphs, 1 to 8192 tokens a rank), read between those measurements; over
-another link, what was beyond the least time is longer as the link is slower. Of links within a node
-and the network between nodes, the slower decides. Nothing else has been measured, so that times of
-other machines and of more ranks are guesses. All-to-all of one-byte elements, which the numbers do
-not come from, took up to 7% longer than predicted, and 5% less. One-sided exchange has not been
-timed between GPUs: its numbers are put together, see `COSTS`.
+and time is what was measured on two H200 for as many bytes as a rank takes in (hidden 7168, under
+CUDA graphs, 1 to 8192 tokens a rank), read between those measurements: collectives of NCCL in bf16,
+and one-sided exchange in bf16, fp8, MXFP8 and NVFP4. Over another link, what was beyond the least
+time is longer as the link is slower; encoding and decoding are not. Of links within a node and the
+network between nodes, the slower decides. Nothing else has been measured, so that times of other
+machines and of more ranks are guesses. Of the other transports only what the collectives take is
+counted: packing rows, unpacking and adding them come on top, on two H200 two to eight times that.
+All-to-all of one-byte elements, which the numbers do not come from, took up to 7% longer than
+predicted, and 5% less.
 """
 
 from __future__ import annotations
@@ -70,14 +72,23 @@ COSTS: Mapping[str, Cost] = MappingProxyType(
         "all_gather": _measured(8.8, 10.1, 26.0, 49.7, 141, 486),
         "reduce_scatter": _measured(8.6, 10.1, 23.5, 47.3, 149, 514),
         "all_to_all": _measured(10.0, 11.9, 20.0, 46.1, 124, 420),
-        "peer_writes": Cost(((0.0, 5.5), (388e6, 5.5 + 1000))),
+        "peer_writes": _measured(6.0, 7.0, 12.0, 29.5, 98, 340),
     }
 )
-"""NCCL on two H200 with 450 GB/s each way.
+"""NCCL on two H200 with 450 GB/s each way; and half of what a dispatch and a combine of
+symmetric_memory take in bf16, of three runs on three machines, which were up to 15% apart."""
 
-Of peer writes the rate is what two H200 reach, 388 GB/s, and the start what a kernel of
-symmetric_memory takes on one H200 between two ranks that share it: no link is in that.
-"""
+CODED: Mapping[str, Cost] = MappingProxyType(
+    {
+        "fp8": _measured(5.8, 6.0, 10.0, 30.3, 72, 291),
+        "mxfp8": _measured(6.0, 6.0, 11.6, 27.0, 66, 230),
+        "nvfp4": _measured(9.8, 10.3, 12.6, 23.4, 56, 196),
+    }
+)
+"""What a dispatch of symmetric_memory takes that encodes and decodes as many bytes of activations,
+by format, on two H200: less than that only where links are slower."""
+LIKE: Mapping[str, str] = MappingProxyType({"fp8_token": "fp8", "int8": "fp8", "mxfp4": "nvfp4"})
+"""Formats that were not timed so, and those that are coded much like them."""
 
 WAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
     {
@@ -201,12 +212,17 @@ def predict(
         # Memory is shared on one host alone: nobody knows a time for more.
         machine = replace(machine, link=None, network=None)
     sizes = (8.0 * machine.ranks, there) if transport == "all_to_all" else (there,)
+    there_us = _in_turn(there_by, sizes, machine)
+    coded = CODED.get(LIKE.get(payload.format, payload.format))
+    if transport == SYMMETRIC and there_us is not None and coded is not None and rows:
+        held_back = coded.moving_us(rows * sent * payload.hidden * 2, MEASURED_LINK)
+        there_us = max(there_us, coded.start_us + held_back)
     return Prediction(
         transport,
         payload.format,
         round(there),
         round(back * len(back_by)),
-        _in_turn(there_by, sizes, machine),
+        there_us,
         _in_turn(back_by, (back,) * len(back_by), machine),
         sum(buffers.values()),
     )

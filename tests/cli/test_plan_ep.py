@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from hal.ops.payload import BUFFERS, FORMATS, Payload
 from hal.ops.transports import EXPERT_PARALLEL
 
 H200 = Machine(2, link=450e9)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200_expert_parallel.txt"
 TOKENS = (1, 16, 128, 512, 2048, 8192)
 ONE_BYTE_US = (9.7, 10.4, 16.4, 28.2, 74.5, 227)
 """All-to-all one way of one-byte elements on two H200 under graphs, hidden 7168: what the numbers
@@ -25,6 +28,22 @@ def test_predicted_times_are_near_those_measured():
         predicted = collective_us("all_to_all", tokens * 7168, H200)
         assert predicted is not None
         assert abs(predicted / measured - 1) < 0.065, tokens
+
+
+def test_one_sided_times_are_near_those_of_three_machines():
+    """The table that the numbers were made of in part, and one of another machine."""
+    machine = Machine(2, link=450e9)
+    parts = RESULTS.read_text(encoding="utf-8").split("\n== ")
+    for part, most in zip(parts[1:3], (0.15, 0.21), strict=True):
+        found = re.findall(r"^ +(\d+) symmetric_memory +(\w+) +([\d.]+)", part, re.MULTILINE)
+        assert len(found) == 24
+        for tokens, format, measured in found:
+            plan = predict(
+                "symmetric_memory", Payload(format, 7168, 8), machine, experts=256,
+                tokens=int(tokens), most=8192,
+            )  # fmt: skip
+            predicted = plan.dispatch_us + plan.combine_us
+            assert abs(float(measured) / predicted - 1) < most, (tokens, format)
 
 
 @pytest.mark.parametrize("name", COSTS)
