@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from hal.errors import UnknownNameError, ValueRangeError
@@ -102,12 +103,12 @@ class Payload:
             if value < 1:
                 raise ValueRangeError("Payload", found=f"{name}={value}", needed="1 or more")
 
-    @property
+    @cached_property
     def scheme(self) -> Scheme:
         """Return the scheme whose activations travel."""
         return find_scheme(FORMATS[self.format])
 
-    @property
+    @cached_property
     def how(self) -> Quantization:
         """Return how the activations are stored."""
         return self.scheme.activation
@@ -117,7 +118,7 @@ class Payload:
         """Return the bits of one element; 16 of activations as given."""
         return 16 if self.how.format is None else number_format(self.how.format).bits
 
-    @property
+    @cached_property
     def scales(self) -> int:
         """Return the number of scales of a row, those of padding included."""
         if self.how.format is None:
@@ -129,7 +130,7 @@ class Payload:
         assert group is not None
         return -(-columns // group)
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, Part]:
         """Return the parts of a row by name, without those that a format does not have."""
         scale_format = self.how.scale_format
@@ -149,7 +150,7 @@ class Payload:
                 at += size
         return found
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Return the bytes of a row, with all padding."""
         return round_up(max(part.stop for part in self.parts.values()), ROW_ALIGNMENT)

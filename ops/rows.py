@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hal.ops.payload import Payload
+from hal.ops.row_codes import RowCodes
 from hal.ops.transports import section
-from hal.quant.represent import Coded, numbers
-from hal.torch_compat import dtype
 
 if TYPE_CHECKING:
     from hal.ops.quantize import QuantizeFunction
@@ -24,10 +23,20 @@ class Rows:
         payload: What travels.
         encoding: Number format of the codes.
         quantize: What makes the codes, None for activations as given.
+        device: Where rows are that are read.
     """
 
-    def __init__(self, payload: Payload, encoding: str, quantize: QuantizeFunction | None) -> None:
+    def __init__(
+        self,
+        payload: Payload,
+        encoding: str,
+        quantize: QuantizeFunction | None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.payload, self.encoding, self._quantize = payload, encoding, quantize
+        self._codes = None
+        if quantize is not None:
+            self._codes = RowCodes(payload.how, encoding, payload.hidden, device)
 
     def pack(
         self, rows: torch.Tensor, x: torch.Tensor, physical: torch.Tensor, weights: torch.Tensor
@@ -43,17 +52,17 @@ class Rows:
         parts = self.payload.parts
         section(rows, parts["ids"], torch.int32).copy_(physical)
         section(rows, parts["weights"], torch.float32).copy_(weights)
-        codes = section(rows, parts["codes"], torch.uint8)
         if self._quantize is None:
-            codes.copy_(x.contiguous().view(torch.uint8))
+            section(rows, parts["codes"], x.dtype).copy_(x)
             return
         values, scales, *second = self._quantize(x, self.encoding, self.payload.how, None)
-        codes.copy_(values.view(torch.uint8))
+        section(rows, parts["codes"], torch.uint8).copy_(values.view(torch.uint8))
         scales = scales.view(x.shape[0], -1)
         target = section(rows, parts["scales"], scales.dtype)
-        target[:, : scales.shape[1]].copy_(scales)
         if target.shape[1] > scales.shape[1]:
             target[:, scales.shape[1] :].zero_()
+            target = target[:, : scales.shape[1]]
+        target.copy_(scales)
         if second:
             section(rows, parts["second"], torch.float32).copy_(second[0].unsqueeze(-1))
 
@@ -64,21 +73,11 @@ class Rows:
         parts = self.payload.parts
         physical = section(rows, parts["ids"], torch.int32)
         weights = section(rows, parts["weights"], torch.float32).clone()
-        if self._quantize is None:
+        if self._codes is None:
             return section(rows, parts["codes"], wanted).clone(), physical, weights
-        return self._decode(rows).to(wanted), physical, weights
-
-    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
-        payload, parts = self.payload, self.payload.parts
-        how = payload.how
-        stored = torch.uint8 if how.packed else dtype(self.encoding)
-        values = section(rows, parts["codes"], torch.uint8).contiguous().view(stored)
-        stored = torch.uint8 if how.scale_format == "e8m0" else dtype(how.scale_format or "float32")
-        own = Payload(payload.format, payload.hidden, payload.top_k).scales
-        scales = section(rows, parts["scales"], stored)[:, :own].contiguous()
-        if how.granularity == "token":
-            scales = scales.squeeze(-1)
-        second = None
-        if "second" in parts:
-            second = section(rows, parts["second"], torch.float32).squeeze(-1).contiguous()
-        return numbers(Coded(values, scales, second), how, self.encoding, payload.hidden)
+        values = section(rows, parts["codes"], self._codes.stored)
+        scales = section(rows, parts["scales"], self._codes.scale_dtype)
+        if scales.shape[1] > self._codes.scales:
+            scales = scales[:, : self._codes.scales]
+        second = section(rows, parts["second"], torch.float32) if "second" in parts else None
+        return self._codes.decode(values, scales, second, wanted), physical, weights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.needs import Code, Needs
 from hal.ops.transports import BACKENDS, EXPERT_PARALLEL, SIGNATURES, Setup, collective
-from hal.ops.transports.by_rows import ByRows
+from hal.ops.transports.by_rows import ByRows, finished
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -31,21 +31,24 @@ class _State(NamedTuple):
 
 class _AllToAll:
     def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+        import torch
+
         self.ranks, self.payload, self.workspace = setup.ranks, setup.payload, setup.workspace
+        # Absent slots, whose id is -1, are on one rank more, which is cut off.
+        rank_of = [*setup.placement.rank_of, self.ranks.size]
+        self._rank_of = torch.tensor(rank_of, device=setup.device)
 
     def rows(self, tokens: int) -> torch.Tensor:
         return self._rows("rows", tokens)
 
     def send(
-        self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
+        self, tokens: int, physical: torch.Tensor, counts: Sequence[int] | None
     ) -> tuple[Pending, torch.Tensor, _State]:
         import torch
 
         size = self.ranks.size
-        # Absent slots mark an extra rank, which is cut off.
-        hit = torch.zeros(tokens, size + 1, dtype=torch.bool, device=ranks.device)
-        hit.scatter_(1, torch.where(ranks < 0, size, ranks), True)
+        hit = torch.zeros(tokens, size + 1, dtype=torch.bool, device=physical.device)
+        hit.scatter_(1, self._rank_of[physical], True)
         hit = hit[:, :size].t()
         token = hit.nonzero()[:, 1]
         outgoing = hit.sum(1)
@@ -58,7 +61,9 @@ class _AllToAll:
         pending = self.ranks.start_all_to_all(arrived, rows, received, sent)
         return pending, arrived, _State(tokens, token, sent, received)
 
-    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+    def combine(
+        self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         import torch
 
         hidden = self.payload.hidden
@@ -66,11 +71,11 @@ class _AllToAll:
         returned = flat.view(partial.dtype).view(-1, hidden)
         self.ranks.all_to_all(returned, partial.contiguous(), state.sent, state.received)
         sums = torch.zeros(state.tokens, hidden, dtype=torch.float32, device=partial.device)
-        parts = zip(returned.split(state.sent), state.token.split(state.sent), strict=True)
-        for rows, token in parts:
+        wide = returned.float()
+        for rows, token in zip(wide.split(state.sent), state.token.split(state.sent), strict=True):
             # A rank returns one row a token: no two of them meet in one place.
-            sums.index_add_(0, token, rows.float())
-        return sums
+            sums.index_add_(0, token, rows)
+        return finished(sums, shared, dtype)
 
     def _rows(self, name: str, count: int) -> torch.Tensor:
         width = self.payload.row_bytes

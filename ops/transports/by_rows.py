@@ -24,7 +24,7 @@ class RowExchange(Protocol):
         ...
 
     def send(
-        self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
+        self, tokens: int, physical: torch.Tensor, counts: Sequence[int] | None
     ) -> tuple[Pending | None, torch.Tensor, Any]:
         """Begin to send the rows.
 
@@ -33,13 +33,15 @@ class RowExchange(Protocol):
 
         Args:
             tokens: Rows that were written.
-            ranks: `[tokens, top_k]` int64, the rank of each slot, -1 where it is absent.
+            physical: `[tokens, top_k]` int64 physical ids, -1 of absent slots.
             counts: Tokens of every rank, if the caller knows them.
         """
         ...
 
-    def combine(self, partial: torch.Tensor, state: Any) -> torch.Tensor:
-        """Return `[tokens, hidden]` float32: the sums over ranks of what was made of the rows."""
+    def combine(
+        self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return `[tokens, hidden]`, no view of a buffer; see `hal.ops.transports.Exchange`."""
         ...
 
 
@@ -53,31 +55,23 @@ class ByRows:
     """An exchange whose tokens are rows of bytes, packed and unpacked with torch."""
 
     def __init__(self, setup: Setup, transport: RowExchange) -> None:
-        import torch
-
         from hal.ops.rows import Rows
         from hal.ops.transports.numbering import Numbering
 
         self.setup, self.transport = setup, transport
-        placement, device = setup.placement, setup.device
-        self._rows = Rows(setup.payload, setup.encoding, setup.quantize)
-        self._numbering = Numbering(placement, setup.ranks.rank, device)
-        self._rank_of = torch.tensor(placement.rank_of, device=device)
+        self._rows = Rows(setup.payload, setup.encoding, setup.quantize, setup.device)
+        self._numbering = Numbering(setup.placement, setup.ranks.rank, setup.device)
 
     def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
         return self.receive(self.send(x, routing, counts))
 
     def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
-        import torch
-
         physical = self._numbering.of(routing.ids)
-        present = physical >= 0
-        ranks = torch.where(present, self._rank_of[physical.clamp_min(0)], -1)
         self.setup.workspace.depart()
         try:
             if x.shape[0]:
                 self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
-            return _Sent(*self.transport.send(x.shape[0], ranks, counts))
+            return _Sent(*self.transport.send(x.shape[0], physical, counts))
         except BaseException:
             self.setup.workspace.arrive()
             raise
@@ -94,12 +88,24 @@ class ByRows:
     def combine(
         self, partial: torch.Tensor, state: Any, shared: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        return finished(self.transport.combine(partial, state), shared, dtype)
+        return self.transport.combine(partial, state, shared, dtype)
 
     def check(self) -> None:
         """Do nothing: collectives raise."""
 
 
 def finished(sums: torch.Tensor, shared: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return float32 sums, plus shared where there is one, rounded to `dtype`."""
-    return (sums if shared is None else sums + shared.float()).to(dtype)
+    """Return sums, plus shared where there is one, in float32 and rounded once to `dtype`.
+
+    Args:
+        sums: Float32, or of `dtype` where nothing is shared.
+        shared: Like sums, of any float dtype.
+        dtype: Of the result.
+    """
+    import torch
+
+    if shared is None:
+        return sums.to(dtype)
+    out = torch.empty(sums.shape, dtype=dtype, device=sums.device)
+    # Promoted to the float32 of sums, and rounded as it is written.
+    return torch.add(sums, shared, out=out)

@@ -25,7 +25,7 @@ from hal.ops.transports import (
     rows_of_each,
     section,
 )
-from hal.ops.transports.by_rows import ByRows
+from hal.ops.transports.by_rows import ByRows, finished
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -52,15 +52,16 @@ class _Gathered:
         return self._rows("rows", self.setup.max_tokens)[:tokens]
 
     def send(
-        self, tokens: int, ranks: torch.Tensor, counts: Sequence[int] | None
+        self, tokens: int, physical: torch.Tensor, counts: Sequence[int] | None
     ) -> tuple[Pending | None, torch.Tensor, _State]:
         import torch
 
         room = self._room(tokens, counts)
         rows = self._rows("rows", room)
-        # Rows of an earlier call are still there.
-        rows[tokens:].zero_()
-        section(rows[tokens:], self.payload.parts["ids"], torch.int32).fill_(-1)
+        if tokens < room:
+            # Rows of an earlier call are still there.
+            more = rows[tokens:].zero_()
+            section(more, self.payload.parts["ids"], torch.int32).fill_(-1)
         received = self._rows("receive", self.ranks.size * room)
         pending = self.ranks.start_all_gather(received, rows) if room else None
         return pending, received, _State(tokens, room)
@@ -82,35 +83,50 @@ class _Gathered:
 
 
 class _AllReduce(_Gathered):
-    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+    def combine(
+        self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         sums = self._wide("partial", partial.shape[0]).copy_(partial)
         if state.room:
             self.ranks.all_reduce(sums)
         first = self.ranks.rank * state.room
-        return sums[first : first + state.tokens].clone()
+        return _taken(sums[first : first + state.tokens], shared, dtype)
 
 
 class _ReduceScatter(_Gathered):
-    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+    def combine(
+        self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         wide = self._wide("partial", partial.shape[0]).copy_(partial)
         sums = self._wide("sum", state.room)
         if state.room:
             self.ranks.reduce_scatter(sums, wide)
-        return sums[: state.tokens].clone()
+        return _taken(sums[: state.tokens], shared, dtype)
+
+
+def _taken(sums: torch.Tensor, shared: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return finished sums of a buffer, and no view of it: the next combine may write there."""
+    if shared is None and dtype == sums.dtype:
+        return sums.clone()
+    return finished(sums, shared, dtype)
 
 
 class _Returned(_Gathered):
-    def combine(self, partial: torch.Tensor, state: _State) -> torch.Tensor:
+    def combine(
+        self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         flat = self.workspace.take("returned", partial.numel() * partial.element_size())
         returned = flat.view(partial.dtype).view(partial.shape)
         if state.room:
             self.ranks.all_to_all(returned, partial.contiguous())
         by_rank = returned.view(self.ranks.size, state.room, self.payload.hidden)
-        by_rank = by_rank[:, : state.tokens]
-        sums = by_rank[0].float()
-        for rows in by_rank[1:]:
+        first, *others = by_rank[:, : state.tokens].unbind()
+        if len(others) == 1 and shared is None and dtype == partial.dtype:
+            return first + others[0]  # which devices do in float32 and round once, like the rest
+        sums = first.float()
+        for rows in others:
             sums += rows
-        return sums
+        return finished(sums, shared, dtype)
 
 
 @EXPERT_PARALLEL.kernel(

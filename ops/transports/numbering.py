@@ -41,29 +41,37 @@ class Numbering:
             return holder * self.each + physical - offsets[holder] if even else physical
 
         numbers = [[number(place) for place in places] for places in placement.turns()]
-        self._numbers = torch.tensor(numbers, device=device)
-        self._count = torch.tensor([len(places) for places in placement.copies()], device=device)
-        self._experts, self._rank = placement.experts, rank
+        counts = [len(places) for places in placement.copies()]
         self._redundant = len(numbers[0]) > 1
+        # The last row is what no expert has: index -1 finds it, and so does the number of experts.
+        numbers, counts = [*numbers, [-1] * len(numbers[0])], [*counts, 1]
+        self._numbers = torch.tensor(numbers, device=device)
+        self._only = self._numbers[:, 0].contiguous()
+        self._count = torch.tensor(counts, device=device)
+        self._experts, self._rank = placement.experts, rank
         self.first = number(offsets[rank])
         self.last = self.first + len(placement.held[rank])
+        self._end = max(map(max, numbers)) + 1
+        here = [n - self.first if self.first <= n < self.last else -1 for n in range(self._end)]
+        self._local = {
+            dtype: torch.tensor([*here, -1], dtype=dtype, device=device)
+            for dtype in (torch.int32, torch.int64)
+        }
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
         """Return int64 numbers `[tokens, top_k]` of ids; -1 where a slot is absent."""
         import torch
 
-        absent = (ids < 0) | (ids >= self._experts)
-        expert = ids.long().masked_fill(absent, 0)
+        expert = ids.clamp(-1, self._experts)
         if not self._redundant:
-            numbers = self._numbers[:, 0][expert]
-        else:
-            token = torch.arange(ids.shape[0], device=ids.device) + self._rank
-            numbers = self._numbers[expert, token.unsqueeze(-1) % self._count[expert]]
-        return numbers.masked_fill(absent, -1)
+            return self._only[expert]
+        expert = expert.long()
+        turn = torch.arange(self._rank, self._rank + ids.shape[0], device=ids.device).unsqueeze(-1)
+        return self._numbers[expert, turn % self._count[expert]]
 
     def local(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return numbers as this rank counts its own experts, -1 for those of others."""
-        import torch
+        """Return numbers as this rank counts its own experts, -1 for those of others.
 
-        here = (numbers >= self.first) & (numbers < self.last)
-        return torch.where(here, numbers - self.first, -1)
+        int32 or int64, and so is what it returns.
+        """
+        return self._local[numbers.dtype][numbers.clamp(-1, self._end)]
