@@ -22,12 +22,7 @@ import torch
 
 from hal.errors import ArgumentError, ForcedKernelError, ShapeError, ValueRangeError
 from hal.ops.binding import select_for
-from hal.ops.checks import (
-    check_activations,
-    check_gradient,
-    check_same_device,
-    dtype_name,
-)
+from hal.ops.checks import check_activations, check_gradient, check_same_device
 from hal.ops.dispatched import Dispatched, Sent, dispatched_of
 from hal.ops.payload import SYMMETRIC, Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
@@ -153,6 +148,7 @@ class ExpertParallel:
         self.encoding, self.quantize = self._quantization(platform)
         self._agree(scheme)
         self.workspace = Workspace() if workspace is None else workspace
+        self._abandoning = Abandoning(self.workspace)
         self.workspace.reserve(self.workspace_bytes(), self.ranks.size, self.device, self.ranks)
         assert self.selection.kernel is not None
         self._exchange: Exchange = self.selection.kernel.load()(self)
@@ -180,7 +176,7 @@ class ExpertParallel:
         """
         if not self.host_sync:
             return None
-        with Abandoning(self.workspace):
+        with self._abandoning:
             return tokens_of_each(self.ranks, tokens)
 
     @property
@@ -215,7 +211,7 @@ class ExpertParallel:
             RankError: If another rank does not take part.
         """
         self._check(x, routing, tokens)
-        with Abandoning(self.workspace):
+        with self._abandoning:
             return dispatched_of(self._exchange.dispatch(x, routing, tokens), x.shape[0])
 
     def send(
@@ -231,7 +227,7 @@ class ExpertParallel:
             ArgumentError: If tokens sent through the same workspace have not been received.
         """
         self._check(x, routing, tokens)
-        with Abandoning(self.workspace):
+        with self._abandoning:
             return Sent(x.shape[0], self._exchange.send(x, routing, tokens))
 
     def receive(self, sent: Sent) -> Dispatched:
@@ -240,7 +236,7 @@ class ExpertParallel:
         Raises:
             RankError: If another rank does not take part.
         """
-        with Abandoning(self.workspace):
+        with self._abandoning:
             return dispatched_of(self._exchange.receive(sent.state), sent.tokens)
 
     def combine(
@@ -263,17 +259,20 @@ class ExpertParallel:
             ShapeError, DTypeError, DeviceMismatchError: Each for its own fault.
             RankError: If another rank does not take part.
         """
-        name = dtype_name(dispatched.x)
-        check_activations(f"{WHERE}: combine", partial, self.payload.hidden, self.device, (name,))
-        if partial.shape != dispatched.x.shape:
-            raise ShapeError(
-                f"{WHERE}: combine", found=list(partial.shape), needed=list(dispatched.x.shape)
-            )
-        wanted = (dispatched.tokens, self.payload.hidden)
-        if shared is not None and tuple(shared.shape) != wanted:
-            raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
-        check_same_device(f"{WHERE}: shared", self.device, shared=shared)
-        with Abandoning(self.workspace):
+        received = dispatched.x
+        if not self._takes(partial, received.dtype) or partial.shape != received.shape:
+            names = (dtype_name_of(received.dtype),)
+            check_activations(f"{WHERE}: combine", partial, self.payload.hidden, self.device, names)
+            if partial.shape != received.shape:
+                raise ShapeError(
+                    f"{WHERE}: combine", found=list(partial.shape), needed=list(received.shape)
+                )
+        if shared is not None:
+            wanted = (dispatched.tokens, self.payload.hidden)
+            if shared.shape != wanted:
+                raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
+            check_same_device(f"{WHERE}: shared", self.device, shared=shared)
+        with self._abandoning:
             if self.tensor_ranks is None:
                 return self._exchange.combine(partial, dispatched.state, shared, partial.dtype)
             sums = self._exchange.combine(partial, dispatched.state, None, torch.float32)
@@ -306,7 +305,7 @@ class ExpertParallel:
         Raises:
             RankError: Naming the ranks that did not come.
         """
-        with Abandoning(self.workspace):
+        with self._abandoning:
             for ranks in (self.ranks, self.tensor_ranks):
                 if ranks is not None:
                     ranks.settle()
@@ -371,19 +370,34 @@ class ExpertParallel:
         if self.tensor_ranks is not None:
             self.tensor_ranks.agree(f"{WHERE}: tensor_group", settings)
 
+    def _takes(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Tell, from attributes alone, whether there is nothing to refuse about `x`.
+
+        Names of dtypes take as long to build as all of a call's other checks.
+        """
+        return (
+            x.dtype is dtype
+            and x.ndim == 2
+            and x.shape[1] == self.payload.hidden
+            and x.device == self.device
+            and not x.requires_grad
+        )
+
     def _check(self, x: torch.Tensor, routing: Routing, tokens: Sequence[int] | None) -> None:
-        check_activations(WHERE, x, self.payload.hidden, self.device, (dtype_name_of(self.dtype),))
-        if x.ndim != 2:
-            raise ShapeError(
-                WHERE, found=f"input {list(x.shape)}", needed=f"[tokens, {self.payload.hidden}]"
-            )
-        wanted = (x.shape[0], self.payload.top_k)
-        if tuple(routing.ids.shape) != wanted:
-            raise ShapeError(
-                f"{WHERE}: routing", found=list(routing.ids.shape), needed=list(wanted)
-            )
-        check_same_device(f"{WHERE}: routing", self.device, ids=routing.ids)
-        check_gradient(WHERE, routing.weights)
+        if not self._takes(x, self.dtype):
+            names = (dtype_name_of(self.dtype),)
+            check_activations(WHERE, x, self.payload.hidden, self.device, names)
+            if x.ndim != 2:
+                raise ShapeError(
+                    WHERE, found=f"input {list(x.shape)}", needed=f"[tokens, {self.payload.hidden}]"
+                )
+        ids, wanted = routing.ids, (x.shape[0], self.payload.top_k)
+        if ids.shape != wanted:
+            raise ShapeError(f"{WHERE}: routing", found=list(ids.shape), needed=list(wanted))
+        if ids.device != self.device:
+            check_same_device(f"{WHERE}: routing", self.device, ids=ids)
+        if routing.weights.requires_grad:
+            check_gradient(WHERE, routing.weights)
         if x.shape[0] > self.max_tokens:
             raise ValueRangeError(
                 WHERE,

@@ -103,6 +103,6 @@ class Window:
         Raises:
             RankError: Naming the ranks that did not come.
         """
-        late = [rank for rank, failed in enumerate(self.failures.tolist()) if failed]
-        if late:
-            ranks.lose(WHERE, late)
+        failures = self.failures.tolist()
+        if any(failures):
+            ranks.lose(WHERE, [rank for rank, failed in enumerate(failures) if failed])

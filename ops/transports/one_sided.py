@@ -67,11 +67,43 @@ There is no clock that all threads of a program read alike, and they must leave 
 """
 
 
-class _State(NamedTuple):
+MOST_KEPT = 1024
+"""Numbers of rows, times slots, of which a rank keeps what does not change between calls."""
+
+
+class _Kept(NamedTuple):
+    """What all calls have in common that take a slot with so many rows.
+
+    arrived: Where rows arrive that are read there; None of those that are decoded elsewhere.
+    out: `Units` of a dispatch by their names.
+    back: Of a combine.
+    """
+
     slot: int
     room: int
     places: Places
+    arrived: torch.Tensor | None
+    ids: torch.Tensor
+    weights: torch.Tensor
+    out: dict[str, int]
+    back: dict[str, int]
+
+
+class _State(NamedTuple):
+    kept: _Kept
     hits: torch.Tensor
+
+    @property
+    def slot(self) -> int:
+        return self.kept.slot
+
+    @property
+    def room(self) -> int:
+        return self.kept.room
+
+    @property
+    def places(self) -> Places:
+        return self.kept.places
 
 
 class _Sent(NamedTuple):
@@ -155,6 +187,8 @@ class OneSided:
         self._copies = torch.tensor(counts, dtype=torch.int32, device=device)
         self._plain = Codec("raw", setup.payload.hidden)
         self._codec = codec_of(setup.payload, setup.encoding)
+        self._kept: dict[tuple[int, int, torch.dtype], _Kept] = {}
+        self._kept_of: Window | None = None
 
     @property
     def window(self) -> Window:
@@ -187,20 +221,40 @@ class OneSided:
         """Take a slot, and return what will lie in it."""
         import torch
 
-        window, payload, ranks = self.window, self.payload, self.ranks.size
+        window = self.window
         # Where no rank has a token, nothing is launched and no slot is needed.
         slot = window.take() if room else 0
-        places = self._places(window, slot)
-        hits = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-        rows, top_k = ranks * room, payload.top_k
-        if self._codec.kind == "raw":
-            arrived = window.view(places.codes, (rows, payload.hidden), x.dtype)
-        else:
-            arrived = x.new_empty(rows, payload.hidden)
-        ids = window.view(places.ids, (rows, top_k), torch.int32)
-        weights = window.view(places.weights, (rows, top_k), torch.float32)
-        state = _State(slot, room, places, hits)
-        return Received(arrived, ids, weights, state), state
+        kept = self._keep(window, slot, room, x.dtype)
+        state = _State(kept, x.new_empty(x.shape[0], dtype=torch.int64))
+        arrived = kept.arrived
+        if arrived is None:
+            arrived = x.new_empty(self.ranks.size * room, self.payload.hidden)
+        return Received(arrived, kept.ids, kept.weights, state), state
+
+    def _keep(self, window: Window, slot: int, room: int, dtype: torch.dtype) -> _Kept:
+        """Return what calls have in common, made by the first one."""
+        import torch
+
+        if self._kept_of is not window or len(self._kept) >= MOST_KEPT:
+            self._kept.clear()
+            self._kept_of = window
+        found = self._kept.get((slot, room, dtype))
+        if found is not None:
+            return found
+        payload, codec, places = self.payload, self._codec, self._places(window, slot)
+        raw = codec.kind == "raw"
+        rows, top_k = self.ranks.size * room, payload.top_k
+        back = units_of(self._plain, room, window.programs, back=True)._asdict()
+        del back["registers"]
+        found = self._kept[slot, room, dtype] = _Kept(
+            slot, room, places,
+            window.view(places.codes, (rows, payload.hidden), dtype) if raw else None,
+            window.view(places.ids, (rows, top_k), torch.int32),
+            window.view(places.weights, (rows, top_k), torch.float32),
+            units_of(codec, room, window.programs)._asdict(),
+            {"block": back.pop("groups"), **back},
+        )  # fmt: skip
+        return found
 
     def launch_dispatch(
         self,
@@ -219,7 +273,6 @@ class OneSided:
 
         codec, window = self._codec, self.window
         raw = codec.kind == "raw"
-        units = units_of(codec, state.room, window.programs)
         x, ids, weights = (
             part if part.stride(-1) == 1 else part.contiguous()
             for part in (x, routing.ids, routing.weights)
@@ -228,8 +281,7 @@ class OneSided:
             x, ids, weights, state.hits, None if raw else received.x,
             table=self._table, copies=self._copies, peers=window.peers, state=window.state,
             places=state.places, codec=codec, me=self.ranks.rank, room=state.room,
-            limit=self._limit(), send=send, receive=receive,
-            **units._asdict(),
+            limit=self._limit(), send=send, receive=receive, **state.kept.out,
         )  # fmt: skip
 
     def combine(
@@ -270,15 +322,13 @@ class OneSided:
         from hal.ops.kernels.combine_rows import combine_rows
 
         window = self.window
-        units = units_of(self._plain, state.room, window.programs, back=True)._asdict()
-        del units["registers"]
         combine_rows(
             partial if partial.stride(-1) == 1 else partial.contiguous(),
             out, state.hits,
             None if shared is None else shared if shared.stride(-1) == 1 else shared.contiguous(),
             peers=window.peers, state=window.state, places=state.places, me=self.ranks.rank,
             room=state.room, top_k=self.payload.top_k,
-            block=units.pop("groups"), limit=self._limit(), send=send, receive=receive, **units,
+            limit=self._limit(), send=send, receive=receive, **state.kept.back,
         )  # fmt: skip
 
     def check(self) -> None:
