@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hal.errors import ArgumentError, ForcedKernelError, ShapeError, ValueRangeError
+from hal.errors import ForcedKernelError, ValueRangeError
 from hal.ops.binding import select_for
-from hal.ops.checks import check_activations, check_gradient, check_same_device
+from hal.ops.call_checks import WHERE, CallChecks, dtype_name_of
 from hal.ops.dispatched import Dispatched, Sent, dispatched_of
 from hal.ops.payload import SYMMETRIC, Payload, payload_format, workspace
 from hal.ops.placement import Placement, placement_of
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from hal.selection import Selection
 
 __all__ = ["Dispatched", "ExpertParallel", "Sent"]
-
-WHERE = "expert_parallel"
 
 
 class ExpertParallel:
@@ -146,6 +144,7 @@ class ExpertParallel:
                 ranks.greet()
         self.selection = self._select(experts, transport, platform)
         self.encoding, self.quantize = self._quantization(platform)
+        self._checks = CallChecks(self.payload, dtype, self.device, max_tokens, self.ranks)
         self._agree(scheme)
         self.workspace = Workspace() if workspace is None else workspace
         self._abandoning = Abandoning(self.workspace)
@@ -210,7 +209,7 @@ class ExpertParallel:
             ValueRangeError: For more tokens than `max_tokens`. Others wait for this rank then.
             RankError: If another rank does not take part.
         """
-        self._check(x, routing, tokens)
+        self._checks.dispatch(x, routing, tokens)
         with self._abandoning:
             return dispatched_of(self._exchange.dispatch(x, routing, tokens), x.shape[0])
 
@@ -226,7 +225,7 @@ class ExpertParallel:
         Raises:
             ArgumentError: If tokens sent through the same workspace have not been received.
         """
-        self._check(x, routing, tokens)
+        self._checks.dispatch(x, routing, tokens)
         with self._abandoning:
             return Sent(x.shape[0], self._exchange.send(x, routing, tokens))
 
@@ -259,19 +258,7 @@ class ExpertParallel:
             ShapeError, DTypeError, DeviceMismatchError: Each for its own fault.
             RankError: If another rank does not take part.
         """
-        received = dispatched.x
-        if not self._takes(partial, received.dtype) or partial.shape != received.shape:
-            names = (dtype_name_of(received.dtype),)
-            check_activations(f"{WHERE}: combine", partial, self.payload.hidden, self.device, names)
-            if partial.shape != received.shape:
-                raise ShapeError(
-                    f"{WHERE}: combine", found=list(partial.shape), needed=list(received.shape)
-                )
-        if shared is not None:
-            wanted = (dispatched.tokens, self.payload.hidden)
-            if shared.shape != wanted:
-                raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
-            check_same_device(f"{WHERE}: shared", self.device, shared=shared)
+        self._checks.combine(partial, dispatched, shared)
         with self._abandoning:
             if self.tensor_ranks is None:
                 return self._exchange.combine(partial, dispatched.state, shared, partial.dtype)
@@ -370,45 +357,6 @@ class ExpertParallel:
         if self.tensor_ranks is not None:
             self.tensor_ranks.agree(f"{WHERE}: tensor_group", settings)
 
-    def _takes(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
-        """Tell, from attributes alone, whether there is nothing to refuse about `x`.
-
-        Names of dtypes take as long to build as all of a call's other checks.
-        """
-        return (
-            x.dtype is dtype
-            and x.ndim == 2
-            and x.shape[1] == self.payload.hidden
-            and x.device == self.device
-            and not x.requires_grad
-        )
-
-    def _check(self, x: torch.Tensor, routing: Routing, tokens: Sequence[int] | None) -> None:
-        if not self._takes(x, self.dtype):
-            names = (dtype_name_of(self.dtype),)
-            check_activations(WHERE, x, self.payload.hidden, self.device, names)
-            if x.ndim != 2:
-                raise ShapeError(
-                    WHERE, found=f"input {list(x.shape)}", needed=f"[tokens, {self.payload.hidden}]"
-                )
-        ids, wanted = routing.ids, (x.shape[0], self.payload.top_k)
-        if ids.shape != wanted:
-            raise ShapeError(f"{WHERE}: routing", found=list(ids.shape), needed=list(wanted))
-        if ids.device != self.device:
-            check_same_device(f"{WHERE}: routing", self.device, ids=ids)
-        if routing.weights.requires_grad:
-            check_gradient(WHERE, routing.weights)
-        if x.shape[0] > self.max_tokens:
-            raise ValueRangeError(
-                WHERE,
-                found=f"{x.shape[0]} tokens",
-                needed=f"at most max_tokens={self.max_tokens}",
-                cure="call it in pieces, the same number of times on every rank; layers do so with "
-                "ExpertParallel(batch_tokens=...)",
-            )
-        if tokens is not None:
-            self.check_tokens(tokens, x.shape[0], self.max_tokens)
-
     def check_tokens(self, tokens: Sequence[int], mine: int, most: int) -> None:
         """Refuse what is not the number of tokens of every rank, at most `most` each.
 
@@ -416,16 +364,7 @@ class ExpertParallel:
             ArgumentError: For another number of ranks, or another number here than `mine`.
             ValueRangeError: For a number that cannot be.
         """
-        if len(tokens) != self.ranks.size or tokens[self.rank] != mine:
-            raise ArgumentError(
-                f"{WHERE}: tokens",
-                found=f"{list(tokens)} on rank {self.rank} with {mine} tokens",
-                needed=f"the tokens of each of {self.ranks.size} ranks",
-            )
-        if not 0 <= min(tokens) <= max(tokens) <= most:
-            raise ValueRangeError(
-                f"{WHERE}: tokens", found=list(tokens), needed=f"0 to {most} each"
-            )
+        self._checks.tokens(tokens, mine, most)
 
     def __reduce__(self) -> Any:
         raise TypeError("ExpertParallel belongs to a process group; make one in each process")
@@ -438,8 +377,3 @@ class ExpertParallel:
             f"ExpertParallel(rank {self.rank} of {self.ranks.size}, {len(self.local_experts)} of "
             f"{self.experts} experts, {self.payload.format} by {self.transport})"
         )
-
-
-def dtype_name_of(dtype: torch.dtype) -> str:
-    """Return the name of a dtype without the `torch.` in front."""
-    return str(dtype).removeprefix("torch.")

@@ -13,9 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import launch
+from hal.ops.kernels.again import Again, launch_again
 from hal.ops.kernels.dispatch_rows import Places
 from hal.ops.kernels.peers import COMBINE, FLAGS, address, raise_flag, wait
+
+CHANGING = ("partial_ptr", "shared_ptr", "out_ptr", "hits_ptr", "n_tokens")
+"""What differs between launches of equal dtypes, strides and room; shared_ptr is out without it."""
 
 
 @triton.jit
@@ -162,7 +165,7 @@ def combine_rows(
     limit: int,
     send: bool = True,
     receive: bool = True,
-) -> None:
+) -> Again | None:
     """Send results to all ranks and, in the same launch or another, wait for theirs and sum.
 
     Args:
@@ -184,6 +187,9 @@ def combine_rows(
         limit: See `wait`.
         send: Whether to send.
         receive: Whether to wait for what was sent, and sum.
+
+    Returns:
+        How to launch again with other tensors and as many rows of room, see `CHANGING`.
     """
     columns = partial.shape[1]
     if partial.stride(-1) != 1 or not out.is_contiguous():
@@ -191,8 +197,8 @@ def combine_rows(
     if shared is not None and shared.stride(-1) != 1:
         raise ValueError("combine_rows: rows of shared must be contiguous")
     ranks = peers.numel() - 1
-    launch(
-        _combine_kernel, (programs * (send + receive),),
+    return launch_again(
+        _combine_kernel, CHANGING, (programs * (send + receive),),
         partial, out if shared is None else shared, out, hits, peers, state,
         out.shape[0], room, turns, me, partial.stride(0),
         0 if shared is None else shared.stride(0),

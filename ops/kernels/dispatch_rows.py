@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import decode_fp8, has_ptx, launch
+from hal.ops.kernels.again import Again, launch_again
+from hal.ops.kernels.common import decode_fp8, has_ptx
 from hal.ops.kernels.encode import divide, mx_tile, nvfp4_tile, scaled_tile
 from hal.ops.kernels.peers import DISPATCH, FLAGS, address, raise_flag, wait
 from hal.ops.kernels.source import group_columns, half_columns
@@ -27,6 +28,8 @@ LOCAL_BITS = tl.constexpr(20)
 """Bits of an expert's number on its rank; those above are the rank."""
 LOCAL_MASK = tl.constexpr((1 << 20) - 1)
 FILL = tl.constexpr(1024)
+CHANGING = ("x_ptr", "ids_ptr", "weights_ptr", "hits_ptr", "out_ptr", "n_tokens")
+"""What differs between launches of equal dtypes, strides and room; out_ptr is x without `out`."""
 
 
 @dataclass(frozen=True)
@@ -442,7 +445,7 @@ def dispatch_rows(
     send: bool = True,
     receive: bool = True,
     registers: int = 0,
-) -> None:
+) -> Again | None:
     """Send tokens to all ranks and, in the same launch or another, wait for theirs.
 
     Args:
@@ -468,6 +471,9 @@ def dispatch_rows(
         send: Whether to send.
         receive: Whether to wait for what was sent.
         registers: Most of a thread, on CUDA; 0 leaves that to the compiler.
+
+    Returns:
+        How to launch again with other tensors and as many rows of room, see `CHANGING`.
     """
     tokens, top_k = ids.shape
     if x.stride(-1) != 1 or ids.stride(-1) != 1 or weights.stride(-1) != 1:
@@ -477,8 +483,8 @@ def dispatch_rows(
     if codec.kind == "raw":
         pieces, width, groups = -(-codec.columns // groups), groups, 1
     ranks = peers.numel() - 1
-    launch(
-        _dispatch_kernel, (programs * (send + receive),),
+    return launch_again(
+        _dispatch_kernel, CHANGING, (programs * (send + receive),),
         x, ids, weights, table, copies, peers, state, hits, x if out is None else out,
         tokens, room, turns, table.shape[0], me, x.stride(0), ids.stride(0), weights.stride(0),
         places.codes, places.scales, places.second, places.weights, places.ids, places.counts,

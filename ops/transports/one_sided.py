@@ -30,6 +30,7 @@ from hal.ops.transports import (
     Setup,
     rows_of_each,
 )
+from hal.ops.transports.kept import MOST_KEPT, Kept, Sent, State
 from hal.ops.triton_since import needs_triton
 from hal.ops.window import WHERE
 from hal.registry import Level
@@ -65,52 +66,6 @@ LOOKS_PER_SECOND = 1_000_000
 
 There is no clock that all threads of a program read alike, and they must leave their loop together.
 """
-
-
-MOST_KEPT = 1024
-"""Numbers of rows, times slots, of which a rank keeps what does not change between calls."""
-
-
-class _Kept(NamedTuple):
-    """What all calls have in common that take a slot with so many rows.
-
-    arrived: Where rows arrive that are read there; None of those that are decoded elsewhere.
-    out: `Units` of a dispatch by their names.
-    back: Of a combine.
-    """
-
-    slot: int
-    room: int
-    places: Places
-    arrived: torch.Tensor | None
-    ids: torch.Tensor
-    weights: torch.Tensor
-    out: dict[str, int]
-    back: dict[str, int]
-
-
-class _State(NamedTuple):
-    kept: _Kept
-    hits: torch.Tensor
-
-    @property
-    def slot(self) -> int:
-        return self.kept.slot
-
-    @property
-    def room(self) -> int:
-        return self.kept.room
-
-    @property
-    def places(self) -> Places:
-        return self.kept.places
-
-
-class _Sent(NamedTuple):
-    x: torch.Tensor
-    routing: Routing
-    received: Received
-    state: _State
 
 
 class Units(NamedTuple):
@@ -187,7 +142,7 @@ class OneSided:
         self._copies = torch.tensor(counts, dtype=torch.int32, device=device)
         self._plain = Codec("raw", setup.payload.hidden)
         self._codec = codec_of(setup.payload, setup.encoding)
-        self._kept: dict[tuple[int, int, torch.dtype], _Kept] = {}
+        self._kept: dict[tuple[int, int, torch.dtype], Kept] = {}
         self._kept_of: Window | None = None
 
     @property
@@ -200,24 +155,24 @@ class OneSided:
         self.launch_dispatch(*sent)
         return sent.received
 
-    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
+    def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Sent:
         sent = self._begin(x, routing, counts)
         self.launch_dispatch(*sent, receive=False)
         return sent
 
-    def receive(self, sent: _Sent) -> Received:
+    def receive(self, sent: Sent) -> Received:
         self.ranks.check()
         self.window.check(self.ranks)
         self.launch_dispatch(*sent, send=False)
         return sent.received
 
-    def _begin(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
+    def _begin(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Sent:
         self.ranks.check()
         self.window.check(self.ranks)
         room = rows_of_each(self.setup, x.shape[0], counts)
-        return _Sent(x, routing, *self.open(x, room))
+        return Sent(x, routing, *self.open(x, room))
 
-    def open(self, x: torch.Tensor, room: int) -> tuple[Received, _State]:
+    def open(self, x: torch.Tensor, room: int) -> tuple[Received, State]:
         """Take a slot, and return what will lie in it."""
         import torch
 
@@ -225,34 +180,37 @@ class OneSided:
         # Where no rank has a token, nothing is launched and no slot is needed.
         slot = window.take() if room else 0
         kept = self._keep(window, slot, room, x.dtype)
-        state = _State(kept, x.new_empty(x.shape[0], dtype=torch.int64))
+        state = State(kept, x.new_empty(x.shape[0], dtype=torch.int64))
         arrived = kept.arrived
         if arrived is None:
             arrived = x.new_empty(self.ranks.size * room, self.payload.hidden)
         return Received(arrived, kept.ids, kept.weights, state), state
 
-    def _keep(self, window: Window, slot: int, room: int, dtype: torch.dtype) -> _Kept:
+    def _keep(self, window: Window, slot: int, room: int, dtype: torch.dtype) -> Kept:
         """Return what calls have in common, made by the first one."""
-        import torch
-
         if self._kept_of is not window or len(self._kept) >= MOST_KEPT:
             self._kept.clear()
             self._kept_of = window
         found = self._kept.get((slot, room, dtype))
         if found is not None:
             return found
+        import torch
+
+        from hal.ops.kernels.again import Repeats
+
         payload, codec, places = self.payload, self._codec, self._places(window, slot)
         raw = codec.kind == "raw"
         rows, top_k = self.ranks.size * room, payload.top_k
         back = units_of(self._plain, room, window.programs, back=True)._asdict()
         del back["registers"]
-        found = self._kept[slot, room, dtype] = _Kept(
+        found = self._kept[slot, room, dtype] = Kept(
             slot, room, places,
             window.view(places.codes, (rows, payload.hidden), dtype) if raw else None,
             window.view(places.ids, (rows, top_k), torch.int32),
             window.view(places.weights, (rows, top_k), torch.float32),
             units_of(codec, room, window.programs)._asdict(),
             {"block": back.pop("groups"), **back},
+            Repeats(), Repeats(),
         )  # fmt: skip
         return found
 
@@ -261,7 +219,7 @@ class OneSided:
         x: torch.Tensor,
         routing: Routing,
         received: Received,
-        state: _State,
+        state: State,
         *,
         send: bool = True,
         receive: bool = True,
@@ -273,19 +231,27 @@ class OneSided:
 
         codec, window = self._codec, self.window
         raw = codec.kind == "raw"
-        x, ids, weights = (
-            part if part.stride(-1) == 1 else part.contiguous()
-            for part in (x, routing.ids, routing.weights)
-        )
-        dispatch_rows(
+        x, ids, weights = _in_rows(x), _in_rows(routing.ids), _in_rows(routing.weights)
+        hits, out = state.hits, x if raw else received.x
+        like = (
+            send, receive, x.dtype, ids.dtype, weights.dtype,
+            x.stride(0), ids.stride(0), weights.stride(0),
+            x.data_ptr() & 15, ids.data_ptr() & 15, weights.data_ptr() & 15,
+            hits.data_ptr() & 15, out.data_ptr() & 15,
+        )  # fmt: skip
+        repeats = state.kept.dispatches
+        if repeats.launch(like, (x, ids, weights, hits, out, x.shape[0])):
+            return
+        found = dispatch_rows(
             x, ids, weights, state.hits, None if raw else received.x,
             table=self._table, copies=self._copies, peers=window.peers, state=window.state,
             places=state.places, codec=codec, me=self.ranks.rank, room=state.room,
             limit=self._limit(), send=send, receive=receive, **state.kept.out,
         )  # fmt: skip
+        repeats.keep(like, found)
 
     def combine(
-        self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
+        self, partial: torch.Tensor, state: State, shared: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         import torch
 
@@ -312,7 +278,7 @@ class OneSided:
         self,
         partial: torch.Tensor,
         out: torch.Tensor,
-        state: _State,
+        state: State,
         shared: torch.Tensor | None = None,
         *,
         send: bool = True,
@@ -322,14 +288,25 @@ class OneSided:
         from hal.ops.kernels.combine_rows import combine_rows
 
         window = self.window
-        combine_rows(
-            partial if partial.stride(-1) == 1 else partial.contiguous(),
-            out, state.hits,
-            None if shared is None else shared if shared.stride(-1) == 1 else shared.contiguous(),
+        partial = _in_rows(partial)
+        shared = None if shared is None else _in_rows(shared)
+        hits, more = state.hits, out if shared is None else shared
+        like = (
+            send, receive, partial.dtype, out.dtype, more.dtype, shared is None,
+            partial.stride(0), more.stride(0),
+            partial.data_ptr() & 15, out.data_ptr() & 15, more.data_ptr() & 15,
+            hits.data_ptr() & 15,
+        )  # fmt: skip
+        repeats = state.kept.combines
+        if repeats.launch(like, (partial, more, out, hits, out.shape[0])):
+            return
+        found = combine_rows(
+            partial, out, hits, shared,
             peers=window.peers, state=window.state, places=state.places, me=self.ranks.rank,
             room=state.room, top_k=self.payload.top_k,
             limit=self._limit(), send=send, receive=receive, **state.kept.back,
         )  # fmt: skip
+        repeats.keep(like, found)
 
     def check(self) -> None:
         window = self.window
@@ -347,6 +324,10 @@ class OneSided:
         begin = window.begin(slot)
         names = Places.__dataclass_fields__
         return Places(**{n: begin + parts[n].start if n in parts else 0 for n in names})
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def codec_of(payload: Payload, format: str) -> Codec:
