@@ -46,7 +46,7 @@ class CallChecks:
     ) -> None:
         self._hidden, self._top_k = payload.hidden, payload.top_k
         self._dtype, self._device, self._max_tokens = dtype, device, max_tokens
-        self._rank, self._ranks = ranks.rank, ranks.size
+        self._ranks = ranks
 
     def dispatch(self, x: torch.Tensor, routing: Routing, tokens: Sequence[int] | None) -> None:
         """Refuse what `ExpertParallel.dispatch` cannot take; it lists the errors."""
@@ -98,11 +98,12 @@ class CallChecks:
             ArgumentError: For another number of ranks, or another number here than `mine`.
             ValueRangeError: For a number that cannot be.
         """
-        if len(tokens) != self._ranks or tokens[self._rank] != mine:
+        ranks = self._ranks
+        if len(tokens) != ranks.size or tokens[ranks.rank] != mine:
             raise ArgumentError(
                 f"{WHERE}: tokens",
-                found=f"{list(tokens)} on rank {self._rank} with {mine} tokens",
-                needed=f"the tokens of each of {self._ranks} ranks",
+                found=f"{list(tokens)} on rank {ranks.rank} with {mine} tokens",
+                needed=f"the tokens of each of {ranks.size} ranks",
             )
         if not 0 <= min(tokens) <= max(tokens) <= most:
             raise ValueRangeError(
