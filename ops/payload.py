@@ -2,7 +2,7 @@
 
 One token is one row of bytes, so that one collective moves all there is to know of it:
 
-    codes | scales | second scale | weights, float32 | physical expert ids, int32 | padding
+    codes | scales | second scale | weights, float32 | ids of experts or copies, int32 | padding
 
 Each part begins at a multiple of its elements' size and a row is a multiple of 16 bytes, so that
 every part of every row can be viewed in its own dtype. Back travels one row of the activations'

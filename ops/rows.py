@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from hal.ops.payload import Payload
+from hal.ops.payload import Part, Payload
 from hal.ops.row_codes import RowCodes
-from hal.ops.transports import section
 
 if TYPE_CHECKING:
     from hal.ops.quantize import QuantizeFunction
 
-__all__ = ["Rows"]
+__all__ = ["RowParts", "Rows"]
+
+
+class RowParts(NamedTuple):
+    """Rows of a payload, and their parts seen in their own dtypes.
+
+    Attributes:
+        rows: uint8 `[rows, row_bytes]`.
+        ids: int32 `[rows, top_k]`.
+        weights: float32 `[rows, top_k]`.
+        codes: uint8 `[rows, bytes]`, the activations themselves where nothing quantizes them.
+        scales: uint8 `[rows, bytes]`, those of padding included, or None.
+        second: float32 `[rows, 1]`, or None.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    second: torch.Tensor | None
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, payload: Payload) -> RowParts:
+        """Take rows `[rows, row_bytes]` apart."""
+
+        def section(part: Part | None, dtype: torch.dtype) -> torch.Tensor | None:
+            return None if part is None else rows[:, part.start : part.stop].view(dtype)
+
+        parts = payload.parts
+        ids, weights = section(parts["ids"], torch.int32), section(parts["weights"], torch.float32)
+        codes = section(parts["codes"], torch.uint8)
+        assert ids is not None
+        assert weights is not None
+        assert codes is not None
+        scales = section(parts.get("scales"), torch.uint8)
+        return cls(rows, ids, weights, codes, scales, section(parts.get("second"), torch.float32))
 
 
 class Rows:
@@ -38,46 +73,39 @@ class Rows:
         if quantize is not None:
             self._codes = RowCodes(payload.how, encoding, payload.hidden, device)
 
-    def pack(
-        self, rows: torch.Tensor, x: torch.Tensor, physical: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        """Write tokens into `rows` `[tokens, row_bytes]` uint8.
+    def pack(self, parts: RowParts, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """Write tokens into rows, all but their ids.
 
         Args:
-            rows: Where to.
+            parts: Where to, `[tokens, ...]`.
             x: `[tokens, hidden]` bf16 or fp16.
-            physical: `[tokens, top_k]` physical ids, -1 of absent slots.
             weights: `[tokens, top_k]`.
         """
-        parts = self.payload.parts
-        section(rows, parts["ids"], torch.int32).copy_(physical)
-        section(rows, parts["weights"], torch.float32).copy_(weights)
+        parts.weights.copy_(weights)
         if self._quantize is None:
-            section(rows, parts["codes"], x.dtype).copy_(x)
+            parts.codes.view(x.dtype).copy_(x)
             return
         values, scales, *second = self._quantize(x, self.encoding, self.payload.how, None)
-        section(rows, parts["codes"], torch.uint8).copy_(values.view(torch.uint8))
-        scales = scales.view(x.shape[0], -1)
-        target = section(rows, parts["scales"], scales.dtype)
+        parts.codes.copy_(values.view(torch.uint8))
+        scales = scales.view(x.shape[0], -1).view(torch.uint8)
+        target = parts.scales
+        assert target is not None
         if target.shape[1] > scales.shape[1]:
             target[:, scales.shape[1] :].zero_()
             target = target[:, : scales.shape[1]]
         target.copy_(scales)
-        if second:
-            section(rows, parts["second"], torch.float32).copy_(second[0].unsqueeze(-1))
+        if parts.second is not None:
+            parts.second.copy_(second[0].unsqueeze(-1))
 
-    def unpack(
-        self, rows: torch.Tensor, wanted: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return activations in the dtype wanted, physical ids, and weights."""
-        parts = self.payload.parts
-        physical = section(rows, parts["ids"], torch.int32)
-        weights = section(rows, parts["weights"], torch.float32).clone()
-        if self._codes is None:
-            return section(rows, parts["codes"], wanted).clone(), physical, weights
-        values = section(rows, parts["codes"], self._codes.stored)
-        scales = section(rows, parts["scales"], self._codes.scale_dtype)
-        if scales.shape[1] > self._codes.scales:
-            scales = scales[:, : self._codes.scales]
-        second = section(rows, parts["second"], torch.float32) if "second" in parts else None
-        return self._codes.decode(values, scales, second, wanted), physical, weights
+    def unpack(self, parts: RowParts, wanted: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return activations in the dtype wanted, and weights; no views of the rows."""
+        weights = parts.weights.clone()
+        codes = self._codes
+        if codes is None:
+            return parts.codes.view(wanted).clone(), weights
+        assert parts.scales is not None
+        scales = parts.scales.view(codes.scale_dtype)
+        if scales.shape[1] > codes.scales:
+            scales = scales[:, : codes.scales]
+        values = parts.codes.view(codes.stored)
+        return codes.decode(values, scales, parts.second, wanted), weights

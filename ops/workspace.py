@@ -109,10 +109,13 @@ class Workspace:
                 self._held[name] = fresh
         self._ranks, self._device = ranks, device
 
-    def take(self, name: str, size: int) -> torch.Tensor:
-        """Return the first `size` bytes of a buffer."""
+    def take(self, name: str) -> torch.Tensor:
+        """Return a buffer, of which a call may use as many bytes as its layer reserved.
+
+        It is the same object until a layer makes it grow or a collective failed.
+        """
         self._used.add(name)
-        return self._held[name][:size]
+        return self._held[name]
 
     def depart(self) -> None:
         """Take the buffers in which tokens travel, until `arrive`.

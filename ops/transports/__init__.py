@@ -23,7 +23,6 @@ from hal.registry import Op
 if TYPE_CHECKING:
     import torch
 
-    from hal.ops.payload import Part
     from hal.ops.placement import Placement
     from hal.ops.quantize import QuantizeFunction
     from hal.ops.ranks import Ranks
@@ -181,11 +180,6 @@ class Exchange(Protocol):
     def check(self) -> None:
         """Wait for the current stream and raise if a rank did not come, where no call would."""
         ...
-
-
-def section(rows: torch.Tensor, part: Part, dtype: torch.dtype) -> torch.Tensor:
-    """Return one part of rows `[n, row_bytes]`, seen in its own dtype."""
-    return rows[:, part.start : part.stop].view(dtype)
 
 
 def rows_of_each(setup: Setup, tokens: int, counts: Sequence[int] | None) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from hal.ops.ranks import Pending
+    from hal.ops.rows import RowParts
 
 
 class _State(NamedTuple):
@@ -31,34 +32,34 @@ class _State(NamedTuple):
 
 class _AllToAll:
     def __init__(self, setup: Setup) -> None:
-        import torch
+        from hal.ops.transports.buffers import Buffers
+        from hal.ops.transports.numbering import SlotIds
 
-        self.ranks, self.payload, self.workspace = setup.ranks, setup.payload, setup.workspace
-        # Absent slots, whose id is -1, are on one rank more, which is cut off.
-        rank_of = [*setup.placement.rank_of, self.ranks.size]
-        self._rank_of = torch.tensor(rank_of, device=setup.device)
+        self.ranks, self.buffers = setup.ranks, Buffers(setup.workspace, setup.payload)
+        self._rank_of = SlotIds(setup.placement, self.ranks.rank, setup.device).rank_of
 
-    def rows(self, tokens: int) -> torch.Tensor:
-        return self._rows("rows", tokens)
+    def parts(self, tokens: int) -> RowParts:
+        return self.buffers.parts("rows", tokens)
 
     def send(
-        self, tokens: int, physical: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[Pending, torch.Tensor, _State]:
+        self, ids: torch.Tensor, counts: Sequence[int] | None
+    ) -> tuple[Pending, RowParts, _State]:
         import torch
 
-        size = self.ranks.size
-        hit = torch.zeros(tokens, size + 1, dtype=torch.bool, device=physical.device)
-        hit.scatter_(1, self._rank_of[physical], True)
+        size, tokens = self.ranks.size, ids.shape[0]
+        # Absent slots are on one rank more, which is cut off.
+        hit = torch.zeros(tokens, size + 1, dtype=torch.bool, device=ids.device)
+        hit.scatter_(1, self._rank_of[ids], True)
         hit = hit[:, :size].t()
         token = hit.nonzero()[:, 1]
         outgoing = hit.sum(1)
         incoming = torch.empty_like(outgoing)
         self.ranks.all_to_all(incoming, outgoing)
         sent, received = torch.stack((outgoing, incoming)).tolist()
-        rows = self._rows("send", len(token))
-        torch.index_select(self._rows("rows", tokens), 0, token, out=rows)
-        arrived = self._rows("receive", sum(received))
-        pending = self.ranks.start_all_to_all(arrived, rows, received, sent)
+        rows = self.buffers.parts("send", len(token)).rows
+        torch.index_select(self.parts(tokens).rows, 0, token, out=rows)
+        arrived = self.buffers.parts("receive", sum(received))
+        pending = self.ranks.start_all_to_all(arrived.rows, rows, received, sent)
         return pending, arrived, _State(tokens, token, sent, received)
 
     def combine(
@@ -66,20 +67,16 @@ class _AllToAll:
     ) -> torch.Tensor:
         import torch
 
-        hidden = self.payload.hidden
-        flat = self.workspace.take("returned", len(state.token) * hidden * partial.element_size())
-        returned = flat.view(partial.dtype).view(-1, hidden)
+        returned = self.buffers.rows("returned", len(state.token), partial.dtype)
         self.ranks.all_to_all(returned, partial.contiguous(), state.sent, state.received)
-        sums = torch.zeros(state.tokens, hidden, dtype=torch.float32, device=partial.device)
+        sums = torch.zeros(
+            state.tokens, partial.shape[1], dtype=torch.float32, device=partial.device
+        )
         wide = returned.float()
         for rows, token in zip(wide.split(state.sent), state.token.split(state.sent), strict=True):
             # A rank returns one row a token: no two of them meet in one place.
             sums.index_add_(0, token, rows)
         return finished(sums, shared, dtype)
-
-    def _rows(self, name: str, count: int) -> torch.Tensor:
-        width = self.payload.row_bytes
-        return self.workspace.take(name, count * width).view(count, width)
 
 
 @EXPERT_PARALLEL.kernel(

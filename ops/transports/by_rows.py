@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from hal.ops.ranks import Pending
     from hal.ops.routing import Routing
+    from hal.ops.rows import RowParts
 
 __all__ = ["ByRows", "RowExchange", "finished"]
 
@@ -19,21 +20,20 @@ __all__ = ["ByRows", "RowExchange", "finished"]
 class RowExchange(Protocol):
     """A transport of rows that was bound to a group and its buffers."""
 
-    def rows(self, tokens: int) -> torch.Tensor:
-        """Return where the caller writes its rows, `[tokens, row_bytes]` uint8."""
+    def parts(self, tokens: int) -> RowParts:
+        """Return where the caller writes its rows."""
         ...
 
     def send(
-        self, tokens: int, physical: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[Pending | None, torch.Tensor, Any]:
+        self, ids: torch.Tensor, counts: Sequence[int] | None
+    ) -> tuple[Pending | None, RowParts, Any]:
         """Begin to send the rows.
 
-        Returns what is on its way, None if nothing is, those received once that has come,
-        `[n, row_bytes]`, and what `combine` takes.
+        Returns what is on its way, None if nothing is, those received once that has come, and
+        what `combine` takes.
 
         Args:
-            tokens: Rows that were written.
-            physical: `[tokens, top_k]` int64 physical ids, -1 of absent slots.
+            ids: `[tokens, top_k]` int32 in the rows that were written, see `SlotIds`.
             counts: Tokens of every rank, if the caller knows them.
         """
         ...
@@ -47,7 +47,7 @@ class RowExchange(Protocol):
 
 class _Sent(NamedTuple):
     pending: Pending | None
-    rows: torch.Tensor
+    parts: RowParts
     state: Any
 
 
@@ -56,22 +56,23 @@ class ByRows:
 
     def __init__(self, setup: Setup, transport: RowExchange) -> None:
         from hal.ops.rows import Rows
-        from hal.ops.transports.numbering import Numbering
+        from hal.ops.transports.numbering import SlotIds
 
         self.setup, self.transport = setup, transport
         self._rows = Rows(setup.payload, setup.encoding, setup.quantize, setup.device)
-        self._numbering = Numbering(setup.placement, setup.ranks.rank, setup.device)
+        self._ids = SlotIds(setup.placement, setup.ranks.rank, setup.device)
 
     def dispatch(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> Received:
         return self.receive(self.send(x, routing, counts))
 
     def send(self, x: torch.Tensor, routing: Routing, counts: Sequence[int] | None) -> _Sent:
-        physical = self._numbering.of(routing.ids)
         self.setup.workspace.depart()
         try:
+            parts = self.transport.parts(x.shape[0])
             if x.shape[0]:
-                self._rows.pack(self.transport.rows(x.shape[0]), x, physical, routing.weights)
-            return _Sent(*self.transport.send(x.shape[0], physical, counts))
+                self._ids.write(routing.ids, parts.ids)
+                self._rows.pack(parts, x, routing.weights)
+            return _Sent(*self.transport.send(parts.ids, counts))
         except BaseException:
             self.setup.workspace.arrive()
             raise
@@ -79,9 +80,9 @@ class ByRows:
     def receive(self, sent: _Sent) -> Received:
         if sent.pending is not None:
             self.setup.ranks.finish(sent.pending)
-        rows, physical, weights = self._rows.unpack(sent.rows, self.setup.dtype)
         # Copies, and no views of a buffer, which the next dispatch may now write to.
-        received = Received(rows, self._numbering.local(physical), weights, sent.state)
+        rows, weights = self._rows.unpack(sent.parts, self.setup.dtype)
+        received = Received(rows, self._ids.local(sent.parts.ids), weights, sent.state)
         self.setup.workspace.arrive()
         return received
 

@@ -23,7 +23,6 @@ from hal.ops.transports import (
     Setup,
     collective,
     rows_of_each,
-    section,
 )
 from hal.ops.transports.by_rows import ByRows, finished
 from hal.registry import Level
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from hal.ops.ranks import Pending
+    from hal.ops.rows import RowParts
 
 ANYWHERE = (Needs.package("torch"), Needs.one_of("backend", *BACKENDS, code=Code.RANK))
 
@@ -45,41 +45,36 @@ class _Gathered:
     """Rows of all ranks on every rank."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        self.ranks, self.payload, self.workspace = setup.ranks, setup.payload, setup.workspace
+        from hal.ops.transports.buffers import Buffers
 
-    def rows(self, tokens: int) -> torch.Tensor:
-        return self._rows("rows", self.setup.max_tokens)[:tokens]
+        self.setup, self.ranks = setup, setup.ranks
+        self.buffers = Buffers(setup.workspace, setup.payload)
+
+    def parts(self, tokens: int) -> RowParts:
+        return self.buffers.parts("rows", tokens)
 
     def send(
-        self, tokens: int, physical: torch.Tensor, counts: Sequence[int] | None
-    ) -> tuple[Pending | None, torch.Tensor, _State]:
-        import torch
-
+        self, ids: torch.Tensor, counts: Sequence[int] | None
+    ) -> tuple[Pending | None, RowParts, _State]:
+        tokens = ids.shape[0]
         room = self._room(tokens, counts)
-        rows = self._rows("rows", room)
+        mine = self.buffers.parts("rows", room)
         if tokens < room:
             # Rows of an earlier call are still there.
-            more = rows[tokens:].zero_()
-            section(more, self.payload.parts["ids"], torch.int32).fill_(-1)
-        received = self._rows("receive", self.ranks.size * room)
-        pending = self.ranks.start_all_gather(received, rows) if room else None
+            mine.rows[tokens:].zero_()
+            mine.ids[tokens:].fill_(-1)
+        received = self.buffers.parts("receive", self.ranks.size * room)
+        pending = self.ranks.start_all_gather(received.rows, mine.rows) if room else None
         return pending, received, _State(tokens, room)
 
     def _room(self, tokens: int, counts: Sequence[int] | None) -> int:
         """Return how many rows every rank sends."""
         return rows_of_each(self.setup, tokens, counts)
 
-    def _rows(self, name: str, count: int) -> torch.Tensor:
-        width = self.payload.row_bytes
-        return self.workspace.take(name, count * width).view(count, width)
-
     def _wide(self, name: str, count: int) -> torch.Tensor:
         import torch
 
-        hidden = self.payload.hidden
-        flat = self.workspace.take(name, count * hidden * 4).view(torch.float32)
-        return flat.view(count, hidden)
+        return self.buffers.rows(name, count, torch.float32)
 
 
 class _AllReduce(_Gathered):
@@ -115,11 +110,10 @@ class _Returned(_Gathered):
     def combine(
         self, partial: torch.Tensor, state: _State, shared: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        flat = self.workspace.take("returned", partial.numel() * partial.element_size())
-        returned = flat.view(partial.dtype).view(partial.shape)
+        returned = self.buffers.rows("returned", partial.shape[0], partial.dtype)
         if state.room:
             self.ranks.all_to_all(returned, partial.contiguous())
-        by_rank = returned.view(self.ranks.size, state.room, self.payload.hidden)
+        by_rank = returned.view(self.ranks.size, state.room, partial.shape[1])
         first, *others = by_rank[:, : state.tokens].unbind()
         if len(others) == 1 and shared is None and dtype == partial.dtype:
             return first + others[0]  # which devices do in float32 and round once, like the rest

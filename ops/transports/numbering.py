@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from hal.ops.placement import Placement
 
-__all__ = ["Numbering"]
+__all__ = ["Numbering", "SlotIds"]
 
 
 class Numbering:
@@ -75,3 +75,47 @@ class Numbering:
         int32 or int64, and so is what it returns.
         """
         return self._local[numbers.dtype][numbers.clamp(-1, self._end)]
+
+
+class SlotIds:
+    """What travels as the id of a slot: the expert where it is in one place, else its copy.
+
+    Args:
+        placement: Which rank holds which experts.
+        rank: Of this process.
+        device: Where ids are.
+
+    Attributes:
+        rank_of: int64, the rank of what travels; the last, which -1 finds, is one that is not.
+    """
+
+    def __init__(self, placement: Placement, rank: int, device: torch.device) -> None:
+        import torch
+
+        places = list(range(placement.physical))
+        self._copies = None
+        if placement.physical > placement.experts:
+            self._copies = Numbering(placement, rank, device)
+        else:
+            places = [physical for (physical,) in placement.copies()]
+        ranks, first = placement.rank_of, placement.offsets
+        here = [p - first[rank] if ranks[p] == rank else -1 for p in places]
+        self._end = len(places)
+        self._local = torch.tensor([*here, -1], dtype=torch.int32, device=device)
+        holders = [ranks[p] for p in places]
+        self.rank_of = torch.tensor([*holders, placement.ranks], device=device)
+
+    def write(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what travels for ids `[tokens, top_k]` to `out`, int32 and from -1 to `end`."""
+        import torch
+
+        if self._copies is not None:
+            out.copy_(self._copies.of(ids))
+        elif ids.dtype == out.dtype:
+            torch.clamp(ids, -1, self._end, out=out)
+        else:
+            out.copy_(ids.clamp(-1, self._end))
+
+    def local(self, sent: torch.Tensor) -> torch.Tensor:
+        """Return int32 experts as this rank counts its own, -1 for those of others."""
+        return self._local[sent.clamp(-1, self._end)]

@@ -11,7 +11,7 @@ from hal.errors import RankError
 from hal.ops import Placement, Routing
 from hal.ops.payload import SYMMETRIC, Payload, workspace
 from hal.ops.quantize import quantize_reference
-from hal.ops.rows import Rows
+from hal.ops.rows import RowParts, Rows
 from hal.ops.transports.one_sided import FEW_PROGRAMS, OneSided
 from hal.ops.window import Window
 from hal.quant.represent import encoding_of
@@ -168,8 +168,8 @@ class Group:
         first, last = self.placement.offsets[rank : rank + 2]
         here = (physical >= first) & (physical < last)
         if n:
-            self.rows.pack(buffer, x, physical, routing.weights)
-        values, _, weights = self.rows.unpack(buffer, x.dtype)
+            self.rows.pack(RowParts.of(buffer, self.payload), x, routing.weights)
+        values, weights = self.rows.unpack(RowParts.of(buffer, self.payload), x.dtype)
         return values, torch.where(here, physical - first, -1), weights
 
 

@@ -9,7 +9,7 @@ from hal.ops import Placement
 from hal.ops.payload import FORMATS, Payload
 from hal.ops.row_codes import RowCodes
 from hal.ops.transports.by_rows import finished
-from hal.ops.transports.numbering import Numbering
+from hal.ops.transports.numbering import Numbering, SlotIds
 from hal.quant.represent import Coded, encoding_of, numbers
 
 CODED = [name for name in FORMATS if name != "bf16"]
@@ -84,6 +84,32 @@ def test_numbers_of_any_ids(placement, even, dtype):
         for number, mine in zip(given.flatten().tolist(), local.flatten().tolist(), strict=True):
             here = 0 <= number - numbering.first < held
             assert mine == (number - numbering.first if here else -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_ids_that_travel_say_where_a_slot_goes(placement, dtype):
+    ends = torch.iinfo(dtype)
+    strange = [ends.min, -7, -1, placement.experts, placement.experts + 1, ends.max]
+    ids = torch.tensor([*range(placement.experts), *strange], dtype=dtype)
+    ids = torch.stack((ids, ids.flip(0)), 1)
+    sender = placement.ranks - 1
+    rows = torch.zeros(len(ids), 9, dtype=torch.int32)
+    sent = rows[:, 3:5]
+    SlotIds(placement, sender, CPU).write(ids, sent)
+    assert not rows[:, :3].any()
+    assert not rows[:, 5:].any()
+    physical = Numbering(placement, sender, CPU).of(ids)
+    every = [SlotIds(placement, rank, CPU) for rank in range(placement.ranks)]
+    local = [each.local(sent) for each in every]
+    for token, row in enumerate(physical.tolist()):
+        for slot, place in enumerate(row):
+            holder = placement.rank_of[place] if place >= 0 else placement.ranks
+            assert int(every[0].rank_of[sent[token, slot]]) == holder
+            for rank, mine in enumerate(local):
+                wanted = place - placement.offsets[rank] if rank == holder else -1
+                assert int(mine[token, slot]) == wanted
+    assert {each.dtype for each in local} == {torch.int32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
