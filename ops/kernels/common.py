@@ -1,9 +1,9 @@
 """Share what every Triton kernel needs: the dot, the fp8 byte decoder, the launch.
 
 `dot` and `dot_scaled` are the only places that call those of `tl`, `launch` the only one that
-starts a kernel. Inside `compile_for(target)` a launch compiles for that target instead of running,
-on meta tensors and without a driver, with exactly the specialization (alignment, arguments equal to
-one) that the launcher produces.
+starts a kernel (`again` repeats what it did). Inside `compile_for(target)` a launch compiles for
+that target instead of running, on meta tensors and without a driver, with exactly the
+specialization (alignment, arguments equal to one) that the launcher produces.
 """
 
 from __future__ import annotations
