@@ -134,6 +134,8 @@ class ExpertParallel:
         format = payload_format(scheme, dispatch, read=read)
         self.payload = Payload(format, hidden, top_k, column_alignment)
         self.ranks = Ranks(group, self.device, timeout)
+        # Tensors say which device of a type they are on, and are compared with this.
+        self.device = torch.empty(0, device=self.device).device
         self.rank = self.ranks.rank
         self.tensor_ranks = None
         if tensor_group is not None:

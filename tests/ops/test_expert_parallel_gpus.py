@@ -12,7 +12,7 @@ import torch
 from parallel_cases import EXPERTS, ONE_SIDED, Case, cases, local_weights, transports_of
 from test_expert_parallel import alone_on, compare, error_of, spawn
 
-from hal.ops import FusedMoE, Routing
+from hal.ops import ExpertParallel, FusedMoE, Routing
 from hal.ops.payload import FORMATS
 
 WORLDS = (1, 2)
@@ -94,6 +94,20 @@ def test_batches_in_pieces_are_captured(world, transport, found):
             routing = Routing(ids=ids, weights=torch.ones(ids.shape, device="cuda:0"))
             wanted = layer(x, routing, shared=x * 0.5)
             assert error_of(called, wanted.cpu()) < 0.005
+
+
+@torch.inference_mode()
+def test_a_layer_is_on_the_current_device_unless_told():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        layer = ExpertParallel(experts=4, top_k=2, hidden=64, max_tokens=4)
+        x = torch.randn(3, 64, device=layer.device).bfloat16()
+        ids = torch.tensor([[0, 1], [2, 3], [-1, 1]], device=layer.device)
+        received = layer.dispatch(x, Routing(ids=ids, weights=torch.ones(3, 2, device=x.device)))
+        assert torch.equal(layer.combine(received.x, received), x)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
