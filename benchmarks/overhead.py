@@ -80,6 +80,7 @@ def report_ops(device: torch.device) -> None:
 def report_exchanges(device: torch.device) -> None:
     """Print one line an exchange."""
     found = list(exchanges(device))
+    print(f"exchanges: a dispatch and its combine, rounds of {EXCHANGES} calls")
     times: dict[str, list[float]] = {name: [] for name, _, _ in found}
     for _ in range(ROUNDS):
         for name, call, _ in found:

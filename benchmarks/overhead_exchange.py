@@ -41,11 +41,12 @@ class Compiled:
 
 
 class Operations(TorchDispatchMode):
-    """Count the operations of torch that are no views: on a GPU each is a launch."""
+    """Count the operations of torch that are more than views: each is a launch, or several."""
 
     VIEWS = (
         *("view", "slice", "select", "split", "unbind", "detach", "alias", "expand", "t", "empty"),
         *("unsqueeze", "squeeze", "new_empty", "empty_like", "transpose", "_unsafe_view"),
+        *("resolve_conj", "resolve_neg"),
     )
 
     def __init__(self) -> None:

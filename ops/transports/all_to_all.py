@@ -72,10 +72,10 @@ class _AllToAll:
         sums = torch.zeros(
             state.tokens, partial.shape[1], dtype=torch.float32, device=partial.device
         )
-        wide = returned.float()
-        for rows, token in zip(wide.split(state.sent), state.token.split(state.sent), strict=True):
+        parts = zip(returned.split(state.sent), state.token.split(state.sent), strict=True)
+        for rows, token in parts:
             # A rank returns one row a token: no two of them meet in one place.
-            sums.index_add_(0, token, rows)
+            sums.index_add_(0, token, rows.float())
         return finished(sums, shared, dtype)
 
 
