@@ -14,17 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rival_cases import EXPERTS, LINEARS
+
 from hal.ops.shapes import FORMAT
 from hal.registry import find_op
 
-EXPERTS = {
-    "mixtral": (8, 2, 4096, 14336),
-    "qwen3": (128, 8, 2048, 768),
-    "dsv3tp8": (256, 8, 7168, 256),
-    "gptoss": (32, 4, 2880, 2880),
-}
-"""Experts, top k, hidden and intermediate size, as in `rival_cases`, which needs a GPU's torch."""
-LINEARS = {"4096x4096": (4096, 4096), "14336x4096": (14336, 4096), "7168x2048": (7168, 2048)}
 SCHEMES = "bf16,fp8_channel,fp8_block128,int4_w4a16"
 
 

@@ -291,7 +291,8 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
 def _exchange(target: Target, format: str, size: str) -> None:
     """Call the launchers of a one-sided exchange between two ranks; `plain` is their second one."""
     from hal.ops.kernels.combine_rows import combine_rows
-    from hal.ops.kernels.dispatch_rows import Codec, Places, dispatch_rows
+    from hal.ops.kernels.dispatch_rows import Places, dispatch_rows
+    from hal.ops.kernels.row_codec import Codec
     from hal.ops.payload import PROGRAMS, Payload
     from hal.ops.transports.one_sided import codec_of, units_of
     from hal.quant.represent import encoding_of

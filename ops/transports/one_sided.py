@@ -38,7 +38,8 @@ from hal.registry import Level
 if TYPE_CHECKING:
     import torch
 
-    from hal.ops.kernels.dispatch_rows import Codec, Places
+    from hal.ops.kernels.dispatch_rows import Places
+    from hal.ops.kernels.row_codec import Codec
     from hal.ops.payload import Payload
     from hal.ops.routing import Routing
     from hal.ops.window import Window
@@ -126,7 +127,8 @@ class OneSided:
     def __init__(self, setup: Setup, window: Window | None = None) -> None:
         import torch
 
-        from hal.ops.kernels.dispatch_rows import LOCAL_BITS, Codec
+        from hal.ops.kernels.dispatch_rows import LOCAL_BITS
+        from hal.ops.kernels.row_codec import Codec
 
         self.setup, self.ranks, self.payload = setup, setup.ranks, setup.payload
         self._window = window
@@ -334,7 +336,7 @@ def codec_of(payload: Payload, format: str) -> Codec:
     """Return how the codes of a payload, of the number format `format`, are made on this device."""
     from hal.formats import number_format
     from hal.ops.kernels.common import converts_fp8
-    from hal.ops.kernels.dispatch_rows import Codec
+    from hal.ops.kernels.row_codec import Codec
     from hal.quant.codec import SCALE_FLOOR
     from hal.quant.mx import exponent_rule
     from hal.quant.scheme import group_of

@@ -11,7 +11,7 @@ from one_sided_group import EXPERTS, Group, calls, check, made, partials_of, sum
 
 from hal.errors import ArgumentError, RankError
 from hal.ops import FusedMoE, Placement, Workspace
-from hal.ops.kernels.dispatch_rows import Codec, _kept
+from hal.ops.kernels.row_codec import Codec, decoded_own
 from hal.ops.payload import FORMATS
 from hal.ops.transports import one_sided
 
@@ -35,7 +35,7 @@ def _keep(x_ptr, scales_ptr, out_ptr, CODEC: tl.constexpr, ROWS: tl.constexpr, W
     row = tl.arange(0, ROWS)
     place = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     x, scales = tl.load(x_ptr + place), tl.load(scales_ptr + row)
-    out = _kept(x, x, scales, scales, CODEC, 1, False, "", False)
+    out = decoded_own(x, x, scales, scales, CODEC, 1, False, "", False)
     tl.store(out_ptr + place, out)
 
 
