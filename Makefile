@@ -59,6 +59,7 @@ platforms: $(VENV)/.ready-test ## ask hal about every device of its tables
 
 matrix: $(VENV)/.ready-test ## compile and interpret all kernels; write evidence and pages (slow)
 	@$(PY) benchmarks/compile_matrix.py --jobs $(JOBS)
+	@$(PY) benchmarks/torch_archs.py
 	@$(PY) -m pytest -q -n $(JOBS) -m matrix tests/kernels
 	@$(PY) -m hal verify --interpreter --output build/interpreted.jsonl
 	@$(PY) -m hal verify --on cpu --output build/ran.jsonl
