@@ -271,7 +271,8 @@ def tune(
         runner: What compiles and times.
         journal: What was timed already.
         apart: In how many respects tiles may differ from the rules' ones.
-        seconds: After so many no problems and no further products are begun; None searches all.
+        seconds: After so many no problems and no further products are begun, but for the first
+            product of what was being compiled; None searches all.
         progress: Told how much is done.
         finished: Told what was found for a problem.
 
@@ -305,7 +306,9 @@ def tune(
             for each in [pool.submit(search.prepare, told) for search in group]:
                 each.result()
         for search in group:
-            of_one = search.run(told)
+            # One at least: what was compiled together would be for nothing else.
+            skipped = search is not group[0] and late()
+            of_one = search.leave() if skipped else search.run(told)
             found += of_one
             finished(of_one)
     return found

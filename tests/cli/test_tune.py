@@ -18,7 +18,7 @@ from hal.errors import HalError
 from hal.ops import tuned
 from hal.ops.linear import TileChoice
 from hal.ops.tiles import Tile
-from hal.tune import merge_table, require_gpu
+from hal.tune import merge_table, require_gpu, tune
 from hal.tune_command import tune_answer
 from hal.tune_runner import Heard, Item, Journal, Problem, TuneError, _shares, in_children
 from hal.verify_worker import MARK
@@ -161,6 +161,28 @@ def test_a_search_without_time_keeps_what_it_has_and_goes_on(
     assert isinstance(whole, dict)
     assert whole["rows"] == 2
     assert not list(cache.glob("tune-*.jsonl"))
+
+
+def test_problems_compiled_together_are_not_begun_when_time_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("hal.tune.time.monotonic", lambda: clock[0])
+    searched: list[Problem] = []
+
+    def runner(mode: str, problem: Problem, items: Sequence[Item], heard: Heard) -> None:
+        if mode == "time":
+            searched.append(problem)
+            clock[0] = 11.0
+        for number, _ in enumerate(items):
+            heard(number, {"us": 1.0})
+
+    spec = hal.current_platform().device(0)
+    problems = [Problem("fused_moe", "fp8_channel", "triton_fp8", PROBLEM, (n,)) for n in (64, 128)]
+    found = tune(problems, spec, runner, Journal(None, {}), apart=1, seconds=10)
+    assert searched == problems[:1]
+    assert [each.note for each in found if each.problem == problems[1]] == ["no time was left"]
+    assert all(each.late for each in found)
 
 
 def test_problems_are_compiled_together_and_each_setting_once(tmp_path: Path) -> None:
