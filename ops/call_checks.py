@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hal.errors import ArgumentError, ShapeError, ValueRangeError
+from hal.errors import ArgumentError, DTypeError, ShapeError, ValueRangeError
 from hal.ops.checks import check_activations, check_gradient, check_same_device
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["WHERE", "CallChecks", "dtype_name_of"]
 
 WHERE = "expert_parallel"
+SHARED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of what shared experts give: float32 holds them exactly."""
 
 
 class CallChecks:
@@ -89,7 +91,13 @@ class CallChecks:
             wanted = (dispatched.tokens, self._hidden)
             if shared.shape != wanted:
                 raise ShapeError(f"{WHERE}: shared", found=list(shared.shape), needed=list(wanted))
-            check_same_device(f"{WHERE}: shared", self._device, shared=shared)
+            if shared.dtype not in SHARED_DTYPES:
+                names = " or ".join(map(dtype_name_of, SHARED_DTYPES))
+                raise DTypeError(f"{WHERE}: shared", found=shared.dtype, needed=names)
+            if shared.device != self._device:
+                check_same_device(f"{WHERE}: shared", self._device, shared=shared)
+            if shared.requires_grad:
+                check_gradient(f"{WHERE}: shared", shared)
 
     def tokens(self, tokens: Sequence[int], mine: int, most: int) -> None:
         """Refuse what is not the number of tokens of every rank, at most `most` each.

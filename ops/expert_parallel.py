@@ -253,11 +253,11 @@ class ExpertParallel:
             partial: `[rows, hidden]`, what the experts here made of `dispatched.x`: the sum over
                 slots, weights applied.
             dispatched: What `dispatch` returned.
-            shared: `[tokens, hidden]`, the output of shared experts, added in float32. Under a
-                tensor group it must be whole, not a part.
+            shared: `[tokens, hidden]` bf16, fp16 or float32, the output of shared experts, added in
+                float32. Under a tensor group it must be whole, not a part.
 
         Raises:
-            ShapeError, DTypeError, DeviceMismatchError: Each for its own fault.
+            ShapeError, DTypeError, DeviceMismatchError, GradientError: Each for its own fault.
             RankError: If another rank does not take part.
         """
         self._checks.combine(partial, dispatched, shared)

@@ -100,7 +100,7 @@ def finished(sums: torch.Tensor, shared: torch.Tensor | None, dtype: torch.dtype
 
     Args:
         sums: Float32, or of `dtype` where nothing is shared.
-        shared: Like sums, of any float dtype.
+        shared: Like sums, of a dtype that float32 holds exactly.
         dtype: Of the result.
     """
     import torch

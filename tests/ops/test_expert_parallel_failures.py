@@ -10,7 +10,10 @@ from test_expert_parallel import error_of, spawn
 
 from hal.errors import (
     ArgumentError,
+    DeviceMismatchError,
+    DTypeError,
     ForcedKernelError,
+    GradientError,
     HalError,
     NoKernelError,
     PlatformError,
@@ -102,10 +105,22 @@ def test_calls_are_checked(group):
         "tokens of each": (ArgumentError, lambda: layer.dispatch(x, routing, tokens=[4])),
         "combine": (ShapeError, lambda: layer.combine(x[:0], sent)),
         "shared": (ShapeError, lambda: layer.combine(sent.x, sent, shared=x[:1])),
-    }
+        "shared: found torch.float64, needed bfloat16 or float16 or float32": (
+            DTypeError, lambda: layer.combine(sent.x, sent, shared=x.double())
+        ),
+        "shared on meta": (
+            DeviceMismatchError, lambda: layer.combine(sent.x, sent, shared=x.to("meta"))
+        ),
+        "requires a gradient": (
+            GradientError, lambda: layer.combine(sent.x, sent, shared=x.clone().requires_grad_())
+        ),
+    }  # fmt: skip
     for words, (kind, call) in calls.items():
         with pytest.raises(kind, match=words):
             call()
+    with torch.no_grad():
+        found = layer.combine(sent.x, sent, shared=(x.float() + 1).requires_grad_())
+    assert torch.equal(found, torch.ones_like(x))
 
 
 def test_layers_are_checked(group):
