@@ -97,6 +97,9 @@ def launch_again(
     if launches is None:
         return None
     device = common._active_driver().get_current_device()
+    if args[0].device.index not in (None, device):
+        # `launch` went to another device for it: what is compiled for this one is another's.
+        return None
     found = launches.compiled.get(launches.key(device, args, options))
     if found is None:
         return None

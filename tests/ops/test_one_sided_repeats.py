@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from types import SimpleNamespace
@@ -164,6 +165,35 @@ def test_hooks_and_other_devices_take_the_whole_launcher(log):
             module.pre_run_hooks[:] = hooks
         ways.append([way for way, _, _ in called(exchange, x, routing)[2]])
     assert ways == [["whole"] * 2, ["again"] * 2, ["whole"] * 2, ["whole"] * 2]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device than the current one."""
+
+    device = property(lambda self: torch.device("cuda", DEVICE + 1))
+
+
+def test_a_launch_on_another_device_is_not_repeated_on_the_current_one(log):
+    group = Group(1)
+    here, there = group.exchanges[0], OneSided(group.setups[0], group.windows[0])
+    x, routing = inputs(5)
+    called(here, x, routing)  # compiled for the current device, for arguments just like those below
+
+    @contextlib.contextmanager
+    def device(index):
+        before, log.driver.here[0] = log.driver.here[0], index
+        yield
+        log.driver.here[0] = before
+
+    log.driver.get_device_interface = lambda: SimpleNamespace(device=device)
+    received, state = there.open(x, len(x))
+    ways = []
+    for _ in range(2):
+        first = len(log.found)
+        there.launch_dispatch(x.as_subclass(Elsewhere), routing, received, state)
+        ways += [way for way, _, _ in log.found[first:]]
+        assert not state.kept.dispatches._found
+    assert ways == ["whole", "again"]  # the second by `launch`, which goes to the other device
 
 
 def test_a_window_that_was_replaced_is_looked_at_anew(log):
