@@ -11,7 +11,7 @@ and one-sided exchange in bf16, fp8, MXFP8 and NVFP4. Over another link, what wa
 time is longer as the link is slower; encoding and decoding are not. Of links within a node and the
 network between nodes, the slower decides. Nothing else has been measured, so that times of other
 machines and of more ranks are guesses. Of the other transports only what the collectives take is
-counted: packing rows, unpacking and adding them come on top, on two H200 two to eight times that.
+counted: packing rows, unpacking and adding them came on top, on two H200 0.3 to 8 times that.
 All-to-all of one-byte elements, which the numbers do not come from, took up to 7% longer than
 predicted, and 5% less.
 """
@@ -76,7 +76,8 @@ COSTS: Mapping[str, Cost] = MappingProxyType(
     }
 )
 """NCCL on two H200 with 450 GB/s each way; and half of what a dispatch and a combine of
-symmetric_memory take in bf16, of three runs on three machines, which were up to 15% apart."""
+symmetric_memory take in bf16, of three runs on three machines, which were up to 23% apart with 128
+tokens and fewer, and 8% with more. Source: benchmarks/results/h200_expert_parallel.txt."""
 
 CODED: Mapping[str, Cost] = MappingProxyType(
     {
@@ -86,7 +87,8 @@ CODED: Mapping[str, Cost] = MappingProxyType(
     }
 )
 """What a dispatch of symmetric_memory takes that encodes and decodes as many bytes of activations,
-by format, on two H200: less than that only where links are slower."""
+by format, on two H200: less than that only where links are slower. It is what one run took there
+and back less the half in `COSTS`; another machine took 8% less to 20% more, there and back."""
 LIKE: Mapping[str, str] = MappingProxyType({"fp8_token": "fp8", "int8": "fp8", "mxfp4": "nvfp4"})
 """Formats that were not timed so, and those that are coded much like them."""
 

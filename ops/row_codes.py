@@ -1,9 +1,9 @@
 """Give back what rows of codes mean, in few operations of torch.
 
-    x[t, c] = code[t, c] * scale[t, c / group] (* second[t])        rounded once, to the dtype of x
+    x[t, c] = code[t, c] * scale[t, c / group] (* second[t])    in float32, then in the dtype of x
 
 `hal.quant.represent.numbers` is the definition, and these are its bits: each product but the last
-is exact, because an e2m1 number has 2 significant bits, an e4m3 scale 4, and a power of two one.
+is exact, because an e2m1 number has 2 significant bits and an e4m3 scale 4.
 Where a scale is not that of whole columns, the definition itself is what runs.
 """
 

@@ -6,7 +6,7 @@ it needs and by its band: fewer bytes come first. A scheme here is the format in
 travel.
 
     rows   [tokens, row_bytes]  of each rank  ->  received [n, row_bytes]
-    partial [n, hidden]         of each rank  ->  sums [tokens, hidden] float32, in one fixed order
+    partial [n, hidden]         of each rank  ->  y [tokens, hidden], summed in one fixed order
 """
 
 from __future__ import annotations
