@@ -30,7 +30,7 @@ def test_predicted_times_are_near_those_measured():
         assert abs(predicted / measured - 1) < 0.065, tokens
 
 
-def test_one_sided_times_are_near_those_of_three_machines():
+def test_one_sided_times_are_near_those_of_two_machines():
     """The table that the numbers were made of in part, and one of another machine."""
     machine = Machine(2, link=450e9)
     parts = RESULTS.read_text(encoding="utf-8").split("\n== ")
