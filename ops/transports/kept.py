@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hal.ops.kernels.dispatch_rows import Places
     from hal.ops.routing import Routing
     from hal.ops.transports import Received
+    from hal.ops.window import Window
 
 __all__ = ["MOST_KEPT", "Kept", "Sent", "State"]
 
@@ -21,6 +22,7 @@ MOST_KEPT = 1024
 class Kept(NamedTuple):
     """What all calls have in common that take a slot with so many rows.
 
+    window: Where the slot is.
     arrived: Where rows arrive that are read there; None of those that are decoded elsewhere.
     out: Arguments of a dispatch that say how rows are cut up.
     back: Of a combine.
@@ -28,6 +30,7 @@ class Kept(NamedTuple):
     combines: Of combines.
     """
 
+    window: Window
     slot: int
     room: int
     places: Places

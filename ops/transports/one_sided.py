@@ -165,6 +165,7 @@ class OneSided:
     def receive(self, sent: Sent) -> Received:
         self.ranks.check()
         self.window.check(self.ranks)
+        self._check_window(sent.state)
         self.launch_dispatch(*sent, send=False)
         return sent.received
 
@@ -206,7 +207,7 @@ class OneSided:
         back = units_of(self._plain, room, window.programs, back=True)._asdict()
         del back["registers"]
         found = self._kept[slot, room, dtype] = Kept(
-            slot, room, places,
+            window, slot, room, places,
             window.view(places.codes, (rows, payload.hidden), dtype) if raw else None,
             window.view(places.ids, (rows, top_k), torch.int32),
             window.view(places.weights, (rows, top_k), torch.float32),
@@ -265,6 +266,7 @@ class OneSided:
         if not state.room:
             sums = torch.zeros(0, self.payload.hidden, device=partial.device)
             return finished(sums, shared, dtype)
+        self._check_window(state)
         if not window.holds(state.slot):
             raise ArgumentError(
                 WHERE,
@@ -314,6 +316,16 @@ class OneSided:
         window = self.window
         window.state[-1:].tolist()  # waits for the stream
         window.check(self.ranks)
+
+    def _check_window(self, state: State) -> None:
+        """Refuse to go on in other memory than where a dispatch began."""
+        if state.room and state.kept.window is not self.window:
+            raise ArgumentError(
+                WHERE,
+                found="a dispatch whose memory a layer that was made since has replaced",
+                needed="no layer that needs more memory between a dispatch and its combine",
+                cure="make all layers of a workspace before the first call",
+            )
 
     def _limit(self) -> int:
         """Return how often a flag is looked at within the time limit."""

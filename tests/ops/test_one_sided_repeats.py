@@ -11,8 +11,10 @@ import pytest
 import torch
 from one_sided_group import Group, made
 
+from hal.errors import ArgumentError
 from hal.ops import Routing
 from hal.ops.kernels import combine_rows, common, dispatch_rows
+from hal.ops.transports.kept import Sent
 from hal.ops.transports.one_sided import OneSided
 
 if common.INTERPRETED.value:
@@ -209,6 +211,23 @@ def test_a_window_that_was_replaced_is_looked_at_anew(log):
         assert after.ids.data_ptr() != before.ids.data_ptr()
         assert told[0][2]["peers_ptr"] is other.windows[0].peers
         assert told[1][2]["state_ptr"] is other.windows[0].state
+
+
+def test_a_dispatch_does_not_go_on_in_other_memory(log):
+    group, other = Group(1, max_tokens=8), Group(1, max_tokens=16)
+    exchange, window = group.exchanges[0], other.windows[0]
+    x, routing = inputs(5)
+    sent = Sent(x, routing, *exchange.open(x, 5))
+    exchange.launch_dispatch(*sent, receive=False)
+    exchange._window = window
+    window.take()  # by the layer that made it grow: the slot of the same number is not free
+    launched = len(log.found)
+    with pytest.raises(ArgumentError, match="has replaced"):
+        exchange.receive(sent)
+    with pytest.raises(ArgumentError, match="has replaced"):
+        exchange.combine(torch.zeros(5, 160), sent.state, None, torch.float32)
+    assert window._taken == [True, False]
+    assert len(log.found) == launched
 
 
 def test_many_numbers_of_rows_do_not_fill_the_memory(log, monkeypatch):
