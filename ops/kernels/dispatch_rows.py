@@ -159,9 +159,11 @@ def _send(
                         if CODEC == "nvfp4":
                             to = address(peers_ptr, rank, second_at, tl.float32)
                             tl.store(to + target + tl.arange(0, 1), second)
-                if piece == 0:
+                if (piece == 0) | (CODEC != "raw"):
+                    # Who receives a piece has waited for the sender of that piece alone.
                     to = address(peers_ptr, rank, ids_at, tl.int32) + target * TOP_K
                     tl.store(to + slot, tl.where(here > 0, local, -1), mask=slot < TOP_K)
+                if piece == 0:
                     to = address(peers_ptr, rank, weights_at, tl.float32) + target * TOP_K
                     tl.store(to + slot, weights.to(tl.float32), mask=slot < TOP_K)
             if piece == 0:
