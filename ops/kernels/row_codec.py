@@ -127,7 +127,7 @@ def decoded_own(
     INTEGER: tl.constexpr, ENCODING: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """Return what `decoded` makes of the codes of x, while they are in registers."""
-    if PER_WORD > 1 or INTEGER or ENCODING != "":
+    if (PER_WORD > 1 or INTEGER) or ENCODING != "":
         return decoded(codes, scales, second, CODEC, PER_WORD, INTEGER, FNUZ)
     elif CODEC == "mx":
         byte = scales.to(tl.int32)

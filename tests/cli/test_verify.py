@@ -155,7 +155,8 @@ def test_a_kernel_that_breaks_its_process_costs_its_own_trial(monkeypatch, tmp_p
 
 
 VERIFY = "import sys; sys.executable = sys.argv.pop(1); from hal.cli import main; sys.exit(main())"
-QUICK = WORKER.replace("time.sleep(60)", "pass")
+QUICK = WORKER.replace("time.sleep(60)", "time.sleep(0.5)")
+"""Slow enough for a bar, which is drawn ten times a second, to be seen with a name beside it."""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")

@@ -73,7 +73,7 @@ def compiled() -> dict[tuple[str, str], int]:
         for path in evidence_folder().glob("*.jsonl")
         for row in read_rows(path)
         if row.level == "compiled"
-        for cell, (_, _, shared) in row.facts["cells"].items()
+        for cell, (_, _, shared) in row.facts.get("cells", {}).items()  # torch's own have none
     }
 
 

@@ -21,7 +21,8 @@ def sanitizer(folder: Path, *, control: int = 1, kernel: int = 0, status: int = 
     script.write_text(
         "#!/bin/sh\n"
         'test "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 || exit 9\n'
-        'test "$1 $2 $3 $4 $5" = "--tool memcheck --target-processes all --" || exit 8\n'
+        'test "$1 $2 $3 $4" = "--tool memcheck --padding 4096" || exit 8\n'
+        'test "$5 $6 $7" = "--target-processes all --" || exit 7\n'
         f'case "$*" in *--control*) errors={control}; status=0;;\n'
         f"*) errors={kernel}; status={status};; esac\n"
         f'test $errors = 0 || echo "{FAULT}"\n'
