@@ -25,7 +25,7 @@ def test_a_child_tells_times_of_all_first_calls(op, monkeypatch):
         counts = first_call.TOKENS if phase == "empty" else (1, 3)
         assert list(found["calls"]) == [str(count) for count in counts]
         assert 0 <= found["imported"] <= found["bound"]
-        assert found["again"] <= found["calls"]["1"]
+        assert found["again"] > 0
         assert found["compiles"] == []
 
 
