@@ -1,8 +1,9 @@
 """Compile every tile that a product may be given, for every target.
 
 `ops/tiles.py` gives tiles by the number of rows, the size of the weight and the number of experts.
-All that it gives for the sizes below are compiled in child processes, as launchers would, so that
-no number of rows meets one that the compiler cannot do. What came of each target goes to
+All that it gives for the sizes below, and all that ship because they were measured
+(`ops/configs/measured.json`), are compiled in child processes, as launchers would, so that no
+number of rows meets one that the compiler cannot do. What came of each target goes to
 benchmarks/results/compiled_tiles.jsonl, the table of it to docs/matrix.md. Two to five minutes a
 target on an idle core; what is known is not compiled again, so that a run may be ended at any time.
 
@@ -32,6 +33,7 @@ from hal.evidence import write_text
 from hal.ops.kernels.crosscompile import Cell, Target, cell_names, compile_cell
 from hal.ops.kernels.machine_code import Memory
 from hal.ops.tiles import Tile, choose_tile
+from hal.ops.tuned import SHIPPED, read_tiles
 from hal.platforms.tables import device_rows, device_spec
 
 ROOT = Path(__file__).parents[1]
@@ -92,9 +94,16 @@ def tiles_of(platform: str, arch: str) -> list[tuple[str, str, Tile]]:
                             shared_memory_bytes=specs[0].shared_memory_bytes,
                             compute_units=units, matrices=matrices,
                         )  # fmt: skip
-                        op = "gemm" if matrices == 1 else "grouped_gemm"
-                        found[op, kind, tile] = None
+                        found[op_of(matrices), kind, tile] = None
+    for row in read_tiles(SHIPPED):
+        if row.arch == arch:
+            found[op_of(row.sizes.matrices), row.sizes.kind, row.tile] = None
     return list(found)
+
+
+def op_of(matrices: int) -> str:
+    """Return what a product of so many matrices is called among the compiler's cells."""
+    return "gemm" if matrices == 1 else "grouped_gemm"
 
 
 def target_of(platform: str, arch: str) -> Target:

@@ -109,7 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     new, wrong = [], 0
     for path in options.tables:
-        for row in read_tiles(path):
+        found = list(read_tiles(path)) if path.is_file() else []
+        if not found:
+            parser.error(f"{path}: found no tiles, needed a table that hal tune wrote")
+        for row in found:
             reason = refused(row)
             if reason:
                 print(f"left out: {row.op} {row.scheme} {row.sizes} {row.tile}: {reason}")

@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     builds = json.loads(options.results.read_text()) if options.results.exists() else []
     build: dict[str, Any] = {}
     for wheel in options.wheels:
+        if not zipfile.is_zipfile(wheel):
+            parser.error(f"{wheel}: found no wheel, needed a file that pip downloaded")
         name, version, libraries = read_wheel(wheel)
         if name == "torch":
             build = {"torch": version, "cublas": "", "libraries": {TORCH: {}, CUBLAS: {}}}

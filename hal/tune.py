@@ -292,7 +292,7 @@ def tune(
     found: list[Found] = []
 
     def late() -> bool:
-        return time.monotonic() > until
+        return time.monotonic() >= until
 
     for first in range(0, len(problems), TOGETHER):
         group = [

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hal.errors import ValueRangeError
 from hal.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ def tune_answer(
     from hal.tune import merge_table, require_gpu, tune, tuned_tiles
     from hal.tune_runner import Journal, in_children
 
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueRangeError("hal tune: --jobs", found=options.jobs, needed="1 or more")
+    if options.seconds is not None and not options.seconds >= 0:
+        raise ValueRangeError("hal tune: --seconds", found=options.seconds, needed="0 or more")
     platform = resolve_platform(options.platform)
     spec = platform.device(options.device)
     if runner is None and not options.dry_run:

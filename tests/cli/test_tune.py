@@ -152,7 +152,7 @@ def test_a_search_without_time_keeps_what_it_has_and_goes_on(
     assert answer["rows"] == len(found["tiles"]) == 1  # of two products
     assert found["tiles"][0]["stages"] == 5
     assert list(cache.glob("tune-*.jsonl"))
-    late = tune_answer(parsed([*told, "--seconds", "-1", "--restart"]), Machine(slow))
+    late = tune_answer(parsed([*told, "--seconds", "0", "--restart"]), Machine(slow))
     assert isinstance(late, dict)
     assert late["found"][0]["note"] == "no time was left"
     clock[0] = 0.0
@@ -511,3 +511,18 @@ def test_a_device_that_cannot_be_timed_is_named(change: dict[str, Any], message:
     arc = arc.replace(features=arc.features | {"triton"})
     with pytest.raises(TuneError, match=r"found xpu.*cuda, rocm"):
         require_gpu(arc, simulated=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--seconds", "-1"], "found -1.0, needed 0 or more"),
+        (["--seconds", "nan"], "found nan, needed 0 or more"),
+        (["--jobs", "0"], "found 0, needed 1 or more"),
+    ],
+)
+def test_what_is_no_time_and_no_number_of_children_is_refused(hal, more, told):
+    sizes = ("in_features=256", "out_features=256", "--platform", "cuda:h200", "--dry-run")
+    answer = hal("tune", "linear", "--scheme", "bf16", *sizes, *more)
+    assert answer.status == 2
+    assert told in answer.err

@@ -15,6 +15,7 @@ from compile_tiles import PAGE, compile_target, outcome, read_outcomes, table, t
 
 from hal.ops.kernels.crosscompile import Target
 from hal.ops.tiles import Tile
+from hal.ops.tuned import SHIPPED, read_tiles
 
 SMALL = Tile(16, 64, 128, 4, 2)
 FITS = {"name": "a", "error": "", "shared_memory_bytes": 600, "spilled_bytes": 0, "triton": "3"}
@@ -34,6 +35,14 @@ def test_tiles_are_of_every_kind_and_of_every_product() -> None:
     assert ("gemm", "bf16") in {(op, kind) for op, kind, _ in tiles_of("rocm", "gfx90a")}
     assert not any(kind == "fp8_channel" for _, kind, _ in tiles_of("rocm", "gfx90a"))
     assert any(tile.split_k > 1 for _, _, tile in found)
+
+
+def test_what_ships_because_it_was_measured_is_compiled() -> None:
+    shipped = [row for row in read_tiles(SHIPPED) if row.arch == "sm_90"]
+    assert shipped
+    tiles = {(kind, tile) for _, kind, tile in tiles_of("cuda", "sm_90")}
+    assert {(row.sizes.kind, row.tile) for row in shipped} <= tiles
+    assert any(row.us < row.default_us for row in shipped)
 
 
 def test_what_fails_and_what_does_not_fit_is_told() -> None:

@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ship_tiles  # noqa: E402
@@ -109,3 +111,14 @@ def test_the_shipped_table_is_written_as_it_lies():
     assert ship_tiles.text_of(json.loads(text)["runs"]) == text
     for each in tuned.read_tiles(ship_tiles.SHIPPED):
         assert ship_tiles.refused(each) == ""
+
+
+@pytest.mark.parametrize("text", [None, '{"runs": []}'])
+def test_a_table_without_tiles_is_refused(tmp_path, capsys, text):
+    table = tmp_path / "measured.json"
+    if text is not None:
+        table.write_text(text)
+    with pytest.raises(SystemExit):
+        ship_tiles.main([str(table), "--target", str(tmp_path / "shipped.json")])
+    assert "found no tiles" in capsys.readouterr().err
+    assert not (tmp_path / "shipped.json").exists()

@@ -73,3 +73,6 @@ def test_wheels_become_rows(tmp_path, monkeypatch, capsys):
     assert "before any torch" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="found neither"):
         torch_archs.main([str(wheel(tmp_path, "torch-9.2.0", "torch/lib/libtorch_cpu.so")), *told])
+    with pytest.raises(SystemExit):
+        torch_archs.main([str(tmp_path / "torch-9.3.0-none-any.whl"), *told])
+    assert "found no wheel" in capsys.readouterr().err
