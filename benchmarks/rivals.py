@@ -16,18 +16,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import queue
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from in_turns import Controller, Worker, say, take_turn
+
 OPS = ("fused_moe", "linear", "quantize", "route")
-MARK = "@rivals "
 KEEP_BYTES = 40 << 30
 """A worker keeps its weights between check and timing while so much memory is free."""
 COLUMNS = (
@@ -36,18 +31,11 @@ COLUMNS = (
 )  # fmt: skip
 SHARE_TO_WARM = 0.62
 """Of the time; whoever compiles longer is timed while others still do."""
-MOST_SECONDS_TO_STOP = 10
 
 
 # ------------------------------------------------------------------------------------- the worker
-def say(kind: str, **facts: Any) -> None:
-    """Tell the controller."""
-    print(MARK + json.dumps({"kind": kind, **facts}), file=sys.__stdout__, flush=True)
-
-
 def worker(job: dict[str, Any]) -> None:
     """Check, wait for the word, and time."""
-    sys.stdout = sys.stderr  # libraries print
     import torch
 
     torch.set_grad_enabled(False)
@@ -55,33 +43,37 @@ def worker(job: dict[str, Any]) -> None:
 
     kept: dict[tuple[str, str], Any] = {}
     wrong: dict[tuple[str, str, int], float] = {}
-    for shape, scheme in _pairs(job):
-        try:
-            subject = SUBJECTS[job["op"]](shape, scheme)
-            make = _contender(job).bind(subject)
-            for tokens in job["tokens"]:
-                given = subject.inputs(tokens)
-                found = make(given)()
-                torch.cuda.synchronize()
-                wrong[shape, scheme, tokens] = subject.error(given, found)
-            if torch.cuda.mem_get_info()[0] > KEEP_BYTES:
-                kept[shape, scheme] = subject, make
-        except Exception as error:
-            say("failed", where=f"{shape} {scheme}", message=_line(error))
+
+    def warm() -> None:
+        for shape, scheme in _pairs(job):
+            subject = make = given = found = None
+            torch.cuda.empty_cache()
+            try:
+                subject = SUBJECTS[job["op"]](shape, scheme)
+                make = _contender(job).bind(subject)
+                for tokens in job["tokens"]:
+                    given = subject.inputs(tokens)
+                    found = make(given)()
+                    torch.cuda.synchronize()
+                    wrong[shape, scheme, tokens] = subject.error(given, found)
+                if torch.cuda.mem_get_info()[0] > KEEP_BYTES:
+                    kept[shape, scheme] = subject, make
+            except Exception as error:
+                say("failed", where=f"{shape} {scheme}", message=_line(error))
         subject = make = given = found = None
         torch.cuda.empty_cache()
-    say("ready")
-    if sys.stdin.readline().strip() != "go":
-        return
-    for shape, scheme in _pairs(job):
-        if not any(key[:2] == (shape, scheme) for key in wrong):
-            continue
-        try:
-            _time(job, shape, scheme, kept.pop((shape, scheme), None), wrong)
-        except Exception as error:
-            say("failed", where=f"{shape} {scheme}", message=_line(error))
-        torch.cuda.empty_cache()
-    say("done")
+
+    def measure() -> None:
+        for shape, scheme in _pairs(job):
+            if not any(key[:2] == (shape, scheme) for key in wrong):
+                continue
+            try:
+                _time(job, shape, scheme, kept.pop((shape, scheme), None), wrong)
+            except Exception as error:
+                say("failed", where=f"{shape} {scheme}", message=_line(error))
+            torch.cuda.empty_cache()
+
+    take_turn(warm, measure)
 
 
 def _time(
@@ -143,20 +135,10 @@ def _line(error: Exception) -> str:
 
 
 # --------------------------------------------------------------------------------- the controller
-@dataclass
-class Worker:
-    """A process that stands for one contender."""
-
-    job: dict[str, Any]
-    process: Any = None
-    state: str = "waiting"
-    log: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Return who it is."""
-        shapes = "" if len(self.job["shapes"]) > 1 else f" {self.job['shapes'][0]}"
-        return f"{self.job['op']} {self.job['contender']} {','.join(self.job['schemes'])}{shapes}"
+def name_of(job: dict[str, Any]) -> str:
+    """Return who a worker is."""
+    shapes = "" if len(job["shapes"]) > 1 else f" {job['shapes'][0]}"
+    return f"{job['op']} {job['contender']} {','.join(job['schemes'])}{shapes}"
 
 
 def jobs_of(options: argparse.Namespace, left_out: dict[str, str]) -> list[dict[str, Any]]:
@@ -203,108 +185,6 @@ def _listed(text: str, known: Sequence[str]) -> list[str]:
     return [name for name in known if not text or name in text.split(",")]
 
 
-class Controller:
-    """Start workers, let them be timed one at a time, and keep what they say."""
-
-    def __init__(self, jobs: list[dict[str, Any]], options: argparse.Namespace) -> None:
-        self.workers = [Worker(job) for job in jobs]
-        self.rows: list[dict[str, Any]] = []
-        self.failures: dict[str, str] = {}
-        self._options, self._begun = options, time.monotonic()
-        self._said: queue.Queue[tuple[Worker, str]] = queue.Queue()
-
-    @property
-    def seconds(self) -> float:
-        """Return how long it has run."""
-        return time.monotonic() - self._begun
-
-    def run(self) -> None:
-        """Run all jobs, or as many as the time allows."""
-        limit = self._options.seconds
-        while self.seconds < limit and any(w.state in ("waiting", "warming") for w in self.workers):
-            self._start_more()
-            self._hear(1.0)
-            if self.seconds > SHARE_TO_WARM * limit:
-                break
-        print(f"[{self.seconds:4.0f} s] timing; "
-              f"{sum(w.state in ('waiting', 'warming') for w in self.workers)} still at work",
-              flush=True)  # fmt: skip
-        while self.seconds < limit:
-            self._start_more()
-            ready = next((w for w in self.workers if w.state == "ready"), None)
-            if ready is None:
-                if all(w.state == "over" for w in self.workers):
-                    break
-                self._hear(0.5)
-                continue
-            ready.state = "timed"
-            ready.process.stdin.write("go\n")
-            ready.process.stdin.flush()
-            while ready.state == "timed" and self.seconds < limit:
-                self._hear(0.5)
-        self._stop()
-
-    def _start_more(self) -> None:
-        warming = sum(w.state == "warming" for w in self.workers)
-        # Rivals take longest to import; they are timed in the order of the list all the same.
-        for each in sorted(self.workers, key=lambda w: not w.job["contender"].startswith("vllm")):
-            if each.state == "waiting" and warming < self._options.jobs:
-                warming += 1
-                self._start(each)
-
-    def _start(self, each: Worker) -> None:
-        command = [sys.executable, sys.argv[0], "--worker", json.dumps(each.job)]
-        pipe = subprocess.PIPE
-        each.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        each.state = "warming"
-        threading.Thread(target=self._listen, args=(each,), daemon=True).start()
-
-    def _listen(self, each: Worker) -> None:
-        for line in each.process.stdout:
-            self._said.put((each, line))
-        self._said.put((each, MARK + json.dumps({"kind": "exit", "code": each.process.wait()})))
-
-    def _hear(self, seconds: float) -> bool:
-        """Take one message; tell whether there was one."""
-        try:
-            each, line = self._said.get(timeout=seconds)
-        except queue.Empty:
-            return False
-        if not line.startswith(MARK):
-            each.log = [*each.log[-30:], line.rstrip()]
-            return True
-        said = json.loads(line.removeprefix(MARK))
-        kind = said.pop("kind")
-        if kind == "row":
-            self.rows.append(said)
-        elif kind == "failed":
-            self.failures[f"{each.name}: {said['where']}"] = said["message"]
-        elif kind == "ready":
-            each.state = "ready"
-        elif kind in ("done", "exit"):
-            if kind == "exit" and each.state != "over":
-                last = each.log[-1] if each.log else ""
-                self.failures[each.name] = f"ended with status {said['code']}: {last[:160]}"
-            each.state = "over"
-        return True
-
-    def _stop(self) -> None:
-        for each in self.workers:
-            if each.state not in ("over", "waiting"):
-                self.failures[each.name] = f"no time left; it was {each.state}"
-            elif each.state == "waiting":
-                self.failures[each.name] = "no time left; it was not started"
-        for each in self.workers:
-            if each.process is not None and each.process.poll() is None:
-                each.process.kill()  # only what was started here
-        end = time.monotonic() + MOST_SECONDS_TO_STOP
-        for each in self.workers:
-            if each.process is not None:
-                each.process.wait(timeout=max(end - time.monotonic(), 0.1))
-
-
 def main() -> None:
     """Run the comparison, or report an earlier one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -336,7 +216,14 @@ def main() -> None:
     spec = hal.current_platform().device(0)
     title = f"{spec.name}, torch {torch.__version__}, triton {spec.software.triton}"
     left_out: dict[str, str] = {}
-    controller = Controller(jobs_of(options, left_out), options)
+    controller = Controller(
+        [Worker(name_of(job), job) for job in jobs_of(options, left_out)],
+        at_a_time=options.jobs,
+        seconds=options.seconds,
+        share_to_warm=SHARE_TO_WARM,
+        # Rivals take longest to import; they are timed in the order of the list all the same.
+        first=lambda worker: not worker.job["contender"].startswith("vllm"),
+    )
     print(f"{title}: {len(controller.workers)} processes", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
