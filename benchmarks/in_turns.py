@@ -7,13 +7,15 @@ is timed: a device that is shared shows in times. Who is not ready by then is en
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ __all__ = ["MARK", "Controller", "Worker", "say", "take_turn"]
 MARK = "@in_turns "
 MOST_SECONDS_TO_STOP = 10
 GRACE_SECONDS = 8.0
-"""How long a worker may take for what it was compiling when the time to warm up was over."""
+"""How long a worker may take to come back from a library when its time to warm up was over."""
 
 
 # ------------------------------------------------------------------------------------- the worker
@@ -31,14 +33,24 @@ def say(kind: str, **facts: Any) -> None:
     print(MARK + json.dumps({"kind": kind, **facts}), file=sys.__stdout__, flush=True)
 
 
-def take_turn(warm: Callable[[], None], measure: Callable[[], None], *, stay: bool = False) -> None:
+def take_turn(
+    warm: Callable[[], None],
+    measure: Callable[[], None],
+    *,
+    warm_until: float | None = None,
+    stay: bool = False,
+) -> None:
     """Warm up, wait for the word, and measure; what libraries print goes to stderr.
 
-    With `stay` the process waits to be ended, so that taking down its device's context disturbs
-    nobody's times.
+    Args:
+        warm: What to do at the same time as others. What it keeps must be valid at any point.
+        measure: What to do alone.
+        warm_until: Seconds since the epoch, when `warm` is interrupted by a TimeoutError.
+        stay: Wait to be ended, so that taking down a device's context disturbs nobody's times.
     """
     sys.stdout = sys.stderr
-    warm()
+    with contextlib.suppress(TimeoutError), _interrupted_at(warm_until):
+        warm()
     say("ready")
     if sys.stdin.readline().strip() != "go":
         return
@@ -46,6 +58,24 @@ def take_turn(warm: Callable[[], None], measure: Callable[[], None], *, stay: bo
     say("done")
     if stay:
         sys.stdin.readline()
+
+
+@contextlib.contextmanager
+def _interrupted_at(when: float | None) -> Iterator[None]:
+    if when is None or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise TimeoutError("the time to warm up is over")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(when - time.time(), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 # --------------------------------------------------------------------------------- the controller

@@ -117,13 +117,13 @@ def worker(job: dict[str, Any]) -> None:
         for n, k in job["shapes"]:
             dense = weight_of(n, k)
             for m in job["rows"]:
-                if time.time() > job["warm_until"]:
-                    break
                 calls, refused = calls_of(job, x_of(m, k), dense)
                 for name in list(calls):
                     if (message := refusal(calls[name])) is not None:
                         del calls[name]
                         refused[name] = message
+                if time.time() > job["warm_until"]:
+                    return
                 for name, message in refused.items():
                     say("failed", where=f"{n}x{k} {m} rows {name}", message=message)
                 compiled.add((n, k, m))
@@ -142,7 +142,7 @@ def worker(job: dict[str, Any]) -> None:
                     time_cell(job, x_of(m, k), dense, replay_us)
         free()
 
-    take_turn(warm, measure, stay=True)
+    take_turn(warm, measure, warm_until=job["warm_until"], stay=True)
 
 
 def time_cell(job: dict[str, Any], x: torch.Tensor, dense: torch.Tensor, replay_us: float) -> None:

@@ -1,233 +1,253 @@
-"""Time the quantizers beside a copy of the same size and torch.compile of the plain formula.
+"""Time the quantizers beside a copy of the same size and torch.compile of formula and reference.
 
 Usage: python benchmarks/quantize.py [--schemes mxfp8,...] [--before plain,norm,residual,gate]
-       [--shapes 32768x4096,...] [--small] [--no-compile] [--pieces] [--out results.json]
+           [--layouts] [--shapes 20480x7168,...] [--small] [--compile formula,reference]
+           [--device cuda] [--jobs 16] [--seconds 80] [--pieces] [--out FILE.json]
 
-Large shapes: `GB/s` counts the bytes that must be read and written; `copy` is what `copy_` of as
-many bytes in all reaches, timed in turn with the quantizer, and `of copy` the ratio. `compiled` is
-torch.compile of the formula as one would write it for inductor (whose codes may be off by a
-rounding), `x` its time over ours: above 1 ours is faster. Times are of CUDA graphs' replays with a
-cold L2 cache, so that the host's time does not count: the least of three medians. `--small`: 1, 16
-and 128 rows of 4096, one median. `--pieces` tries other shapes of a program.
+`of copy`: what `copy_` of as many bytes in all takes, over what the quantizer takes. `x formula`
+and `x reference`: what torch.compile of each (`quantize_cases.py`) takes, over the same: above 1
+hal is faster. `--layouts` adds scales that are stored as a product reads them. `--small`: 1, 16 and
+128 rows of 4096.
+
+On a GPU, processes compile all at once; what inductor tries out on the GPU, it tries out alone, one
+process at a time. Then one process after the other is timed, by replays of CUDA graphs with a cold
+L2 cache, so that the host's time does not count: the least of three medians, contenders in turns.
+On a CPU, calls are timed as they are, in one process at a time, with the same rules.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from torch.nn import functional
+from in_turns import Controller, Worker, say, take_turn
+from quantize_cases import BEFORE, Case, cases, share_equal
+from quantize_report import report
 
-from hal.ops.activations import Activation
-from hal.ops.kernels import quantize as kernels
-from hal.ops.quantize import quantize_triton
-from hal.ops.quantize_fused import rms_norm_triton, swiglu_triton
-from hal.quant import SCHEMES
-from hal.quant.mx import exponent_rule
+from hal.ops.scale_layouts import CANONICAL
 from hal.timing import time_graph
 
-SHAPES = "32768x4096,16384x7168,131072x2048,8192x14336,131072x4096"
-WAYS = "fp8_channel,fp8_block128,int8_channel,mxfp8,mxfp4,nvfp4"
-EPSILON = 1e-6
+SHAPES = {
+    "cuda": "20480x7168,49152x2880,32768x4096,65536x2048",
+    "cpu": "1x4096,64x4096,512x7168",
+}
+"""Of 256 MB and up on a GPU."""
+SMALL = "1x4096,16x4096,128x4096"
+RIVALS = ("formula", "reference")
+SHARE_TO_WARM = 0.64
+LARGE_BYTES = 256_000_000
+"""From so many bytes read on, a share of a copy's rate is asked for."""
+ROUNDS = 3
+CPU_SECONDS = 0.02
+"""What is timed at once on a CPU takes at least so long."""
 Call = Callable[[], Any]
 
 
 def main() -> None:
-    """Print one line for each shape, scheme and what is fused with it."""
+    """Time all and report, or be one of the workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--schemes", default=WAYS)
-    parser.add_argument("--before", default="plain,norm,residual,gate")
-    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--schemes", default="", help="default: all that quantize activations")
+    parser.add_argument("--before", default=",".join(BEFORE))
+    parser.add_argument("--layouts", action="store_true")
+    parser.add_argument("--shapes", default="", help="rows x columns")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--pieces", action="store_true")
+    parser.add_argument("--compile", default="formula,reference", help="none: only the copy")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16))
+    parser.add_argument("--seconds", type=float, default=1800.0, help="time for all of it")
+    parser.add_argument("--pieces", action="store_true", help="try other shapes of a program")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 1000
-    name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
-    rows = []
-    shapes = "1x4096,16x4096,128x4096" if options.small else options.shapes
-    if options.small:
-        print(
-            f"{'rows x columns':>16} {'scheme':<13}{'before':<9}{'us':>8}{'compiled':>10}{'x':>6}"
+    if options.worker:
+        worker(json.loads(options.worker))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = jobs_of(options, str(Path(folder) / "lock"))
+        controller = Controller(
+            [Worker(f"process {number}", job) for number, job in enumerate(jobs)],
+            at_a_time=len(jobs),
+            seconds=options.seconds,
+            share_to_warm=SHARE_TO_WARM,
+            alone=True,
         )
-    else:
-        print(f"{'rows x columns':>16} {'scheme':<13}{'before':<9}{'us':>8}{'GB/s':>7}{'copy':>6}"
-              f"{'of copy':>8}{'compiled':>10}{'x':>6}")  # fmt: skip
-    for shape in shapes.split(","):
-        tokens, columns = map(int, shape.split("x"))
-        for before in options.before.split(","):
-            for scheme in options.schemes.split(","):
-                row = time_one(tokens, columns, scheme, before, options)
-                rows.append({"rows": tokens, "columns": columns, **row})
+        controller.run()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    title = f"{name}, torch {torch.__version__}; {controller.seconds:.0f} s"
+    print("\n".join(report(controller.rows, controller.failures, title)))
     if options.out:
-        options.out.write_text(json.dumps({"device": name, "rows": rows}, indent=1))
+        told = {"device": name, "rows": controller.rows, "failures": controller.failures}
+        options.out.write_text(json.dumps(told, indent=1))
 
 
-def time_one(
-    tokens: int, columns: int, scheme: str, before: str, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Time one case and print it."""
-    torch.manual_seed(0)
-    ours, plain, read = calls(tokens, columns, scheme, before)
-    label = f"{tokens:>8} x{columns:>6} {scheme:<13}{before:<9}"
-    compiled = None if options.no_compile else torch.compile(plain, fullgraph=True, dynamic=False)
-    if options.small:
-        us = time_graph(ours)
-        other = time_graph(compiled) if compiled else float("nan")
-        print(f"{label}{us:>8.2f}{other:>10.2f}{other / us:>6.2f}", flush=True)
-        return {"scheme": scheme, "before": before, "us": us, "compiled_us": other}
-    moved = read + sum(part.nbytes for part in ours())
-    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+def jobs_of(options: argparse.Namespace, lock: str) -> list[dict[str, Any]]:
+    """Return what each worker does: every `jobs`-th case, so that they take about as long."""
+    wanted = list(cases(options.schemes, options.before, options.layouts))
+    shapes = options.shapes or (SMALL if options.small else SHAPES[options.device])
+    told = {
+        "shapes": [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")],
+        "rivals": [name for name in RIVALS if name in options.compile.split(",")],
+        "device": options.device,
+        "pieces": options.pieces,
+        "lock": lock,
+    }
+    found = [wanted[first :: options.jobs] for first in range(options.jobs)]
+    return [{**told, "cases": part} for part in found if part]
+
+
+# ------------------------------------------------------------------------------------- the worker
+def worker(job: dict[str, Any]) -> None:
+    """Compile, wait for the word, and time."""
+    import torch._inductor.config
+
+    torch.set_grad_enabled(False)
+    torch._dynamo.config.recompile_limit = 1000
+    torch._inductor.config.compile_threads = 1
+    tries_alone(job["lock"])
+    compiled: dict[tuple[Case, tuple[int, int], str], Callable[..., Any]] = {}
+    cells = [(Case(*case), tuple(shape)) for case in job["cases"] for shape in job["shapes"]]
+    cells.sort(key=lambda cell: cell[0].layout != CANONICAL)
+
+    def warm() -> None:
+        # Those that matter most first: time may end.
+        for name in ("ours", *job["rivals"]):
+            for case, shape in cells:
+                if time.time() > job["warm_until"]:
+                    return
+                plain = getattr(case, name)
+                call = plain if name == "ours" else compiled_of(plain)
+                inputs = case.inputs(*shape, job["device"])
+                try:
+                    call(*inputs)
+                    compiled[case, shape, name] = call
+                    if job["device"] == "cuda":
+                        torch.cuda.synchronize()
+                        torch.cuda.empty_cache()
+                except Exception as error:
+                    say("failed", where=f"{case} {shape} {name}", message=first_line(error))
+
+    def measure() -> None:
+        for case, shape in cells:
+            calls = {n: compiled[case, shape, n] for n in ("ours", *RIVALS)
+                     if (case, shape, n) in compiled}  # fmt: skip
+            for name in ("ours", *job["rivals"]):
+                if name not in calls:
+                    say("failed", where=f"{case} {shape} {name}", message="not compiled")
+            if time.time() > job["until"]:
+                say("failed", where=f"{case} {shape}", message="not timed in time")
+            elif "ours" in calls:
+                time_cell(job, case, shape, calls)
+
+    take_turn(warm, measure, warm_until=job["warm_until"], stay=True)
+
+
+def time_cell(
+    job: dict[str, Any], case: Case, shape: tuple[int, int], calls: dict[str, Callable[..., Any]]
+) -> None:
+    """Time all contenders of a case and a copy in turns."""
+    inputs = case.inputs(*shape, job["device"])
+    found = calls["ours"](*inputs)
+    parts = [*inputs[:1], *inputs[2:]] if case.before == "residual" else inputs[:1]
+    moved = sum(part.nbytes for part in (*parts, *found))
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=job["device"])
     target = torch.empty_like(source)
-    turns = [ours, lambda: target.copy_(source), *((compiled,) if compiled else ())]
-    us, copy, *rest = least_times(turns)
-    other = rest[0] if rest else float("nan")
-    print(f"{label}{us:>8.1f}{moved / us / 1e3:>7.0f}{moved / copy / 1e3:>6.0f}{copy / us:>8.2f}"
-          f"{other:>10.1f}{other / us:>6.2f}", flush=True)  # fmt: skip
-    if options.pieces:
-        try_pieces(ours, copy)
-    return {"scheme": scheme, "before": before, "us": us, "bytes": moved, "copy_us": copy,
-            "compiled_us": other}  # fmt: skip
+    equal = {
+        name: round(share_equal(found, call(*inputs)), 4)
+        for name, call in calls.items()
+        if name != "ours"
+    }
+    turns: dict[str, Call] = {"copy": lambda: target.copy_(source)}
+    turns.update({name: lambda call=call: call(*inputs) for name, call in calls.items()})
+    times = least_times(turns, job["device"])
+    say(
+        "row", case=str(case), rows=shape[0], columns=shape[1], moved=moved, equal=equal,
+        asked=job["device"] == "cuda" and inputs[0].nbytes >= LARGE_BYTES,
+        **{f"{name}_us": round(us, 2) for name, us in times.items()},
+    )  # fmt: skip
+    if job["pieces"]:
+        for label, us in pieces(lambda: calls["ours"](*inputs)):
+            say("row", case=f"{case} {label}", rows=shape[0], columns=shape[1], moved=moved,
+                asked=False, equal={}, copy_us=times["copy"], ours_us=round(us, 2))  # fmt: skip
 
 
-def try_pieces(ours: Call, copy: float) -> None:
+def least_times(turns: dict[str, Call], device: str) -> dict[str, float]:
+    """Return the least of several medians of each call in microseconds; calls take turns."""
+
+    def timed(call: Call) -> float:
+        return time_graph(call, replays=7) if device == "cuda" else time_here(call)
+
+    found = [{name: timed(call) for name, call in turns.items()} for _ in range(ROUNDS)]
+    return {name: min(times[name] for times in found) for name in turns}
+
+
+def time_here(call: Call) -> float:
+    """Return the median time of a call on this CPU in microseconds."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + CPU_SECONDS
+    while not times or time.perf_counter() < end:
+        begun = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begun) * 1e6)
+    return statistics.median(times)
+
+
+def pieces(call: Call) -> Iterator[tuple[str, float]]:
     """Time other numbers of elements for a program and for a lane."""
+    from hal.ops.kernels import quantize as kernels
+
     chosen = kernels.PIECE, kernels.PER_LANE
-    for piece in (2048, 4096, 8192):
-        for lane in (8, 16, 32, 64):
-            kernels.PIECE, kernels.PER_LANE = piece, lane
-            (us,) = least_times([ours])
-            print(
-                f"{'':>20}piece {piece:>5} per lane {lane:>3}{copy / us:>8.2f} of copy", flush=True
-            )
-    kernels.PIECE, kernels.PER_LANE = chosen
+    try:
+        for piece in (2048, 4096, 8192):
+            for lane in (8, 16, 32, 64):
+                kernels.PIECE, kernels.PER_LANE = piece, lane
+                yield f"piece {piece} lane {lane}", least_times({"": call}, "cuda")[""]
+    finally:
+        kernels.PIECE, kernels.PER_LANE = chosen
 
 
-def least_times(turns: list[Call], rounds: int = 3) -> list[float]:
-    """Return the least of several medians of each call in microseconds; calls take turns.
-
-    Graphs are replayed, so that no time of the host is counted.
-    """
-    found = [[time_graph(call, replays=7) for call in turns] for _ in range(rounds)]
-    return [min(times) for times in zip(*found, strict=True)]
+def compiled_of(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch.compile of a contender, all sizes known and without breaks."""
+    return torch.compile(lambda *inputs: plain(*inputs), fullgraph=True, dynamic=False)
 
 
-def calls(tokens: int, columns: int, scheme: str, before: str) -> tuple[Call, Call, int]:
-    """Return our call, the plain formula, and the bytes that they read."""
-    how = SCHEMES[scheme].activation
-    assert how.format is not None
-    encoding = how.format
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    x = torch.randn(tokens, columns * (2 if before == "gate" else 1), **options)
-    formula = FORMULAS[scheme]
-    if before == "plain":
-        return lambda: quantize_triton(x, encoding, how), lambda: formula(x), x.nbytes
-    if before == "gate":
-        return (
-            lambda: swiglu_triton(x, Activation(), encoding, how),
-            lambda: formula(swiglu(x)),
-            x.nbytes,
-        )
-    weight = torch.randn(columns, **options)
-    if before == "norm":
-        return (
-            lambda: rms_norm_triton(x, weight, EPSILON, None, encoding, how),
-            lambda: formula(norm(x, weight)),
-            x.nbytes,
-        )
-    residual = torch.randn_like(x)
+def tries_alone(path: str) -> None:
+    """Let inductor choose between its kernels while no other process tries out its own."""
+    try:
+        import fcntl
 
-    def add_and_norm() -> tuple[torch.Tensor, ...]:
-        total = x + residual
-        return (*formula(norm(total, weight)), total)
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    return (
-        lambda: rms_norm_triton(x, weight, EPSILON, residual, encoding, how),
-        add_and_norm,
-        2 * x.nbytes,
-    )
+        original = CachingAutotuner.benchmark_all_configs
+    except (ImportError, AttributeError):
+        return
+
+    @contextlib.contextmanager
+    def held() -> Iterator[None]:
+        with open(path, "a", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield  # closing the file gives the lock back
+
+    def alone(self: Any, *arguments: Any, **more: Any) -> Any:
+        with held():
+            return original(self, *arguments, **more)
+
+    CachingAutotuner.benchmark_all_configs = alone
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Normalize rows as transformers does."""
-    wide = x.float()
-    root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
-    return (wide * root).to(x.dtype) * weight
-
-
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """Gate as the kernels do: in float32, rounded once."""
-    gate, up = x.float().chunk(2, -1)
-    return (functional.silu(gate) * up).to(x.dtype)
-
-
-def scaled(group: int | None, dtype: torch.dtype, top: float) -> Callable[..., Any]:
-    """Return the formula for float32 scales per row or group."""
-
-    def formula(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = x.float()
-        wide = wide.unflatten(-1, (-1, group)) if group else wide
-        scales = (wide.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
-        ratio = (wide / scales).clamp(-top, top)
-        codes = (ratio.round() if dtype is torch.int8 else ratio).to(dtype)
-        return codes.view(x.shape), scales.squeeze(-1)
-
-    return formula
-
-
-def mx(element: str) -> Callable[..., Any]:
-    """Return the formula for powers of two per 32."""
-    addend, top = exponent_rule(element)
-
-    def formula(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = x.float().unflatten(-1, (-1, 32))
-        bits = wide.abs().amax(-1, keepdim=True).view(torch.int32)
-        byte = (((bits + addend) >> 23) - top).clamp_min(0)
-        ratio = wide * ((254 - byte) << 23).view(torch.float32)
-        if element == "e2m1":
-            codes = pack(ratio.view(x.shape))
-        else:
-            codes = ratio.clamp(-448, 448).to(torch.float8_e4m3fn).view(x.shape)
-        return codes, byte.to(torch.uint8).squeeze(-1)
-
-    return formula
-
-
-def nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Quantize to e2m1 under e4m3 scales per 16 and float32 per row."""
-    wide = x.float()
-    second = (wide.abs().amax(-1) / 2688).clamp_min(1e-12)
-    blocks = wide.unflatten(-1, (-1, 16))
-    scales = (blocks.abs().amax(-1) / 6 / second[:, None]).clamp(2**-9, 448)
-    scales = scales.to(torch.float8_e4m3fn)
-    ratio = blocks / (scales.float() * second[:, None])[..., None]
-    return pack(ratio.view(x.shape)), scales, second
-
-
-def pack(x: torch.Tensor) -> torch.Tensor:
-    """Round to e2m1 and put two codes into a byte."""
-    size = x.abs()
-    code = torch.minimum((size * 2).round(), size.round() + 2)
-    code = torch.minimum(code, (size * 0.5).round() + 4).clamp_max(7).to(torch.uint8)
-    code = code | (torch.signbit(x).to(torch.uint8) << 3)
-    return code[:, 0::2] | (code[:, 1::2] << 4)
-
-
-FORMULAS = {
-    "fp8_channel": scaled(None, torch.float8_e4m3fn, 448.0),
-    "fp8_block128": scaled(128, torch.float8_e4m3fn, 448.0),
-    "int8_channel": scaled(None, torch.int8, 127.0),
-    "mxfp8": mx("e4m3fn"),
-    "mxfp4": mx("e2m1"),
-    "nvfp4": nvfp4,
-}
+def first_line(error: Exception) -> str:
+    """Return what an error says first."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
 
 if __name__ == "__main__":

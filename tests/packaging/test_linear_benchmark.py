@@ -29,7 +29,7 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> Any:
         call()
         return 10.0
 
-    def turn(warm: Any, measure: Any, *, stay: bool) -> None:
+    def turn(warm: Any, measure: Any, *, warm_until: float, stay: bool) -> None:
         warm()
         said.append({"kind": "ready"})
         measure()
@@ -134,33 +134,37 @@ def test_the_worst_cells_come_first(linear: Any) -> None:
 
 
 SCRIPT = """
-import json, sys, time
+import json, signal, sys, time
 sys.path.insert(0, {folder!r})
 import in_turns
 from in_turns import Controller, Worker, say, take_turn
 in_turns.GRACE_SECONDS = 0.3
 def worker(job):
-    if job["name"] == "late":
-        time.sleep(60)
+    def warm():
+        if job["name"] == "late":
+            time.sleep(60)
+        if job["name"] == "deaf":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            time.sleep(60)
     if job["name"] == "dies":
         raise SystemExit(3)
     def measure():
         begun = time.time()
         time.sleep(0.05)
         say("row", name=job["name"], begun=begun, ended=time.time())
-    take_turn(lambda: None, measure, stay=True)
+    take_turn(warm, measure, warm_until=job["warm_until"], stay=True)
 if sys.argv[1:2] == ["--worker"]:
     worker(json.loads(sys.argv[2]))
 else:
-    names = ["a", "late", "b", "dies", "c"]
-    control = Controller([Worker(n, {{"name": n}}) for n in names], at_a_time=5, seconds=20.0,
+    names = ["a", "late", "b", "deaf", "dies", "c"]
+    control = Controller([Worker(n, {{"name": n}}) for n in names], at_a_time=6, seconds=20.0,
                          share_to_warm=0.06, alone=True)
     control.run()
     print(json.dumps([control.rows, control.failures]))
 """
 
 
-def test_no_two_are_timed_at_once_and_who_is_late_or_dies_is_named(
+def test_no_two_are_timed_at_once_and_who_does_not_come_back_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import subprocess
@@ -172,9 +176,9 @@ def test_no_two_are_timed_at_once_and_who_is_late_or_dies_is_named(
         [sys.executable, "-S", str(script)], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     rows, failures = json.loads(out.splitlines()[-1])
-    assert [each["name"] for each in rows] == ["a", "b", "c"]
+    assert [each["name"] for each in rows] == ["a", "late", "b", "c"]
     for before, after in itertools.pairwise(rows):
         assert before["ended"] <= after["begun"]
-    assert failures["late"] == "no time left; it was warming"
+    assert failures["deaf"] == "no time left; it was warming"
     assert failures["dies"].startswith("ended with status 3")
     assert time.monotonic() - begun < 20
