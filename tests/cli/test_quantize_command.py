@@ -169,13 +169,33 @@ def test_progress_on_a_terminal(rich: bool, tmp_path: Path) -> None:
     assert (b"14.3 MB" in seen) is rich
 
 
+ELSEWHERE = """
+import os, socket, sys
+socket.gethostname = lambda: "elsewhere"
+taken = int(sys.argv.pop(1))
+os.getpid = lambda: taken
+from hal.cli import main
+sys.exit(main())
+"""
+"""hal on a host of another name, under a process id that is alive where the second run is."""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_run_again(hal: Any, kill: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kill", "start"),
+    [
+        (signal.SIGKILL, ("-c", ELSEWHERE, str(os.getpid()))),
+        (signal.SIGINT, ("-m", "hal")),
+    ],
+    ids=["killed elsewhere", "interrupted"],
+)
+def test_killed_and_run_again(
+    hal: Any, kill: signal.Signals, start: tuple[str, ...], tmp_path: Path
+) -> None:
     """Wherever the signal comes, no model is there but a whole one, and a second run succeeds."""
     arguments = ("quantize", str(TINY), str(tmp_path / "m"), "--scheme", "nvfp4")
     with subprocess.Popen(
-        [sys.executable, "-m", "hal", *arguments, "--shard-size", "1K"],
+        [sys.executable, *start, *arguments, "--shard-size", "1K"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
