@@ -25,7 +25,8 @@ __all__ = ["Tiles", "grouped_layer", "quantized_rows", "starts", "take"]
 MOST_EXPERTS = 1024
 """Grouped products of CUTLASS start a thread an expert, in one block."""
 
-Rows = Callable[["torch.Tensor"], tuple["torch.Tensor", ...]]
+Rows = Callable[..., tuple["torch.Tensor", ...]]
+"""`(x, fixed=None)`, as a `hal.ops.quantize.QuantizeFunction`."""
 
 
 def grouped_layer(size: int, format: str = "standard") -> tuple[Need, ...]:
@@ -43,8 +44,8 @@ def quantized_rows(binding: Binding, w13: QTensor, w2: QTensor, layout: str = CA
     quantize, how = quantizer(binding, max(w13.shape[2], w2.shape[2])), w13.scheme.activation
     encoding = "e2m1" if how.format == "e2m1" else "e4m3fn"
 
-    def rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found: tuple[torch.Tensor, ...] = quantize(x, encoding, how, None, layout)
+    def rows(x: torch.Tensor, fixed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = quantize(x, encoding, how, fixed, layout)
         return found
 
     return rows

@@ -11,7 +11,7 @@ start at a tile | M, N, K |
 
 hal sorts rows by expert, so that absent ids belong to no problem, quantizes them as the scheme
 says and computes what is between the products. NVFP4 multiplies by one factor an expert: second
-scales of tokens are put on after it.
+scales of tokens, and the one that is fixed for all of them, are put on after it.
 
 Source: vllm-project/vllm 0.25.1, vllm/_custom_ops.py, the schemas in its `_C`,
 model_executor/layers/fused_moe/experts/cutlass_moe.py (`run_cutlass_moe_fp8`, `_fp4`, `_w4a8_fp8`:
@@ -34,7 +34,7 @@ from hal.ops.adapters.vllm_experts import VLLM
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.expert_layer import PLAIN, ExpertLayer
 from hal.ops.fused_moe import FUSED_MOE, moe_signatures
-from hal.ops.linear import W4A8, row_scales
+from hal.ops.linear import NVFP4, W4A8, fixed_scale, row_scales
 from hal.quant.scheme import SCHEMES, group_of
 from hal.registry import Level
 
@@ -186,7 +186,7 @@ def _reordered(weight: QTensor) -> tuple[torch.Tensor, ...]:
     "vllm_cutlass_moe_nvfp4",
     level=Level.NATIVE,
     band="specialised",
-    signatures=moe_signatures("nvfp4", layout=TILES),
+    signatures=moe_signatures(*NVFP4, layout=TILES),
     requires=(
         Needs.platform("cuda"),
         VLLM,
@@ -203,6 +203,7 @@ def bind_nvfp4(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer =
 
     multiply = operator("vllm", MODULE, "_C", "cutlass_fp4_group_mm")
     rows_of = quantized_rows(binding, w13, w2)
+    of_x, of_h = fixed_scale(w13), fixed_scale(w2)
 
     def product(
         codes: torch.Tensor,
@@ -225,11 +226,13 @@ def bind_nvfp4(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer =
     def first(
         x: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, tensors: Tensors
     ) -> torch.Tensor:
-        codes, scales, outer = (take(part, token) for part in rows_of(x))
+        coded = rows_of(x, tensors[6] if of_x else None)
+        codes, scales, outer = (take(part, token) for part in coded)
         return product(codes, scales, outer, ends, tensors[:3])
 
     def second(h: torch.Tensor, ends: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, outer = rows_of(h)
+        codes, scales, outer = rows_of(h, tensors[7] if of_h else None)
         return product(codes, scales, outer, ends, tensors[3:6])
 
-    return bind_groups(layer, w13, first, second, (*w13.tensors, *w2.tensors))
+    read = (*w13.tensors[:3], *w2.tensors[:3], *of_x, *of_h)
+    return bind_groups(layer, w13, first, second, read)

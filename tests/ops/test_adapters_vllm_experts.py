@@ -109,6 +109,7 @@ def test_marlin_with_zero_points(group):
         ("cuda:h100", "vllm_cutlass_moe_w4a8", "int4_w4a8_fp8"),
         ("cuda:b200", "vllm_cutlass_moe_nvfp4", "nvfp4"),
         ("cuda:rtx-5090", "vllm_cutlass_moe_nvfp4", "nvfp4"),
+        ("cuda:b200", "vllm_cutlass_moe_nvfp4", "nvfp4_static"),
     ],
 )
 def test_grouped(device, kernel, scheme, tokens, case):
@@ -175,6 +176,7 @@ CANDIDATES = {
     ("cuda:h100", "int4_w4a8_fp8"): {"cutlass_moe_w4a8"},
     ("cuda:b200", "int4_w4a8_fp8"): set(),
     ("cuda:b200", "nvfp4"): {"cutlass_moe_nvfp4", "marlin_moe_fp4"},
+    ("cuda:b200", "nvfp4_static"): {"cutlass_moe_nvfp4", "marlin_moe_fp4"},
     ("cuda:rtx-5090", "nvfp4"): {"cutlass_moe_nvfp4", "marlin_moe_fp4"},
     ("cuda:rtx-3090", "fp8_channel"): {"marlin_moe_fp8"},
     ("cuda:rtx-3090", "int8_channel"): {"triton_moe_int8"},
