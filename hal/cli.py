@@ -125,7 +125,13 @@ def _explain(options: argparse.Namespace) -> int:
 
     scheme = options.scheme or _only_scheme(options.op)
     platform = resolve_platform(options.platform)
-    insists = options_from(options.op, minimum=options.minimum, force=options.force)
+    insists = options_from(
+        options.op,
+        minimum=options.minimum,
+        force=options.force,
+        batch_invariant=options.batch_invariant,
+        deterministic=options.deterministic,
+    )
     if options.force is not None:
         insists = replace(insists, force_origin="--force")
     problem = sizes_of("explain", options.op, options.sizes)
@@ -292,6 +298,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--force", metavar="KERNEL", help="this kernel or none")
     explain.add_argument("--minimum", metavar="LEVEL", help="lowest level, such as weight_only")
+    explain.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="only kernels that give a token the same bits whatever is beside it",
+    )
+    explain.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only kernels that give equal bits for equal input",
+    )
     # A default, or argparse calls sizes required.
     explain.add_argument(
         "sizes", metavar="SIZE=VALUE", nargs="*", default=[], help="such as hidden=4096"

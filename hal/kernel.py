@@ -171,7 +171,10 @@ class Kernel:
         requires: Everything it needs.
         entry: `module:function` of the binder.
         deterministic: Whether equal input gives equal bits.
-        batch_invariant: Whether a token's result is independent of the other tokens.
+        batch_invariant: Whether a token's result is independent of the other tokens, bound with
+            that option.
+        invariance: What a binding with that option does otherwise than one without it, which costs
+            time and gives other bits; empty where they are the same.
         summary: One line for people.
         claimed: Whether all that is known of it comes from its library's sources: hal has run it
             against an imitation of the library and never against the library itself.
@@ -192,6 +195,7 @@ class Kernel:
     origin: str = "hal"
     claimed: bool = False
     not_interpreted: str = ""
+    invariance: str = ""
 
     @property
     def schemes(self) -> tuple[str, ...]:

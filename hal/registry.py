@@ -162,6 +162,7 @@ class Op:
         origin: str = "hal",
         claimed: bool = False,
         not_interpreted: str = "",
+        invariance: str = "",
     ) -> Kernel:
         """Attach a kernel by the name of its binder.
 
@@ -188,6 +189,8 @@ class Op:
             raise RegistrationError(f"{where}: serves no scheme")
         if not requires:
             raise RegistrationError(f"{where}: declares no need; state at least its platforms")
+        if invariance and not batch_invariant:
+            raise RegistrationError(f"{where}: says how it is batch-invariant, and not that it is")
         if not re.fullmatch(r"[\w.]+:[\w.]+", entry):
             raise RegistrationError(f"{where}: entry {entry!r}, needed 'module:function'")
         kernel = Kernel(
@@ -204,6 +207,7 @@ class Op:
             origin,
             claimed,
             not_interpreted,
+            invariance,
         )
         self._kernels[name] = kernel
         return kernel

@@ -234,7 +234,7 @@ def choose(
         for need in kernel.requires
         for name in need.unchecked(context)
     }
-    able, unable = rank(candidates, op.measured(), context)
+    able, unable = rank(candidates, _measured_so(op, options), context)
     note, chosen = "", able[0].kernel if able else None
     if options.force is not None:
         forced = next(c for c in candidates if c.kernel.name == options.force)
@@ -278,6 +278,14 @@ def require(selection: Selection) -> Selection:
             f"{where}: kernel {force!r}, asked for by {origin}, cannot run: {failures}", selection
         )
     raise NoKernelError(f"{where}: no kernel can run; all candidates:", selection)
+
+
+def _measured_so(op: Op, options: Options) -> tuple[Measurement, ...]:
+    """Return the times of an op that were measured as these options have its kernels run."""
+    if not options.batch_invariant:
+        return op.measured()
+    otherwise = {kernel.name for kernel in op.kernels if kernel.invariance}
+    return tuple(row for row in op.measured() if row.kernel not in otherwise)
 
 
 def _examine(op: Op, kernel: Kernel, context: Context, options: Options) -> Candidate:

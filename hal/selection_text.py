@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from hal.kernel import Level
 from hal.padding import times_the_weights
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def table(selection: Selection) -> list[str]:
         lines += _wrapped(
             " ".join(f"{name}={value}" for name, value in selection.problem.items()), "  "
         )
+    if insisting := _insisting(selection):
+        lines += _wrapped(f"insisting on {insisting}", "  ")
     if selection.kernel is not None:
         lines += _wrapped(
             f"-> {selection.kernel.name} [{selection.level}]: {selection.reason}", "", "   "
@@ -55,6 +58,8 @@ def table(selection: Selection) -> list[str]:
             what = ", ".join(map(str, candidate.padded))
             times = times_the_weights(candidate.padded)
             lines += _wrapped(f"weights are padded: {what}, {times:.2f} times as large", "     ")
+        if candidate.can_run and selection.options.batch_invariant and kernel.invariance:
+            lines += _wrapped(f"batch_invariant: {kernel.invariance}", "     ", "       ")
         for failure in candidate.failures:
             lines += _wrapped(str(failure), "     ", "       ")
     if elsewhere:
@@ -63,6 +68,14 @@ def table(selection: Selection) -> list[str]:
         names = ", ".join(selection.unchecked)
         lines += _wrapped(f"not given, so not checked: {names}", "   ", "     ")
     return lines
+
+
+def _insisting(selection: Selection) -> str:
+    """Return what the caller insists on, but for a forced kernel, which the choice names."""
+    options = selection.options
+    least = f"level {options.minimum} or above" if options.minimum > Level.REFERENCE else ""
+    named = (("batch_invariant", options.batch_invariant), ("deterministic", options.deterministic))
+    return ", ".join([*filter(None, [least]), *(name for name, asked in named if asked)])
 
 
 def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:

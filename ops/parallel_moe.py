@@ -46,6 +46,14 @@ class ParallelFusedMoE(FusedMoE):
                 raise ArgumentError(
                     where, found=f"{name}={value}", needed="the standard format without updates"
                 )
+        if options.get("batch_invariant"):
+            # NCCL and Gloo choose by the size of a message in which order ranks are summed.
+            raise ArgumentError(
+                where,
+                found="batch_invariant=True",
+                needed="a layer on one rank: an exchange may sum ranks in an order that depends on "
+                "the batch",
+            )
         if group.weighs and options.get("apply_router_weight_on_input"):
             raise ArgumentError(
                 where,

@@ -27,7 +27,7 @@ from hal.ops.scaled import (
     sums_tensors,
     sums_tile,
 )
-from hal.ops.triton_experts import TRITON, Bound, enter_and_combine
+from hal.ops.triton_experts import INVARIANT, TRITON, Bound, enter_and_combine, sorted_sizes
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ ROWS = (
     ),
     claimed=True,
     not_interpreted=DOT_SCALED,
+    **INVARIANT,
 )
 @FUSED_MOE.kernel(
     "triton_scaled_mixed",
@@ -69,6 +70,7 @@ ROWS = (
     requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "gfx950")),
     claimed=True,
     not_interpreted=DOT_SCALED,
+    **INVARIANT,
 )
 @FUSED_MOE.kernel(
     "triton_scaled_nvfp4",
@@ -78,6 +80,7 @@ ROWS = (
     requires=(EMITS, *ROWS, Needs.exactly(*TENSOR_MEMORY, "sm_120")),
     claimed=True,
     not_interpreted=DOT_SCALED,
+    **INVARIANT,
 )
 @FUSED_MOE.kernel(
     "triton_scaled_emulated",
@@ -86,6 +89,7 @@ ROWS = (
     signatures=moe_signatures("mxfp8", "mxfp4", "mxfp4_w4a8"),
     requires=(Needs.package("triton", "3.6"), *ROWS, Needs.exactly("sm_90")),
     not_interpreted=DOT_SCALED,
+    **INVARIANT,
 )
 def bind_scaled_experts(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -100,6 +104,7 @@ def bind_scaled_experts(
     band="tuned",
     signatures=moe_signatures(*SUMS),
     requires=(*ROWS, SUMMING, Needs.triton_math("e4m3fn", "e4m3fnuz")),
+    **INVARIANT,
 )
 def bind_sums_experts(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -128,6 +133,7 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
         read13, read2 = sums_tensors(w13), sums_tensors(w2)
     width, both, kind = len(read13), len(read13) + len(read2), scaled_kind(scheme)
     activation = layer.activation
+    invariant = binding.selection.options.batch_invariant
 
     def tile_of(rows: int, n: int) -> Tile:
         return sums_tile(rows, packed, arch) if sums else scaled_tile(rows, n, packed, arch, units)
@@ -170,7 +176,7 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
     ) -> torch.Tensor:
         """Return `[slots, hidden]`; rows of absent slots hold anything."""
         top_k, slots = ids.shape[1], ids.numel()
-        rows = -(-slots // experts)
+        rows, _ = sorted_sizes(slots, experts, invariant=invariant)
         # The rows of a tile depend on the rows alone: both products read one alignment.
         block = tile_of(rows, columns).block_m
         places = align_triton(ids, experts, block)

@@ -9,7 +9,7 @@ is the kind of product, who quantizes the rows, and which tensors of the weight 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
 from hal.ops.activations import ACTIVATIONS, Activation
@@ -53,6 +53,15 @@ TRITON = (
     Needs.one_of("activation", *ACTIVATIONS),
 )
 
+INVARIANT_ROWS = 64
+"""Rows of an expert that batch-invariant layers choose tiles for: as many as one tile has on most
+devices, which few rows fill badly and many rows could have larger."""
+INVARIANT: dict[str, Any] = {
+    "batch_invariant": True,
+    "invariance": f"slots always sorted, tiles of {INVARIANT_ROWS} rows an expert for any batch",
+}
+"""What kernels declare that decide by `sorted_sizes` alone in which order products are summed."""
+
 Bound = tuple[Launch, Tensors]
 
 
@@ -62,6 +71,7 @@ Bound = tuple[Launch, Tensors]
     band="tuned",
     signatures=moe_signatures("bf16"),
     requires=(*TRITON, Needs.triton_math("bfloat16")),
+    **INVARIANT,
 )
 def bind_triton_bf16(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -81,6 +91,7 @@ def bind_triton_bf16(
         Needs.between("hidden", 1, 32768),
         Needs.between("intermediate", 1, 32768),
     ),
+    **INVARIANT,
 )
 def bind_triton_fp8(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -101,6 +112,7 @@ def bind_triton_fp8(
         Needs.between("hidden", 1, 32768),
         Needs.between("intermediate", 1, 32768),
     ),
+    **INVARIANT,
 )
 def bind_triton_int8(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -115,6 +127,7 @@ def bind_triton_int8(
     band="tuned",
     signatures=moe_signatures(*BYTEWISE, *E5M2, weight_only=True),
     requires=(*TRITON, Needs.triton_math("bfloat16")),
+    **INVARIANT,
 )
 def bind_triton_decode(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -129,6 +142,7 @@ def bind_triton_decode(
     band="tuned",
     signatures=moe_signatures(*PACKED, weight_only=True),
     requires=(*TRITON, Needs.triton_math("bfloat16")),
+    **INVARIANT,
 )
 def bind_triton_packed(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -149,6 +163,7 @@ def bind_triton_packed(
         Needs.between("hidden", 1, 32768),
         Needs.between("intermediate", 1, 32768),
     ),
+    **INVARIANT,
 )
 def bind_triton_w4a8(
     binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN
@@ -195,6 +210,7 @@ def bind_products(
     decodes = kind.endswith("_decode") and binding.problem("dtype", "bfloat16") == "bfloat16"
     fnuz = w13.encoding == "e4m3fnuz"
     dynamic = quantizes and not static
+    invariant = binding.selection.options.batch_invariant
     gate = _gate_and_quantize(encoding, how, activation) if dynamic else None
 
     def products(
@@ -206,8 +222,7 @@ def bind_products(
     ) -> torch.Tensor:
         """Return `[slots, hidden]`; rows of absent slots hold anything."""
         top_k, slots = ids.shape[1], ids.numel()
-        rows = -(-slots // experts)
-        matrices = min(experts, slots)
+        rows, matrices = sorted_sizes(slots, experts, invariant=invariant)
         expands = decodes and rows > rows_before_expanding(kind)
         multiply = expanded_product if expands else grouped_gemm
         tile13 = (wide13 if expands else tiles13)(rows, matrices)
@@ -264,9 +279,22 @@ def bind_products(
             updates.second(wide, y, None)
         return y
 
-    widths = width, len(read2)
-    few = bind_few_tokens(binding, w13, w2, layer, (kind, kind2), widths, quantizes=quantizes)
+    few = None
+    if not invariant:
+        widths = width, len(read2)
+        few = bind_few_tokens(binding, w13, w2, layer, (kind, kind2), widths, quantizes=quantizes)
     return enter_and_combine(layer, experts, hidden, products, few), (*read13, *read2)
+
+
+def sorted_sizes(slots: int, experts: int, *, invariant: bool) -> tuple[int, int]:
+    """Return rows of an expert and experts with rows, as tiles and ways of products are chosen for.
+
+    Whatever tile a row lies in, and wherever there, its products are summed in the order of k that
+    the tile has: numbers that do not depend on the batch make results that do not.
+    """
+    if invariant:
+        return INVARIANT_ROWS, experts
+    return -(-slots // experts), min(experts, slots)
 
 
 def enter_and_combine(

@@ -87,7 +87,12 @@ def test_no_kernel_exits_1_with_the_table(hal: Any) -> None:
     call = ("--scheme", "fp8_channel", "--platform", "cuda:rtx-3090", "--minimum", "native")
     answer = hal("explain", "linear", *call)
     assert (answer.status, answer.err) == (1, "")
-    assert answer.out.startswith("linear | fp8_channel | cuda:rtx-3090 (sm_86)\n-> none: ")
+    lines = answer.out.splitlines()
+    assert lines[:2] == [
+        "linear | fp8_channel | cuda:rtx-3090 (sm_86)",
+        "  insisting on level native or above",
+    ]
+    assert lines[2].startswith("-> none: ")
     assert "triton_fp8" in answer.out
     assert "level native or above" in answer.out
     plain = hal("explain", "linear", *call, "--json")
@@ -161,3 +166,13 @@ def test_a_value_that_no_size_can_have(hal: Any, size: str, message: str) -> Non
         answer = hal("explain", "linear", "--scheme", "bf16", size)
     assert answer.status == 2
     assert message in answer.err
+
+
+def test_insisting_on_batch_invariance(hal: Any) -> None:
+    call = ("fused_moe", "--scheme", "mxfp8", "--platform", "cuda:h200")
+    answer = hal("explain", *call, "--batch-invariant", "--deterministic")
+    assert "  insisting on batch_invariant, deterministic\n-> triton_scaled_fp8" in answer.out
+    assert " * triton_scaled_fp8        native       tuned\n     batch_invariant: " in answer.out
+    # What was measured is the other way.
+    assert "x the best" not in answer.out
+    assert "x the best" in hal("explain", *call).out

@@ -32,6 +32,7 @@ def test_kernels_are_listed_by_name_whatever_the_order_of_registration() -> None
         ({"band": "best"}, "needed one of reference, portable"),
         ({"band": "Tuned"}, "band 'Tuned'"),
         ({"band": "plugin"}, "kernels of plugins"),
+        ({"invariance": "one tile"}, "not that it is"),
         ({"band": "tuned", "origin": "elsewhere"}, "kernels of plugins"),
         ({"band": "reference"}, "go together"),
         ({"level": Level.REFERENCE}, "go together"),

@@ -19,12 +19,12 @@ EXPERTS = [(128, 64), (256, 192)]
 TOP_K, COUNT = 2, 5
 
 
-def claiming(op):
-    """Return (kernel, scheme) of every declaration of an op that makes the claim."""
+def claiming(op, *, pinned=False):
+    """Return (kernel, scheme) of every declaration that claims it, or must be asked for it."""
     return [
         pytest.param(kernel.name, scheme, id=f"{kernel.name}-{scheme}")
         for kernel in find_op(op).kernels
-        if kernel.batch_invariant
+        if kernel.batch_invariant and (kernel.invariance or not pinned)
         for scheme in kernel.signatures
     ]
 
@@ -86,6 +86,28 @@ def test_tokens_of_experts(device, kernel, scheme, hidden, intermediate):
     require_same(call, x, route.ids, route.weights)
 
 
+@pytest.mark.parametrize(("kernel", "scheme"), claiming("fused_moe", pinned=True))
+@pytest.mark.gpu
+def test_tokens_of_experts_among_many(kernel, scheme):
+    """More than weights are decoded for in the loop, beside numbers that are never sorted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "xpu", 0)
+    tokens, hidden, intermediate = 1300, 256, 192
+    w13, w2 = (
+        calibrated(random(COUNT, *shape, seed=seed, device=device, scale=0.1), scheme)
+        for seed, shape in ((1, (2 * intermediate, hidden)), (2, (hidden, intermediate)))
+    )
+    bound = bound_or_skip(lambda: FusedMoE(w13, w2, force=kernel, batch_invariant=True), kernel)
+    x, route = (
+        random(tokens, hidden, seed=3, device=device),
+        routing(tokens, TOP_K, COUNT, device, "one expert"),
+    )
+    whole = bound(x, route)
+    assert whole.isfinite().all()
+    for rows in (slice(0, 1), slice(1299, 1300), slice(640, 648), slice(3, 120), slice(200, 900)):
+        part = Routing(ids=route.ids[rows], weights=route.weights[rows])
+        assert torch.equal(bound(x[rows], part), whole[rows]), rows
+
+
 def test_a_batch_that_matters_is_seen():
     def by_the_largest(x):
         return (x / x.abs().max()).bfloat16()
@@ -102,16 +124,20 @@ def test_the_reference_makes_the_claim(op):
 BY_ROWS = {"bind_few_tokens", "TileChoice", "choose_tile", "few_rows", "some_rows", "way_of",
            "rows_before_expanding"}  # fmt: skip
 """What decides by the number of rows in which order products are summed."""
+PINNED = "sorted_sizes"
+"""What gives all of them the same numbers where a layer insists on batch invariance."""
 
 
 @pytest.mark.parametrize("op", op_names())
 def test_no_kernel_claims_it_that_sums_in_another_order_for_other_numbers_of_rows(op):
-    """Experts of few tokens take another way, and tiles are chosen by rows: these claim nothing."""
+    """Experts of few tokens take another way, and tiles are chosen by rows: they must be asked."""
     deciding = {}
     for kernel in find_op(op).kernels:
         names = {name for _, name in source_parts(kernel.entry)}
         deciding[kernel.name] = bool(names & BY_ROWS)
-        assert not (kernel.batch_invariant and deciding[kernel.name]), (kernel, names & BY_ROWS)
+        if kernel.batch_invariant and deciding[kernel.name]:
+            assert kernel.invariance, (kernel, names & BY_ROWS)
+        assert not kernel.invariance or PINNED in names, kernel
     if op in ("linear", "fused_moe"):
         assert deciding["triton"]
         assert deciding["triton_fp8"]

@@ -130,6 +130,7 @@ def test_layers_are_checked(group):
         "needed 5, those of rank 0": lambda: FusedMoE(w13[:4], w2[:4], group=layer),
         "hal.ops.ExpertParallel": lambda: FusedMoE(w13, w2, group=distributed.group.WORLD),
         "format=batched": lambda: FusedMoE(w13, w2, group=layer, format="batched"),
+        "batch_invariant=True": lambda: FusedMoE(w13, w2, group=layer, batch_invariant=True),
         "lora=True": lambda: FusedMoE(w13, w2, group=layer, lora=True),
         "as it travels": lambda: FusedMoE(w13, w2, group=layer, unpadded_hidden=HIDDEN - 1),
     }
