@@ -36,9 +36,6 @@ QUANTIZE = Op(
     "quantize activations per token, per group or under a fixed scale",
     measurements("quantize"),
 )
-CACHE_ELEMENTS = 1 << 18
-"""Float32 copies up to this size (1 MiB) are taken from memory that is there already. Larger ones
-come from fresh pages, which cost a CPU 5 times as long as the quantization (docs/cpu.md)."""
 ROW_DTYPES = (*ACTIVATION_DTYPES, "float32")
 QUANTIZING = tuple(name for name, scheme in SCHEMES.items() if scheme.activation.format)
 DYNAMIC = tuple(
@@ -293,23 +290,10 @@ def quantize_cached(
     layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
-    from hal.ops.quantize_blocks import quantize_blocks
+    from hal.ops.quantize_pieces import in_pieces, quantize_piece
 
-    def quantize(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if how.scale_format == "float32":
-            return quantize_torch(part, format, how, fixed)
-        return quantize_blocks(part, format, how, fixed)
-
-    if x.numel() <= CACHE_ELEMENTS:
-        return in_layout(quantize(x), layout)
-    rows = max(CACHE_ELEMENTS // x.shape[1], 1)
-    whole: tuple[torch.Tensor, ...] = ()
-    for first, part in zip(range(0, x.shape[0], rows), x.split(rows), strict=True):
-        pieces = quantize(part)
-        whole = whole or tuple(piece.new_empty((x.shape[0], *piece.shape[1:])) for piece in pieces)
-        for piece, out in zip(pieces, whole, strict=True):
-            out[first : first + rows].copy_(piece)
-    return in_layout(whole, layout)
+    parts = in_pieces(lambda part: quantize_piece(part, format, how, fixed), x.shape[1], x)
+    return in_layout(parts, layout)
 
 
 @QUANTIZE.kernel(

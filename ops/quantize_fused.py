@@ -26,10 +26,10 @@ from hal.ops.quantize import (
     TRITON,
     check_rows,
     launch_triton,
-    quantize_cached,
     quantize_reference,
 )
-from hal.ops.scale_layouts import CANONICAL, check_scale_layout
+from hal.ops.quantize_pieces import in_pieces, quantize_piece
+from hal.ops.scale_layouts import CANONICAL, check_scale_layout, in_layout
 from hal.quant.represent import encoding_of
 from hal.quant.scheme import find_scheme
 from hal.registry import Level, Op
@@ -199,9 +199,14 @@ def rms_norm_cached(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
     format: str, how: Quantization, layout: str = CANONICAL,
 ) -> Parts:  # fmt: skip
-    """Normalize with torch, then quantize in pieces that stay in the cache of a core."""
-    rows, total = rms_norm(x, weight, epsilon, residual)
-    return (*quantize_cached(rows, format, how, None, layout), *total)
+    """Normalize with torch and quantize, in pieces that stay in the cache of a core."""
+
+    def piece(x: torch.Tensor, residual: torch.Tensor | None = None) -> Parts:
+        rows, total = rms_norm(x, weight, epsilon, residual)
+        return (*quantize_piece(rows, format, how), *total)
+
+    more = () if residual is None else (residual,)
+    return in_layout(in_pieces(piece, x.shape[1], x, *more), layout)
 
 
 @QUANTIZE_RMS_NORM.kernel(
@@ -264,8 +269,13 @@ def swiglu_cached(
     how: Quantization,
     layout: str = CANONICAL,
 ) -> Parts:
-    """Apply the activation with torch, then quantize in pieces that stay in a core's cache."""
-    return quantize_cached(gated(gate_up, gate), format, how, None, layout)
+    """Apply the activation with torch and quantize, in pieces that stay in a core's cache."""
+
+    def piece(gate_up: torch.Tensor) -> Parts:
+        return quantize_piece(gated(gate_up, gate), format, how)
+
+    # The float32 copies of gate and up are what must fit.
+    return in_layout(in_pieces(piece, gate_up.shape[1], gate_up), layout)
 
 
 @QUANTIZE_SWIGLU.kernel(

@@ -19,7 +19,8 @@ from hal.formats import number_format
 from hal.needs import Need, Needs
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.linear import ALL, INT8, LINEAR, fixed_scale, row_scales
-from hal.ops.quantize import CACHE_ELEMENTS, quantize_cached, quantizer
+from hal.ops.quantize import quantize_cached, quantizer
+from hal.ops.quantize_pieces import CACHE_ELEMENTS
 from hal.quant.codec import SCALE_FLOOR
 from hal.quant.scheme import SCHEMES
 from hal.registry import Level

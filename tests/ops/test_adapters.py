@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from calibrated import quantize
@@ -251,7 +249,7 @@ def test_quantize_torch_follows_the_codec_bit_for_bit(format, granularity, dtype
 @pytest.mark.parametrize("granularity", ["token", "group128"])
 @pytest.mark.parametrize("format", ["int8", "e4m3fn"])
 def test_quantize_in_pieces_is_the_same(format, granularity, generator, monkeypatch):
-    monkeypatch.setattr(sys.modules["hal.ops.quantize"], "CACHE_ELEMENTS", 1000)
+    monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 1000)
     x = torch.randn(23, 384, generator=generator).bfloat16()
     how = Quantization(format, granularity, "float32")
     for part, want in zip(
@@ -271,7 +269,7 @@ def test_int8_in_pieces_is_the_same(with_bias, generator, monkeypatch):
     x[3, 5], x[4, 0] = torch.inf, torch.nan
     whole = linear(x)
     monkeypatch.setattr("hal.ops.adapters.int_mm.CACHE_ELEMENTS", 1000)
-    monkeypatch.setattr(sys.modules["hal.ops.quantize"], "CACHE_ELEMENTS", 1000)
+    monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 1000)
     assert torch.equal(linear(x).nan_to_num(7e4), whole.nan_to_num(7e4))
     assert bool(whole[3:5].isnan().all())
 

@@ -52,6 +52,66 @@ def test_blocks_on_a_cpu_keep_every_bit(scheme, shape):
                 assert same(quantize_cached(rows, encoding, how), wanted) == ""
 
 
+@pytest.mark.parametrize("scheme", ["fp8_static", "int8_static", "int8_static_asymmetric",
+                                    "int8_channel_asymmetric"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (1, 1), (9, 200), (70, 4096)], ids=str)
+def test_fixed_scales_and_zero_points_on_a_cpu_keep_every_bit(scheme, shape):
+    """Broken rows, rows whose sum overflows, saturation and ties, within one piece and across."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    how = SCHEMES[scheme].activation
+    scale = torch.tensor(2**-5)
+    fixed = None if how.dynamic else scale if how.symmetric else torch.stack((scale, scale * -96))
+    encodings = ("e4m3fn", "e4m3fnuz") if how.format == "e4m3fn" else (how.format,)
+    if shape[0] > 4:
+        x[0], x[2, ::2], x[3] = 0, -0.0, (torch.arange(shape[1]) - 9.5) * 2**-5
+        x[-1] *= 1e30
+    cases = [x]
+    if shape[0] > 4:
+        broken, large = x.clone(), x.clone()
+        broken[4, 3], broken[4, -1], broken[-2, 0] = float("nan"), float("inf"), float("-inf")
+        large[1] = 3e38
+        cases += [broken, large]
+    for given in cases:
+        for rows in (given, given.bfloat16(), given.T.contiguous().T):
+            before = rows.clone()
+            for encoding in encodings:
+                wanted = quantize_reference(rows, encoding, how, fixed)
+                found = quantize_cached(rows, encoding, how, fixed)
+                for one, two in zip(found, wanted, strict=True):
+                    assert one.dtype is two.dtype
+                    assert torch.equal(bits(one), bits(two))
+            assert torch.equal(bits(rows), bits(before))
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "int8_channel", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("rows", [0, 1, 7, 23])
+def test_what_is_done_before_is_done_in_pieces_too(scheme, rows, monkeypatch):
+    """Bit for bit as at once, the sum of norm and residual too, in every layout of the scales."""
+    monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 1000)
+    x, residual = random(rows, 256, seed=1, device="cpu"), random(rows, 256, seed=2, device="cpu")
+    weight, before = random(256, seed=3, device="cpu"), x.clone()
+    layouts = ["canonical"] + (["blocked_128x4"] if scheme in ("mxfp8", "nvfp4") else [])
+    for layout in layouts:
+        found = []
+        for force in ("torch_cached", "reference"):
+            told = {"scale_layout": layout, "force": force}
+            parts = (
+                *hal.ops.quantize_rms_norm(x, weight, scheme, **told),
+                *hal.ops.quantize_rms_norm(x, weight, scheme, residual=residual, **told),
+                *hal.ops.quantize_swiglu(x, scheme, **told),
+                *hal.ops.quantize_swiglu(x, scheme, interleaved=True, limit=0.5, **told),
+            )
+            found.append(parts)
+        for one, two in zip(*found, strict=True):
+            assert (one.dtype, one.shape) == (two.dtype, two.shape)
+            assert torch.equal(bits(one), bits(two))
+    assert torch.equal(x, before)
+
+
 def test_what_is_done_before_is_what_models_do():
     """The definitions, against torch's own and in float64."""
     x, weight = random(9, 320, seed=1, device="cpu"), random(320, seed=2, device="cpu")

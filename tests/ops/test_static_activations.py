@@ -74,9 +74,8 @@ def test_the_largest_scale_serves_all_experts(scheme: str) -> None:
 @pytest.mark.parametrize("kernel", ["reference", "torch", "torch_cached"])
 @pytest.mark.parametrize("scheme", [name for name in STATIC if name in PLAIN])
 def test_kernels_of_quantize_agree(scheme: str, kernel: str, monkeypatch) -> None:
-    import sys
 
-    monkeypatch.setattr(sys.modules["hal.ops.quantize"], "CACHE_ELEMENTS", 200)
+    monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 200)
     assert QUANTIZE.find(kernel)
     x = numbers(9, 40)
     x[1, 3], x[2, 5], x[3] = torch.nan, torch.inf, 0
@@ -97,9 +96,8 @@ def test_kernels_of_quantize_agree(scheme: str, kernel: str, monkeypatch) -> Non
 @pytest.mark.parametrize("shape", [(0, 32), (1, 16), (7, 40), (9, 64)], ids=str)
 def test_one_second_scale_serves_all_tokens(shape, monkeypatch) -> None:
     """Bit for bit, with numbers that the scale does not reach to, NaN and infinity."""
-    import sys
 
-    monkeypatch.setattr(sys.modules["hal.ops.quantize"], "CACHE_ELEMENTS", 200)
+    monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 200)
     x = numbers(*shape)
     if shape[0] > 6:
         x[1, 3], x[2, 5], x[3], x[4], x[5, 0] = torch.nan, torch.inf, 0, x[4] * 1e30, 3e38

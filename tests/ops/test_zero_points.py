@@ -39,9 +39,8 @@ def test_the_largest_sum_fits_and_one_more_does_not() -> None:
 
 @pytest.mark.parametrize("kernel", ["reference", "torch", "torch_cached"])
 def test_kernels_of_quantize_agree(kernel: str, monkeypatch) -> None:
-    import sys
 
-    monkeypatch.setattr(sys.modules["hal.ops.quantize"], "CACHE_ELEMENTS", 200)
+    monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 200)
     x = torch.randn(9, 40, generator=torch.Generator().manual_seed(1)).bfloat16() + 1
     x[1, 3], x[2, 5], x[3] = torch.nan, torch.inf, 0
     found = quantize_activations(x, SCHEME, force=kernel)
