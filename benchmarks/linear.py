@@ -108,9 +108,9 @@ def jobs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------- the worker
+@torch.no_grad()
 def worker(job: dict[str, Any]) -> None:
     """Compile the kernels of a scheme, wait for the word, and time them."""
-    torch.set_grad_enabled(False)
     compiled: set[tuple[int, int, int]] = set()
 
     def warm() -> None:

@@ -105,14 +105,10 @@ def jobs_of(options: argparse.Namespace, lock: str) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------- the worker
+@torch.no_grad()
 def worker(job: dict[str, Any]) -> None:
     """Compile, wait for the word, and time."""
-    import torch._inductor.config
-
-    torch.set_grad_enabled(False)
-    torch._dynamo.config.recompile_limit = 1000
-    torch._inductor.config.compile_threads = 1
-    tries_alone(job["lock"])
+    set_compiler(job["lock"])
     compiled: dict[tuple[Case, tuple[int, int], str], Callable[..., Any]] = {}
     cells = [(Case(*case), tuple(shape)) for case in job["cases"] for shape in job["shapes"]]
     cells.sort(key=lambda cell: cell[0].layout != CANONICAL)
@@ -218,6 +214,15 @@ def pieces(call: Call) -> Iterator[tuple[str, float]]:
 def compiled_of(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return torch.compile of a contender, all sizes known and without breaks."""
     return torch.compile(lambda *inputs: plain(*inputs), fullgraph=True, dynamic=False)
+
+
+def set_compiler(lock: str) -> None:
+    """Let each case be compiled for its own sizes, by this process alone."""
+    import torch._inductor.config
+
+    torch._dynamo.config.recompile_limit = 1000
+    torch._inductor.config.compile_threads = 1
+    tries_alone(lock)
 
 
 def tries_alone(path: str) -> None:

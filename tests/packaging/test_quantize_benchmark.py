@@ -89,6 +89,7 @@ def test_a_worker_times_what_it_compiled_and_names_the_rest(
         return plain
 
     monkeypatch.setattr(bench, "compiled_of", compiled_of)
+    monkeypatch.setattr(bench, "set_compiler", lambda lock: None)  # that of this process stays
     later = time.time() + 60
     job = {"cases": [("mxfp8", "gate", "canonical")], "shapes": [(3, 64)], "device": "cpu"}
     job |= {"rivals": ["formula", "reference"], "pieces": False, "lock": str(tmp_path / "lock")}
