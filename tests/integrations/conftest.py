@@ -1,4 +1,4 @@
-"""Refusals that must leave a model as it was."""
+"""Refusals that must leave a model as it was, and fp8 models where there is no GPU."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def refuses():
         return caught.value
 
     return check
+
+
+@pytest.fixture(scope="module")
+def device_without_kernels():
+    """Let transformers load fp8 as it would beside a GPU; its own experts cannot run here."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    yield
+    patch.undo()

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import build, difference, logits, transformers
+from tiny_models import build, difference, load, logits, transformers
 
 import hal
 from hal.errors import GradientError, ShapeError, UnsupportedModelError
@@ -134,24 +134,8 @@ def test_the_whole_layer_in_ops_of_hal(scheme):
     )
 
 
-@pytest.fixture(scope="module")
-def device_without_kernels():
-    """Let transformers load fp8 as it would beside a GPU; its own experts cannot run here."""
-    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
-    yield
-    patch.undo()
-
-
 def fp8_config(**more):
     return transformers.FineGrainedFP8Config(modules_to_not_convert=KEPT, **more)
-
-
-def load(folder, **more):
-    loader = transformers.AutoModelForCausalLM.from_pretrained
-    return loader(folder, dtype=torch.bfloat16, **more).eval()
 
 
 @pytest.fixture(scope="module", params=["float", "ue8m0"])

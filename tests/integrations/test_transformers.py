@@ -45,9 +45,10 @@ LIMITS_WITH_ATTENTION = {
     for name, scheme in DYNAMIC.items()
     if scheme.weight.format in WITH_ATTENTION
 }
-PARTS = [(name, False) for name in LIMITS] + [(name, True) for name in LIMITS_WITH_ATTENTION]
-# One of each way to store weights.
+# One of each way to store weights; every scheme is in test_few_of_many.
 KINDS_OF_SCHEME = ["bf16", "fp8_channel", "fp8_block128", "int8_channel", "int4_w4a8_fp8", "nvfp4"]
+PARTS = [(name, False) for name in KINDS_OF_SCHEME]
+PARTS += [(name, True) for name in LIMITS_WITH_ATTENTION]
 
 
 @pytest.fixture(scope="module", params=KINDS)

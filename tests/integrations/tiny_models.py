@@ -92,6 +92,11 @@ def build(kind: str, dtype: torch.dtype = torch.bfloat16, **more):
     return model
 
 
+def load(folder, **more):
+    loader = transformers.AutoModelForCausalLM.from_pretrained
+    return loader(folder, dtype=torch.bfloat16, **more).eval()
+
+
 def ids(rows: int = 2, columns: int = 12) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randint(0, 64, (rows, columns), generator=generator)
