@@ -150,7 +150,8 @@ def _explain(options: argparse.Namespace) -> int:
             for report, selection in zip(reports, selections, strict=True)
         ]
         _write("\n".join(texts))
-    return OK if all(selection.kernel is not None for selection in selections) else NO_KERNEL
+    able = all(each.kernel is not None and not each.refused for each in selections)
+    return OK if able else NO_KERNEL
 
 
 def _one_of_each_kind(platform: Platform, index: int | None) -> list[DeviceSpec]:

@@ -51,7 +51,8 @@ def explain_text(
     lines = [line for row in table.splitlines() for line in fold(row)]
     remarks = []
     if report["instead"] is not None:
-        remarks.append(f"Not forced, {report['instead']} would run.")
+        asked = f"Without insisting on {report['insisting']}" if report["insisting"] else ""
+        remarks.append(f"{asked or 'Not forced'}, {report['instead']} would run.")
     if report["simulated"]:
         remarks.append("Simulated: " + SIMULATED)
     for remark in remarks:

@@ -71,6 +71,8 @@ class Op:
             multiples alone.
         unpadded: `(scheme, problem, padded sizes)`, returns why weights are not padded so, or an
             empty text; None where the op pads nothing.
+        refused: `(scheme, problem)`, returns why such weights are refused when they are bound,
+            whatever the kernel, or an empty text; None where the op refuses none.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Op:
     collective: bool = False
     pads: tuple[str, ...] = ()
     unpadded: Callable[[str, Mapping[str, Any], Mapping[str, int]], str] | None = None
+    refused: Callable[[str, Mapping[str, Any]], str] | None = None
     _kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

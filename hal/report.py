@@ -97,16 +97,31 @@ def info_report(platform: Platform) -> dict[str, Any]:
 
 def explain_report(selection: Selection, platform: Platform) -> dict[str, Any]:
     """Return a selection as plain data, with what a reader must know about the platform."""
+    from hal.selection_text import insisting
+
     plain = selection.to_dict()
     force = selection.options.force
     plain["platform"] = platform.name
     plain["simulated"] = platform.simulated
     plain["forced"] = force
     plain["forced_by"] = selection.options.force_origin if force else None
-    able = [candidate.kernel.name for candidate in selection.candidates if candidate.can_run]
-    plain["instead"] = able[0] if able and selection.kernel is None else None
+    plain["insisting"] = insisting(selection.options)
+    plain["instead"] = _instead(selection)
     plain["why_not_better"] = why_not_better(selection)
     return plain
+
+
+def _instead(selection: Selection) -> str | None:
+    """Return what would run if the caller did not insist; None where something runs as it is."""
+    from hal.selection import choose
+
+    if selection.kernel is not None:
+        return None
+    able = [candidate.kernel.name for candidate in selection.candidates if candidate.can_run]
+    if able:
+        return able[0]
+    free = choose(selection.op, selection.scheme, selection.spec, selection.problem).kernel
+    return None if free is None else free.name
 
 
 def why_not_better(selection: Selection) -> str | None:

@@ -72,6 +72,7 @@ class Selection:
         options: What the caller insisted on.
         unchecked: Sizes and options not given, so requirements on them were not checked.
         note: Something the caller should know, such as a fallback that was taken.
+        refused: Why weights of these sizes are refused when they are bound, whatever the kernel.
     """
 
     op: str
@@ -83,6 +84,7 @@ class Selection:
     options: Options = Options()
     unchecked: tuple[str, ...] = ()
     note: str = ""
+    refused: str = ""
 
     @property
     def level(self) -> Level | None:
@@ -164,6 +166,7 @@ class Selection:
             "level": str(self.level) if self.kernel else None,
             "reason": self.reason,
             "note": self.note,
+            "refused": self.refused,
             "as_given": self.as_given,
             "above": self.above,
             "unchecked": list(self.unchecked),
@@ -255,6 +258,7 @@ def choose(
         options,
         tuple(sorted(unchecked)),
         note,
+        op.refused(scheme, given) if op.refused is not None else "",
     )
 
 

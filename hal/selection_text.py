@@ -6,12 +6,14 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from hal.kernel import Level
+from hal.need import Code
 from hal.padding import times_the_weights
 
 if TYPE_CHECKING:
-    from hal.selection import Selection
+    from hal.ranking import Candidate
+    from hal.selection import Options, Selection
 
-__all__ = ["table"]
+__all__ = ["insisting", "table"]
 
 WIDTH = 80
 
@@ -24,21 +26,24 @@ def table(selection: Selection) -> list[str]:
         lines += _wrapped(
             " ".join(f"{name}={value}" for name, value in selection.problem.items()), "  "
         )
-    if insisting := _insisting(selection):
-        lines += _wrapped(f"insisting on {insisting}", "  ")
+    if insists := insisting(selection.options):
+        lines += _wrapped(f"insisting on {insists}", "  ")
     if selection.kernel is not None:
         lines += _wrapped(
             f"-> {selection.kernel.name} [{selection.level}]: {selection.reason}", "", "   "
         )
     else:
         lines += _wrapped("-> none: " + selection.reason, "", "   ")
+    if selection.refused:
+        lines += _wrapped("but weights are refused: " + selection.refused, "   ")
     if selection.as_given:
         lines += _wrapped(selection.as_given, "   ")
     if selection.above:
         lines += _wrapped(selection.above, "   ")
     if selection.note:
         lines += _wrapped("note: " + selection.note, "   ")
-    elsewhere = []
+    elsewhere: list[str] = []
+    addable = []
     for candidate in selection.candidates:
         kernel = candidate.kernel
         if not candidate.serves:
@@ -62,6 +67,9 @@ def table(selection: Selection) -> list[str]:
             lines += _wrapped(f"batch_invariant: {kernel.invariance}", "     ", "       ")
         for failure in candidate.failures:
             lines += _wrapped(str(failure), "     ", "       ")
+        addable += _packages(candidate)
+    if addable:
+        lines += _wrapped("a package would add: " + ", ".join(addable), "   ", "     ")
     if elsewhere:
         lines += _wrapped("made for other schemes: " + ", ".join(elsewhere), "   ", "     ")
     if selection.unchecked:
@@ -70,9 +78,16 @@ def table(selection: Selection) -> list[str]:
     return lines
 
 
-def _insisting(selection: Selection) -> str:
+def _packages(candidate: Candidate) -> list[str]:
+    """Return a kernel and what is to be installed for it, if it lacks nothing but that."""
+    if not candidate.failures or any(f.code is not Code.PACKAGE for f in candidate.failures):
+        return []
+    needed = [failure.needed for failure in candidate.failures]
+    return [f"{candidate.kernel.name} ({', '.join([*needed, *['claimed'] * candidate.claimed])})"]
+
+
+def insisting(options: Options) -> str:
     """Return what the caller insists on, but for a forced kernel, which the choice names."""
-    options = selection.options
     least = f"level {options.minimum} or above" if options.minimum > Level.REFERENCE else ""
     named = (("batch_invariant", options.batch_invariant), ("deterministic", options.deterministic))
     return ", ".join([*filter(None, [least]), *(name for name, asked in named if asked)])

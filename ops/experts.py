@@ -13,6 +13,7 @@ why, is measured in docs/cpu.md:
 | torch_experts_int8 | int8 | int8 x int8 in int32 (VNNI, AMX, I8MM) |
 | torch_experts_dequant | bf16, twice the bytes | bf16, half the time of decoding at few tokens |
 | torch_experts_decode | as given | each expert's weight is decoded at each call |
+| torch_experts_unpack | as given, 4 bits, MX or with zero points | the same, on CPUs |
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from hal.ops.fused_moe import (
     BYTEWISE,
     FUSED_MOE,
     NO_BATCHES_OF_INT8,
+    PACKED,
     QUANTIZED,
+    SHIFTED,
     moe_signatures,
 )
 from hal.ops.linear import E5M2, INT8, fixed_scale, row_scales
 from hal.ops.slots import Runs, combine, count_runs, sort_slots
+from hal.ops.unpacked import parts_of, unpacked
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -297,3 +301,17 @@ def _decoded(decode: Decoder) -> Stage:
         return out
 
     return stage
+
+
+@FUSED_MOE.kernel(
+    "torch_experts_unpack",
+    level=Level.WEIGHT_ONLY,
+    band="portable",
+    signatures=moe_signatures(*PACKED, *SHIFTED, weight_only=True),
+    requires=(Needs.platform("cpu"), *TORCH, Needs.math_of("dtype", "native", "emulated")),
+)
+def bind_unpack(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
+    """Unpack the weights of the experts that are hit, at each call; keeps them quantized."""
+    dtype_name = binding.problem("dtype", "bfloat16")
+    stages = unpacked(w13, dtype_name), unpacked(w2, dtype_name)
+    return _bind(layer, w13, *stages, (*parts_of(w13), *parts_of(w2)))

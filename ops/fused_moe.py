@@ -14,6 +14,7 @@ Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202); Mixtral 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
@@ -32,6 +33,7 @@ from hal.ops.expert_layer import (
 from hal.ops.linear import E5M2, fixed_scale, multiply
 from hal.ops.padding import why_unpadded
 from hal.ops.quantize import fake_quantize
+from hal.ops.shards import why_cut
 from hal.quant.scheme import SCHEMES
 from hal.registry import Level, Op
 
@@ -67,6 +69,7 @@ FUSED_MOE = Op(
     at_most=(("top_k", "experts"), ("unpadded_hidden", "hidden")),
     pads=("hidden", "intermediate"),
     unpadded=why_unpadded,
+    refused=partial(why_cut, intermediate=("rows", "columns")),
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 SHIFTED = tuple(name for name in QUANTIZED if not SCHEMES[name].weight.symmetric)

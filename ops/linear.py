@@ -18,12 +18,14 @@ that what ran on devices would be of an earlier source if binders, or what they 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hal.needs import Needs
 from hal.ops.binding import TRITON_HERE, Binding, Launch, Tensors, measurements
 from hal.ops.checks import ACTIVATION_DTYPES
 from hal.ops.quantize import fake_quantize
+from hal.ops.shards import why_cut
 from hal.ops.triton_since import needs_triton
 from hal.quant.scheme import SCHEMES
 from hal.registry import Level, Op
@@ -46,6 +48,7 @@ LINEAR = Op(
     "multiply by a weight matrix",
     measurements("linear"),
     choices={"dtype": ACTIVATION_DTYPES, "bias": (True, False)},
+    refused=partial(why_cut, in_features=("columns",), out_features=("rows",)),
 )
 QUANTIZED = tuple(name for name in SCHEMES if name != "bf16")
 ALL = {name: scheme.operands() for name, scheme in SCHEMES.items()}

@@ -7,11 +7,14 @@ shows it: whoever says over how many ranks a size is shared is told.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hal.errors import ShapeError
-from hal.quant.scheme import BLOCK, Quantization, group_of
+from hal.quant.scheme import BLOCK, SCHEMES, Quantization, group_of
 from hal.shards import shard_cure
 
-__all__ = ["block_of", "check_shards"]
+__all__ = ["block_of", "check_shards", "why_cut"]
 
 
 def check_shards(
@@ -46,3 +49,23 @@ def block_of(how: Quantization, axis: str) -> int:
     if how.granularity == "block128":
         return BLOCK
     return (group_of(how.granularity) or 1) if axis == "columns" else 1
+
+
+def why_cut(scheme: str, problem: Mapping[str, Any], **axes: tuple[str, ...]) -> str:
+    """Return why the shards of a problem are refused when weights are bound; mostly an empty text.
+
+    Args:
+        scheme: Name of the scheme.
+        problem: Sizes as given.
+        **axes: Along which axes of weights each size lies that ranks may share.
+    """
+    how = SCHEMES[scheme].weight
+    for size, along in axes.items():
+        columns, ranks = problem.get(size), problem.get(f"{size}_ranks")
+        if columns is None:
+            continue
+        try:
+            check_shards("", size, columns, ranks, scheme, *(block_of(how, axis) for axis in along))
+        except ShapeError as error:
+            return f"found {error.found}, needed {error.needed}; {error.cure}"
+    return ""

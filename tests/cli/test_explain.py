@@ -176,3 +176,40 @@ def test_insisting_on_batch_invariance(hal: Any) -> None:
     # What was measured is the other way.
     assert "x the best" not in answer.out
     assert "x the best" in hal("explain", *call).out
+
+
+def test_shards_that_are_refused_when_bound(hal: Any) -> None:
+    call = ("explain", "fused_moe", "--scheme", "fp8_block128", "--platform", "cuda:h200")
+    answer = hal(*call, "intermediate=192", "intermediate_ranks=4")
+    assert answer.status == 1
+    words = " ".join(answer.out.split())
+    assert "-> triton_fp8" in answer.out
+    assert "weights are refused: found intermediate=192 on each of 4 ranks, needed a mul" in words
+    assert "tensor-parallel sizes 1, 2, 3, 6 work" in words
+    for whole in (("intermediate=256", "intermediate_ranks=4"), ("intermediate=192",)):
+        answer = hal(*call, *whole)
+        assert answer.status == 0
+        assert "refused" not in answer.out
+    linear = ("explain", "linear", "--scheme", "fp8_block128", "--platform", "cuda:h200")
+    for size in ("in_features", "out_features"):
+        answer = hal(*linear, f"{size}=192", f"{size}_ranks=2", "--json")
+        assert answer.status == 1
+        assert f"{size}=192 on each of 2 ranks" in answer.json["refused"]
+
+
+def test_what_a_package_alone_would_add(hal: Any) -> None:
+    call = ("explain", "fused_moe", "--scheme", "fp8_block128", "--platform", "rocm:mi300x")
+    words = " ".join(hal(*call).out.split())
+    named = words.partition("a package would add: ")[2].partition(" made for other")[0]
+    assert named.startswith("aiter_moe_block128 (amd-aiter >= ")
+    # What lacks more than a package is not among them.
+    assert "deep_gemm" not in named
+    assert named.count("claimed") == 2
+
+
+def test_what_would_run_without_insisting(hal: Any) -> None:
+    call = ("explain", "fused_moe", "--scheme", "nvfp4", "--platform", "cuda:h200")
+    answer = hal(*call, "--minimum", "native")
+    assert answer.status == 1
+    assert "Without insisting on level native or above, triton_packed would run." in answer.out
+    assert hal(*call, "--minimum", "native", "--json").json["instead"] == "triton_packed"
