@@ -24,7 +24,7 @@ from hal.evidence import Row, evidence_folder, read_rows, write_rows
 from hal.evidence_book import is_current
 from hal.ops.cells import cells_of, facts_of, fault_of, specialization_of
 from hal.ops.kernels.crosscompile import OWN_FORMAT, Cell, Target, cell_names, compile_cells
-from hal.ops.tiles import runs_ptx
+from hal.ops.tiles import special_kernels
 from hal.platforms.tables import device_spec
 from hal.registry import Kernel, find_op, op_names
 from hal.selection import Options, choose
@@ -96,10 +96,10 @@ def compile_target(platform: str, arch: str, memory: Path | None) -> list[Cell]:
         spec.lanes,
         spec.formats.fp8_encoding or "e4m3fn",
     )
-    ptx = runs_ptx(platform, arch)
-    names = cell_names(spec.formats.triton_math, ptx=ptx)
+    special = special_kernels(platform, arch)
+    names = cell_names(spec.formats.triton_math, **special)
     wanted = {
-        name for kernel, scheme in offered(spec) for name in cells_of(kernel, scheme, ptx=ptx)
+        name for kernel, scheme in offered(spec) for name in cells_of(kernel, scheme, **special)
     }
     with tempfile.TemporaryDirectory() as cache:
         further = sorted(wanted.difference(names))
@@ -123,7 +123,7 @@ def evidence(platform: str, arch: str, cells: list[Cell], date: str) -> Iterator
     spec = device_spec(platform, arch)
     by_name = {cell.name: cell for cell in cells}
     for kernel, scheme in offered(spec):
-        names = cells_of(kernel, scheme, ptx=runs_ptx(platform, arch))
+        names = cells_of(kernel, scheme, **special_kernels(platform, arch))
         mine = [by_name[name] for name in names]
         fault = fault_of(kernel, scheme, mine, spec.shared_memory_bytes)
         yield Row(
@@ -263,7 +263,7 @@ def page(results: list[list[Cell]]) -> str:
     grouped, dense, others = [], [], []
     for (platform, arch), cells in zip(TARGETS, results, strict=True):
         formats = device_spec(platform, arch).formats.triton_math
-        listed = set(cell_names(formats, ptx=runs_ptx(platform, arch)))
+        listed = set(cell_names(formats, **special_kernels(platform, arch)))
         by_name = {cell.name: cell for cell in cells if cell.name in listed}
         for kind in OWN_FORMAT:
             if f"gemm/{kind}/few" not in by_name:

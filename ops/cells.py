@@ -73,16 +73,21 @@ def kind_of(kernel: Kernel, scheme: Scheme) -> str:
     return "mxfp4_decode" if how.packed else "mxfp8_decode"
 
 
-def cells_of(kernel: Kernel, scheme: str, *, ptx: bool = False) -> tuple[str, ...]:
+def cells_of(
+    kernel: Kernel, scheme: str, *, ptx: bool = False, specialized: bool = False
+) -> tuple[str, ...]:
     """Return the cells of a Triton kernel under a scheme; none where there are no cells for it.
 
     ptx: Whether the device may run kernels that are written in PTX.
+    specialized: Whether it may run those whose warps specialize.
     """
     if not kernel.name.startswith("triton"):
         return ()
     if kernel.op in ("linear", "fused_moe"):
         cells = _product_cells(kernel, find_scheme(scheme))
-        return (*cells, *_cells_in_ptx(kernel, find_scheme(scheme))) if ptx else cells
+        if ptx:
+            cells = (*cells, *_cells_in_ptx(kernel, find_scheme(scheme)))
+        return (*cells, *_specialized_cells(kernel, find_scheme(scheme))) if specialized else cells
     if kernel.op == "route":
         return ("route/softmax", "route/sigmoid_bias")
     if kernel.op == "align":
@@ -126,6 +131,12 @@ def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
         return ()
     found = [size for size, rows in sizes if streams_rows(kind, 4096, 4096, rows)]
     return tuple(f"ring_rows/{kind}/{size}" for size in found)
+
+
+def _specialized_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
+    kind = kind_of(kernel, scheme)
+    found = kernel.op == "fused_moe" and kind.startswith("fp8_block128") and "decode" not in kind
+    return (f"warp_specialized/{kind}",) if found else ()
 
 
 def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:

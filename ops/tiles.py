@@ -267,8 +267,9 @@ def _matrix_tile_sm_90(kind: str, rows: int, k: int, *, several: bool) -> Tile:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
         stages, group_m = (4, 1) if rows <= 64 else (3, 8)
         return Tile(block_m, 64, 128, 4, stages, group_m, swap=True, lanes=rows <= 16)
-    if rows <= 16:
-        short = (several and k < 4096) or sums or kind in FP8_PER_MATRIX
+    # Of experts with more than 8 rows on average, many have more than 16.
+    if rows <= 8 or (rows <= 16 and not (several and kind in FP8_PER_MATRIX)):
+        short = several or sums or kind in FP8_PER_MATRIX
         stages = 4 if kind in FP8_PER_MATRIX and not several else 3
         if several and sums:
             return Tile(16, 128, 128, 8, 4, 1, swap=True, lanes=True)
@@ -309,6 +310,22 @@ def rows_before_expanding(kind: str) -> int:
     (benchmarks/moe.py), and taken elsewhere for want of better.
     """
     return 256 if kind in GROUP_SUMS else 512
+
+
+WARP_SPECIALIZED = Tile(128, 256, 128, 4, 4, group_m=16)
+"""The tile of `kernels.warp_specialized`; warps are those of each role."""
+ROWS_BEFORE_SPECIALIZING = 256
+"""Up to so many rows an expert `kernels.grouped_gemm` is faster (H200): its tiles are smaller."""
+
+
+def specializes_warps(platform: str, arch: str) -> bool:
+    """Say whether `kernels.warp_specialized` is for this device: its instructions are Hopper's."""
+    return (platform, arch) == ("cuda", "sm_90")
+
+
+def special_kernels(platform: str, arch: str) -> dict[str, bool]:
+    """Say which kernels that not every device has this one may run, by what they are written in."""
+    return {"ptx": runs_ptx(platform, arch), "specialized": specializes_warps(platform, arch)}
 
 
 def few_rows(kind: str, n: int, k: int, *, ptx: bool) -> int:

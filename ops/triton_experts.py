@@ -186,10 +186,11 @@ def bind_products(
     from hal.ops.align import align_triton
     from hal.ops.expanded_experts import expanded_product
     from hal.ops.few_experts import bind_few_tokens
+    from hal.ops.kernels.common import MAX_OFFSET_32
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
-    from hal.ops.tiles import rows_before_expanding
+    from hal.ops.tiles import ROWS_BEFORE_SPECIALIZING, WARP_SPECIALIZED, rows_before_expanding
 
     experts, columns, hidden = w13.shape
     intermediate = w2.shape[2]
@@ -208,6 +209,7 @@ def bind_products(
     wide13 = TileChoice(binding, "bf16", columns, hidden)
     wide2 = TileChoice(binding, "bf16", hidden, intermediate)
     decodes = kind.endswith("_decode") and binding.problem("dtype", "bfloat16") == "bfloat16"
+    specialized = _specialized_product(binding, kind, read13[0], read2[0])
     fnuz = w13.encoding == "e4m3fnuz"
     dynamic = quantizes and not static
     invariant = binding.selection.options.batch_invariant
@@ -224,9 +226,16 @@ def bind_products(
         top_k, slots = ids.shape[1], ids.numel()
         rows, matrices = sorted_sizes(slots, experts, invariant=invariant)
         expands = decodes and rows > rows_before_expanding(kind)
-        multiply = expanded_product if expands else grouped_gemm
-        tile13 = (wide13 if expands else tiles13)(rows, matrices)
-        tile2 = (wide2 if expands else tiles2)(rows, matrices, tile13.block_m)
+        if (
+            specialized is not None
+            and rows > ROWS_BEFORE_SPECIALIZING
+            and max(x.numel(), slots * intermediate) <= MAX_OFFSET_32
+        ):
+            multiply, tile13, tile2 = specialized, WARP_SPECIALIZED, WARP_SPECIALIZED
+        else:
+            multiply = expanded_product if expands else grouped_gemm
+            tile13 = (wide13 if expands else tiles13)(rows, matrices)
+            tile2 = (wide2 if expands else tiles2)(rows, matrices, tile13.block_m)
         places = align_triton(ids, experts, tile13.block_m)
         bias13, bias2 = layer.biases(tensors)
         b13, *s13 = tensors[:width]
@@ -295,6 +304,24 @@ def sorted_sizes(slots: int, experts: int, *, invariant: bool) -> tuple[int, int
     if invariant:
         return INVARIANT_ROWS, experts
     return -(-slots // experts), min(experts, slots)
+
+
+def _specialized_product(
+    binding: Binding, kind: str, *weights: torch.Tensor
+) -> Callable[..., None] | None:
+    """Return the product for many rows whose warps specialize, if it can run and read these."""
+    from hal.ops.kernels.common import has_gluon
+    from hal.ops.tiles import specializes_warps
+
+    spec = binding.spec
+    if not specializes_warps(spec.platform, spec.arch.name) or not has_gluon():
+        return None
+    # Imported late: older Tritons have no such language.
+    from hal.ops.kernels.warp_specialized import fits, warp_specialized_gemm
+
+    if not all(fits(kind, weight) for weight in weights):
+        return None
+    return partial(warp_specialized_gemm, programs=spec.compute_units or 64)
 
 
 def enter_and_combine(

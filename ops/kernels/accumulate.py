@@ -215,14 +215,15 @@ def tile_options(
     """
     second = weight.second is not None
     return _options(
-        kind, tile, n, weight.k, weight.group, weight.fnuz, weight.words, second, dtype, has_ptx()
-    )
+        kind, tile, n, weight.k, weight.group, weight.fnuz, weight.words_together, second, dtype,
+        has_ptx(),
+    )  # fmt: skip
 
 
 # Looked up at each launch: building it takes longer than all else that a launcher does.
 @lru_cache(maxsize=4096)
 def _options(
-    kind: str, tile: Tile, n: int, k: int, group: int, fnuz: bool, words: bool, second: bool,
+    kind: str, tile: Tile, n: int, k: int, group: int, fnuz: bool, words: int, second: bool,
     dtype: torch.dtype, ptx: bool,
 ) -> dict[str, Any]:  # fmt: skip
     spec = ALL_KINDS[kind]

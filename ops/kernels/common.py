@@ -382,6 +382,12 @@ def starts_dependent(platform: str, arch: str) -> bool:
     return hasattr(tl.extra.cuda, "gdc_wait") and int(arch.removeprefix("sm_")) >= 90
 
 
+def has_gluon() -> bool:
+    """Say whether Triton has Gluon as `warp_specialized` uses it: since 3.6, uninterpreted."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= (3, 6) and not INTERPRETED.value
+
+
 def is_fp8(dtype: torch.dtype) -> bool:
     """Say whether `dtype` is one of torch's 8-bit floats."""
     return dtype.is_floating_point and dtype.itemsize == 1

@@ -104,6 +104,24 @@ def _product(target: Target, op: str, kind: str, size: str) -> None:
     )  # fmt: skip
 
 
+def _specialized(target: Target, *, kind: str) -> None:
+    from hal.ops.kernels.kinds import ALL_KINDS
+    from hal.ops.kernels.warp_specialized import warp_specialized_gemm
+    from hal.ops.tiles import WARP_SPECIALIZED as TILE
+
+    n, k, slots = 2 * INTERMEDIATE, HIDDEN, MANY * TOP_K
+    stored = "float32" if ALL_KINDS[kind].scale_format == "float32" else "uint8"
+    low = f"float8_{target.fp8}"
+    padded = (slots + EXPERTS * (TILE.block_m - 1)) // TILE.block_m * TILE.block_m
+    warp_specialized_gemm(
+        _empty(MANY, k, dtype=low), _empty(EXPERTS, n, k, dtype=low), _empty(slots, n),
+        _empty(padded, dtype="int32"), _empty(padded // TILE.block_m, dtype="int32"),
+        _empty(1, dtype="int32"), top_k_divisor=TOP_K, kind=kind, tile=TILE,
+        a_scales=_empty(MANY, k // 128, dtype=stored), programs=target.compute_units,
+        b_scales=_empty(EXPERTS, n // 128, k // 128, dtype=stored),
+    )  # fmt: skip
+
+
 def _packed_weight(
     kind: str, experts: tuple[int, ...], n: int, k: int
 ) -> tuple[Any, dict[str, Any]]:
@@ -373,6 +391,10 @@ CASES: dict[str, Callable[[Target], None]] = {
             ("combine_rows", "plain"),
         )
         for size in ("few", "many")
+    },
+    **{
+        f"warp_specialized/{kind}": partial(_specialized, kind=kind)
+        for kind in ("fp8_block128", "fp8_block128_ue8m0")
     },
     "align/few": lambda _: _align(FEW),
     "align/many": lambda _: _align(MANY),

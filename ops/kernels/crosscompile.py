@@ -90,10 +90,13 @@ class Cell:
         )
 
 
-def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
+def cell_names(
+    triton_math: Iterable[str], *, ptx: bool = False, specialized: bool = False
+) -> list[str]:
     """Return the cells that a device with matrix math on these formats may come to run.
 
     ptx: Those written in PTX among them.
+    specialized: Those whose warps specialize, too.
     """
     formats = {"fp8" if name.startswith("e4m3") else name for name in triton_math}
     kinds = [kind for kind, own in OWN_FORMAT.items() if own in formats]
@@ -109,7 +112,8 @@ def cell_names(triton_math: Iterable[str], *, ptx: bool = False) -> list[str]:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
     names += [f"few_experts/{kind}" for kind in kinds if f"few_experts/{kind}" in CASES]
     ring = () if ptx else ("ring_rows",)
-    others = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts", *ring)
+    special = () if specialized else ("warp_specialized",)
+    others = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts", *ring, *special)
     return names + [name for name in CASES if not name.startswith(others)]
 
 
@@ -267,7 +271,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile cells; print one JSON object a line."""
-    from hal.ops.tiles import runs_ptx
+    from hal.ops.tiles import special_kernels
 
     options = _arguments(argv)
     platform, _, arch = options.target.partition(":")
@@ -275,9 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     target = Target(
         platform, arch, options.shared_memory, options.compute_units, lanes, options.fp8
     )
-    ptx = runs_ptx(platform, arch)
     memory = None if options.memory is None else Memory(options.memory)
-    for name in options.cells or cell_names(OWN_FORMAT.values(), ptx=ptx):
+    for name in options.cells or cell_names(OWN_FORMAT.values(), **special_kernels(platform, arch)):
         print(json.dumps(asdict(compile_cell(name, target, memory))), flush=True)
     return 0
 

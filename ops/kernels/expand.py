@@ -64,7 +64,7 @@ def _expand_kernel(
     start = first // (PER_WORD if WORDS else PER_BYTE)
     words = load_words(
         b_ptr + (start + word * (1 if WORDS else 4))[None, :] * stride_bk, stride_bk,
-        word * PER_WORD, k_size - first, column_inside, PER_BYTE, WORDS, EVEN_N and EVEN_K,
+        word * PER_WORD, k_size - first, column_inside, PER_BYTE, WORDS, EVEN_N, EVEN_K,
     )  # fmt: skip
     if CODES == "int8":
         value = unpack_int8(words, BLOCK_N, BLOCK_K)

@@ -436,7 +436,7 @@ def _gemv_kernel(
                 codes = tl.load(b_ptrs, mask=mask, other=0.0)
         else:
             codes = load_words(
-                b_ptrs, stride_bk, first_k, left, column_inside, PER_BYTE, WORDS, EVEN_N and EVEN_K
+                b_ptrs, stride_bk, first_k, left, column_inside, PER_BYTE, WORDS, EVEN_N, EVEN_K
             )
         inside = (lane * HELD)[:, None] < left if WHOLE_LANES else inner < left
         x0 = _eights_of_x(a_ptrs, inside, stride_ak, 0, not EVEN_K)

@@ -110,6 +110,14 @@ class Weight(NamedTuple):
         """Say whether codes are int32 words."""
         return self.codes.dtype == torch.int32
 
+    @property
+    def words_together(self) -> int:
+        """Return how many words of a row lie together, aligned: 4, 1, or 0 where there are none."""
+        codes = self.codes
+        if codes.dtype != torch.int32:
+            return 0
+        return 1 if (codes.shape[-1] | codes.stride(-2)) % 4 else 4
+
 
 def as_weight(
     kind: str,

@@ -52,13 +52,19 @@ def place(
     (see `unpack`), because their exponent is that of subnormals and small numbers of DTYPE.
     """
     if CODES == "e2m1":
-        UP: tl.constexpr = 6 if DTYPE == tl.bfloat16 else 9
-        MASK: tl.constexpr = 0x01C001C0 if DTYPE == tl.bfloat16 else 0x0E000E00
-        sign = (words << (12 - P)) & -0x7FFF8000
-        if P <= UP:
-            return sign | ((words << (UP - P)) & MASK)
+        if DTYPE == tl.bfloat16:
+            # One product moves sign and magnitude of both; what else it moves is masked.
+            low = words >> 8 if P >= 8 else words
+            if P % 8 == 0:
+                return ((low & 0x000F000F) * 0x1040) & -0x7E3F7E40
+            else:
+                return ((low & 0x00F000F0) * 0x0104) & -0x7E3F7E40
         else:
-            return sign | ((words >> (P - UP)) & MASK)
+            sign = (words << (12 - P)) & -0x7FFF8000
+            if P <= 9:
+                return sign | ((words << (9 - P)) & 0x0E000E00)
+            else:
+                return sign | ((words >> (P - 9)) & 0x0E000E00)
     elif CODES == "e4m3":
         UP: tl.constexpr = 4 if DTYPE == tl.bfloat16 else 7
         MASK: tl.constexpr = 0x07F007F0 if DTYPE == tl.bfloat16 else 0x3F803F80
@@ -177,14 +183,18 @@ def unpack_as_fp8(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl
 def unpack(
     words, CODES: tl.constexpr, DTYPE: tl.constexpr, FNUZ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr = False,
+    MARK: tl.constexpr = True,
 ):  # fmt: skip
     """Return int32 words [BLOCK_N, BLOCK_K / codes a word] as numbers [BLOCK_N, BLOCK_K].
 
-    `uint4` keeps the 128 (bf16) or 1024 (fp16) that `place` gives it.
+    `uint4` keeps the 128 (bf16) or 1024 (fp16) that `place` gives it. Without MARK, e4m3's NaN
+    become some number: whoever calls looks for them (`nan_marks`).
     """
     if CODES == "e4m3" or CODES == "e5m2":
         if CODES == "e5m2":
             even, odd = place_e5m2(words, 0, DTYPE), place_e5m2(words, 8, DTYPE)
+        elif not MARK:
+            even, odd = place(words, 0, "e4m3", DTYPE), place(words, 8, "e4m3", DTYPE)
         else:
             marks = nan_marks(words, FNUZ)
             even = place_fp8(words, marks, 0, DTYPE, FNUZ)
@@ -263,15 +273,20 @@ def scale_number(encoded, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def load_words(
     ptrs, stride, first_k, left, column_inside,
-    PER_BYTE: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+    PER_BYTE: tl.constexpr, WORDS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Load int32 words, or assemble them from bytes whose rows are no multiple of four long.
 
-    PER_BYTE 0: all four bytes of a word exist where its first code does.
+    PER_BYTE 0: all four bytes of a word exist where its first code does. A mask that the compiler
+    sees to change along k, word by word, makes it load each word by itself: there is none where
+    steps are whole, and that of aligned fours (see `Weight.words_together`) is one of fours.
     """
     if WORDS:
-        if EVEN:
-            return tl.load(ptrs)
+        if EVEN_K:
+            if EVEN_N:
+                return tl.load(ptrs)
+            else:
+                return tl.load(ptrs, mask=column_inside[:, None], other=0)
         else:
             mask = column_inside[:, None] & (first_k < left)[None, :]
             return tl.load(ptrs, mask=mask, other=0)
@@ -282,6 +297,15 @@ def load_words(
             part = tl.load(ptrs + byte * stride, mask=mask, other=0)
             words |= part.to(tl.int32) << (8 * byte)
         return words
+
+
+@triton.jit
+def _nan_of_fours(words, FNUZ: tl.constexpr):
+    """Return words [rows, n] as [rows, n / 4]: bit 7 of a byte says that one was NaN in e4m3."""
+    marks = nan_marks(words, FNUZ) if FNUZ else (words & 0x7F7F7F7F) + 0x01010101
+    even, odd = tl.split(marks.reshape(words.shape[0], words.shape[1] // 4, 2, 2))
+    even, odd = tl.split(even | odd)
+    return even | odd
 
 
 @triton.jit
@@ -299,17 +323,20 @@ def accumulate_packed(
 
     a_ptrs [BLOCK_M] point at each row's first element, a_scale_ptrs [BLOCK_M] at its scale; b_ptr,
     scales_ptr, zeros_ptr (of codes uint4) and second_ptr at the matrix's first ones. SCALE_FORMAT
-    "" means no scales of groups. SCALE_ROWS neighbouring columns share those. SWAP and WIDE are
-    those of `accumulate`.
+    "" means no scales of groups. SCALE_ROWS neighbouring columns share those. WORDS is
+    `Weight.words_together`. SWAP and WIDE are those of `accumulate`.
     """
     DTYPE: tl.constexpr = a_ptrs.dtype.element_ty
     PER_BYTE: tl.constexpr = 1 if CODES == "e4m3" or CODES == "e5m2" else 2
     STEP: tl.constexpr = tl.int64 if WIDE else tl.int32
     GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
     PIECE: tl.constexpr = 4 if A_SCALED else 2
+    FOURS: tl.constexpr = WORDS if WORDS else 1
     inner = lane_order(BLOCK_K, LANES, PIECE)
     word = tl.arange(0, BLOCK_K // (4 * PER_BYTE))
-    first_k = word * (4 * PER_BYTE)
+    first_k = word // FOURS * (FOURS * 4 * PER_BYTE)
+    # What the compiler is to know of rows, it has to see.
+    stride_bn = stride_bn // FOURS * FOURS
     group = tl.arange(0, GROUPS)
     column_inside = columns < n_columns
     if WIDE:
@@ -323,6 +350,8 @@ def accumulate_packed(
     a_step = tl.full((), BLOCK_K, STEP) * stride_ak
     b_step = tl.full((), BLOCK_K // (4 * PER_BYTE if WORDS else PER_BYTE), STEP) * stride_bk
     n_groups = tl.cdiv(k_size, GROUP)
+    if CODES == "e4m3":
+        nan_words = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.int32)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(k_size, BLOCK_K)):
         left = k_size - step * BLOCK_K
@@ -332,13 +361,15 @@ def accumulate_packed(
             a = tl.load(a_tile_ptrs, mask=row_inside[:, None] & (inner < left)[None, :], other=0.0)
         words = load_words(
             b_ptrs, stride_bk, first_k, left, column_inside, 0 if A_SCALED else PER_BYTE, WORDS,
-            EVEN_N and EVEN_K,
+            EVEN_N, EVEN_K,
         )  # fmt: skip
         if A_SCALED:
             tl.static_assert(CODES == "int4" and SUMS, "other codes times scales are no e4m3")
             b = unpack_as_fp8(words, DTYPE, BLOCK_N, BLOCK_K)
         else:
-            b = unpack(words, CODES, DTYPE, FNUZ, BLOCK_N, BLOCK_K, PTX)
+            b = unpack(words, CODES, DTYPE, FNUZ, BLOCK_N, BLOCK_K, PTX, False)
+        if CODES == "e4m3":
+            nan_words |= _nan_of_fours(words, FNUZ)
         if SCALE_FORMAT != "":
             # [BLOCK_N, GROUPS]: one group where a step lies within it.
             groups = step * BLOCK_K // GROUP + group
@@ -371,6 +402,10 @@ def accumulate_packed(
         b_ptrs += b_step
     if SWAP:
         acc = tl.trans(acc)
+    if CODES == "e4m3":
+        # NaN times anything is NaN, so that one code spoils its column.
+        spoiled = tl.max(((nan_words & -0x7F7F7F80) != 0).to(tl.int32), axis=1)
+        acc = tl.where((spoiled != 0)[None, :], float("nan"), acc)
     if SECOND:
         second = tl.load(second_ptr + columns * stride_2n, mask=column_inside, other=0.0)
         acc = acc * second[None, :]

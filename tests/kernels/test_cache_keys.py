@@ -38,6 +38,7 @@ CELLS = (
     "grouped_gemm/int8_channel/few",
     "grouped_gemm/bf16/ragged",
     "grouped_gemm/bf16/biased",
+    "warp_specialized/fp8_block128",
     "align/few",
     "combine/shared",
     "dispatch_rows/mxfp8/few",
@@ -49,6 +50,12 @@ CELLS = (
     "swiglu/silu_batched",
     "swiglu/silu_int8_rows",
 )
+
+# What this Triton cannot compile: `tl.gather` is of 3.3, Gluon's loads of 3.6.
+TOO_NEW = {
+    *(() if hasattr(tl, "gather") else ("align/few",)),
+    *(() if common.has_gluon() else ("warp_specialized/fp8_block128",)),
+}
 
 
 def target_of(name: str) -> Target:
@@ -122,9 +129,7 @@ def launching(monkeypatch):
         getattr(kernel, CACHES).pop(fake.device, None)
 
 
-@pytest.mark.parametrize(
-    "name", CELLS if hasattr(tl, "gather") else [n for n in CELLS if n != "align/few"]
-)
+@pytest.mark.parametrize("name", [name for name in CELLS if name not in TOO_NEW])
 def test_a_launch_on_memory_has_the_key_of_the_cross_compiler(name, launching, monkeypatch):
     """Tensors on the CPU have addresses, so that alignment is computed and not assumed."""
     target = target_of("cuda:h100")
@@ -152,7 +157,7 @@ def test_another_alignment_has_another_key(launching, monkeypatch):
 
 
 def test_every_op_is_among_the_cells():
-    names = set(cell_names(compile_cases.OWN_FORMAT.values(), ptx=True))
+    names = set(cell_names(compile_cases.OWN_FORMAT.values(), ptx=True, specialized=True))
     families = {name.partition("/")[0] for name in [*names, "ring_rows/int4_group_decode/one"]}
     assert families == {name.partition("/")[0] for name in CELLS}
 

@@ -25,7 +25,7 @@ from hal.ops.kernels.compile_cases import (
     TOP_K,
 )
 from hal.ops.kernels.crosscompile import cell_names, compile_cells
-from hal.ops.tiles import choose_tile, runs_ptx
+from hal.ops.tiles import choose_tile, special_kernels
 from hal.platforms.tables import device_rows, device_spec
 
 KIB = {
@@ -143,8 +143,8 @@ def launches(monkeypatch):
 
 def cells_of_arch(name: str) -> list[str]:
     spec = device_spec(*name.split(":"))
-    ptx = runs_ptx(spec.platform, spec.arch.name)
-    return cell_names(spec.formats.triton_math, ptx=ptx)
+    special = special_kernels(spec.platform, spec.arch.name)
+    return cell_names(spec.formats.triton_math, **special)
 
 
 @pytest.mark.skipif(common.INTERPRETED.value, reason="needs a process without TRITON_INTERPRET")
