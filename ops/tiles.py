@@ -206,7 +206,7 @@ _SUMS = _by_rows(
 _FP8 = _by_rows(
     Tile(64, 128, 64, 4, 4, 1),
     Tile(64, 128, 64, 4, 4, 1),
-    Tile(128, 128, 64, 8, 3, swap=True),
+    Tile(64, 64, 64, 4, 4, swap=True),
     Tile(128, 128, 64, 8, 3, swap=True),
 )
 _EXPERTS_SM_90 = {
