@@ -44,6 +44,10 @@ LIMITS = {
         "devices, is interpreted by hal's own `tests/kernels/ptx_interpreter.py`, all threads in "
         "step; `interpreted` rows are of the other launches"
     ),
+    "Gluon has none": (
+        "`warp_specialized`, which `triton_fp8` of `fused_moe` launches for many rows on sm_90, is "
+        "compiled, and has run on an H200; `interpreted` rows are of the other launches"
+    ),
     "programs run one after the other": (
         "races, missing barriers and programs that wait for each other are not seen: kernels "
         "between ranks are interpreted rank by rank, and have run at once on one H200"
