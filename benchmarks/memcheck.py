@@ -1,10 +1,10 @@
 """Run every Triton kernel of hal under NVIDIA's compute-sanitizer, and list what it found.
 
-Each kernel runs its own cases (`hal verify --kernel NAME`) with `--tool memcheck`, which reports
-reads and writes outside of what was allocated. torch gets each tensor from the driver then
-(`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), and the sanitizer pads it: else memory beside a tensor belongs
-to another. First a kernel that reads one element too far must be found, or nothing is reported as
-clean.
+Each kernel runs its own cases (`hal verify --kernel NAME`), a process for each scheme, with
+`--tool memcheck`, which reports reads and writes outside of what was allocated. torch gets each
+tensor from the driver then (`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), and the sanitizer pads it: else
+memory beside a tensor belongs to another. Several GPUs share the processes. First a kernel that
+reads one element too far must be found, or nothing is reported as clean.
 
 Usage: python benchmarks/memcheck.py [--op NAME ...] [--kernel NAME ...] [--sanitizer FILE]
                                      [--seconds N] [--jobs N] [--output FILE]
@@ -14,6 +14,7 @@ Exit status: 0 all clean, 1 errors, 2 nothing could be checked.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,17 +34,19 @@ PLACES = ("/usr/local/cuda/bin/compute-sanitizer",
 
 
 class Outcome(NamedTuple):
-    """What the sanitizer said of one kernel.
+    """What the sanitizer said of one kernel under one scheme.
 
     Attributes:
         op: Name of the op.
         kernel: Name of the kernel.
+        scheme: Name of the scheme.
         errors: How many, or None where no case ran to an end.
         first: The first error, or why there is nothing.
     """
 
     op: str
     kernel: str
+    scheme: str
     errors: int | None
     first: str
 
@@ -55,24 +58,28 @@ class Outcome(NamedTuple):
         return f"{self.errors} errors" if self.errors else "clean"
 
 
-def kernels(ops: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (op, kernel) of every Triton kernel that was asked for; of all without names."""
+def kernels(ops: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (op, kernel, scheme) of every Triton kernel asked for; of all without names."""
     from hal.registry import find_op, op_names
 
     for op in op_names():
         for kernel in find_op(op).kernels:
             asked = (not ops or op in ops) and (not names or kernel.name in names)
             if kernel.name.startswith("triton") and asked:
-                yield op, kernel.name
+                for scheme in kernel.schemes:
+                    yield op, kernel.name, scheme
 
 
-def run(sanitizer: str, command: Sequence[str], seconds: float) -> tuple[int | None, str, int]:
+def run(
+    sanitizer: str, command: Sequence[str], seconds: float, device: str
+) -> tuple[int | None, str, int]:
     """Return the sanitizer's errors, what was printed, and the exit status of the command."""
     whole = [
         sanitizer, "--tool", "memcheck", "--padding", str(PADDING), "--target-processes", "all",
         "--", *command,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+                   "CUDA_VISIBLE_DEVICES": device}  # fmt: skip
     try:
         done = subprocess.run(
             whole, env=environment, capture_output=True, text=True, timeout=seconds, check=False
@@ -90,20 +97,32 @@ def first_error(text: str) -> str:
     return next((line for line in faults if line.startswith(("Invalid", "Misaligned"))), "")
 
 
-def check(op: str, kernel: str, sanitizer: str, seconds: float) -> Outcome:
-    """Return what the sanitizer says of one kernel's cases."""
+def check(what: tuple[str, str, str], sanitizer: str, seconds: float, device: str) -> Outcome:
+    """Return what the sanitizer says of one kernel's cases under one scheme."""
+    op, kernel, scheme = what
     with tempfile.TemporaryDirectory() as folder:
         evidence = str(Path(folder) / "evidence.jsonl")
         command = [sys.executable, "-m", "hal", "verify", "--op", op, "--kernel", kernel,
-                   "--seconds", f"{seconds:g}", "--output", evidence]  # fmt: skip
-        errors, text, status = run(sanitizer, command, seconds)
+                   "--scheme", scheme, "--on", "cuda", "--seconds", f"{seconds:g}",
+                   "--output", evidence]  # fmt: skip
+        errors, text, status = run(sanitizer, command, seconds, device)
     if status == 2:  # of `hal verify`: nothing could be tried
-        return Outcome(op, kernel, None, "cannot run on this device")
+        return Outcome(*what, None, "cannot run on this device")
     if errors is None:
-        return Outcome(op, kernel, None, (text.strip().splitlines() or ["no output"])[-1])
+        return Outcome(*what, None, (text.strip().splitlines() or ["no output"])[-1])
     if not errors and status:
-        return Outcome(op, kernel, None, f"hal verify failed with status {status}")
-    return Outcome(op, kernel, errors, first_error(text))
+        return Outcome(*what, None, f"hal verify failed with status {status}")
+    return Outcome(*what, errors, first_error(text))
+
+
+def devices() -> list[str]:
+    """Return the GPUs that may be used, each as CUDA_VISIBLE_DEVICES names it."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return given.split(",")
+    return [str(index) for index in range(max(torch.cuda.device_count(), 1))]
 
 
 def control() -> None:
@@ -123,8 +142,14 @@ def control() -> None:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a line a kernel."""
-    return "\n".join(f"{o.op:<20} {o.kernel:<24} {o.word:<10} {o.first}".rstrip() for o in outcomes)
+    """Return a line for each kernel and outcome, with the schemes that have it."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for o in outcomes:
+        groups.setdefault((o.op, o.kernel, o.word, o.first), []).append(o.scheme)
+    return "\n".join(
+        f"{op:<20} {kernel:<24} {word:<10} {', '.join(schemes)}{': ' if first else ''}{first}"
+        for (op, kernel, word, first), schemes in groups.items()
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,8 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", default=[], help="this op alone; may be repeated")
     parser.add_argument("--kernel", action="append", default=[], help="this kernel alone")
     parser.add_argument("--sanitizer", help="compute-sanitizer, where it is not on the path")
-    parser.add_argument("--seconds", type=float, default=600, help="longest time of a kernel")
-    parser.add_argument("--jobs", type=int, default=1, help="kernels at a time")
+    parser.add_argument("--seconds", type=float, default=600,
+                        help="longest time of a kernel under a scheme")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--output", type=Path, help="file for the table")
     parser.add_argument("--control", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -147,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no compute-sanitizer on the path nor in {' or '.join(PLACES)}; it comes with the "
               "CUDA toolkit: give --sanitizer FILE", file=sys.stderr)  # fmt: skip
         return 2
-    errors, text, _ = run(sanitizer, [sys.executable, __file__, "--control"], options.seconds)
+    gpus = devices()
+    proof = [sys.executable, __file__, "--control"]
+    errors, text, _ = run(sanitizer, proof, options.seconds, gpus[0])
     if not errors:
         last = (text.strip().splitlines() or ["no output"])[-1]
         print(f"a read beyond a tensor was not found, so nothing is proven: {last}",
@@ -155,12 +183,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(
-            lambda pair: check(*pair, sanitizer, options.seconds),
-            kernels(options.op, options.kernel),
-        ):
-            outcomes.append(outcome)
-            print(table([outcome]), flush=True)
+        wanted = kernels(options.op, options.kernel)
+        told = [
+            pool.submit(check, what, sanitizer, options.seconds, device)
+            for what, device in zip(wanted, itertools.cycle(gpus), strict=False)
+        ]
+        for outcome in as_completed(told):
+            outcomes.append(outcome.result())
+            print(table(outcomes[-1:]), flush=True)
+    outcomes.sort(key=lambda outcome: outcome[:3])
     if options.output is not None:
         options.output.write_text(table(outcomes) + "\n", encoding="utf-8")
     if any(outcome.errors for outcome in outcomes):

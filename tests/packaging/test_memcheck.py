@@ -42,8 +42,28 @@ def run(folder: Path, **errors: int) -> int:
 
 def test_a_clean_kernel(tmp_path, capsys):
     assert run(tmp_path) == 0
-    assert capsys.readouterr().out.split() == ["align", "triton", "clean"]
-    assert (tmp_path / "table.txt").read_text().split() == ["align", "triton", "clean"]
+    assert capsys.readouterr().out.split() == ["align", "triton", "clean", "none"]
+    assert (tmp_path / "table.txt").read_text().split() == ["align", "triton", "clean", "none"]
+
+
+def test_schemes_of_a_kernel_share_a_line(tmp_path):
+    told = ["--op", "fused_moe", "--kernel", "triton_int8", "--sanitizer", sanitizer(tmp_path)]
+    assert memcheck.main([*told, "--jobs", "2", "--output", str(tmp_path / "table.txt")]) == 0
+    line = (tmp_path / "table.txt").read_text().split(maxsplit=3)
+    assert line == ["fused_moe", "triton_int8", "clean", "int8_channel, int8_static\n"]
+
+
+def test_processes_take_gpus_in_turns(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert memcheck.devices() == ["3", "5"]
+    used = []
+    monkeypatch.setattr(
+        memcheck, "check",
+        lambda what, *more: used.append(more[-1]) or memcheck.Outcome(*what, 0, ""),
+    )  # fmt: skip
+    told = ["--op", "fused_moe", "--kernel", "triton_int8", "--sanitizer", sanitizer(tmp_path)]
+    assert memcheck.main(told) == 0
+    assert sorted(used) == ["3", "5"]
 
 
 def test_errors_are_told(tmp_path, capsys):
@@ -78,10 +98,10 @@ def test_every_triton_kernel_is_checked():
     from hal.registry import find_op, op_names
 
     found = set(memcheck.kernels((), ()))
-    assert {op for op, _ in found} == set(op_names())
-    entries = {find_op(op).find(name).entry for op, name in found}
+    assert {op for op, _, _ in found} == set(op_names())
+    entries = {find_op(op).find(name).entry for op, name, _ in found}
     assert not any(entry.startswith("hal.ops.adapters") for entry in entries)
     for op in op_names():
         own = [k for k in find_op(op).kernels if not k.entry.startswith("hal.ops.adapters")]
-        left = {k.name for k in own} - {name for of, name in found if of == op}
+        left = {k.name for k in own} - {name for of, name, _ in found if of == op}
         assert all(name.startswith(("torch", "reference")) for name in left), left
