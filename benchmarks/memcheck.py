@@ -6,8 +6,11 @@ tensor from the driver then (`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), and the saniti
 memory beside a tensor belongs to another. Several GPUs share the processes. First a kernel that
 reads one element too far must be found, or nothing is reported as clean.
 
-Usage: python benchmarks/memcheck.py [--op NAME ...] [--kernel NAME ...] [--sanitizer FILE]
-                                     [--seconds N] [--jobs N] [--output FILE]
+`--tests FILE` runs a file of hal's tests in place of those cases, for kernels that start at sizes
+which these do not have, such as `tests/kernels/test_warp_specialized.py`.
+
+Usage: python benchmarks/memcheck.py [--op NAME ...] [--kernel NAME ...] [--tests FILE ...]
+           [--sanitizer FILE] [--seconds N] [--jobs N] [--output FILE]
 Exit status: 0 all clean, 1 errors, 2 nothing could be checked.
 """
 
@@ -21,12 +24,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+TESTS = "tests"
 PADDING = 4096
 """Bytes behind each allocation that nothing may touch."""
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer",
@@ -98,20 +102,23 @@ def first_error(text: str) -> str:
 
 
 def check(what: tuple[str, str, str], sanitizer: str, seconds: float, device: str) -> Outcome:
-    """Return what the sanitizer says of one kernel's cases under one scheme."""
+    """Return what the sanitizer says of one kernel's cases under one scheme, or of a test file."""
     op, kernel, scheme = what
     with tempfile.TemporaryDirectory() as folder:
         evidence = str(Path(folder) / "evidence.jsonl")
         command = [sys.executable, "-m", "hal", "verify", "--op", op, "--kernel", kernel,
                    "--scheme", scheme, "--on", "cuda", "--seconds", f"{seconds:g}",
                    "--output", evidence]  # fmt: skip
+        if op == TESTS:
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
+                       "--basetemp", str(Path(folder) / "pytest"), kernel]  # fmt: skip
         errors, text, status = run(sanitizer, command, seconds, device)
     if status == 2:  # of `hal verify`: nothing could be tried
         return Outcome(*what, None, "cannot run on this device")
     if errors is None:
         return Outcome(*what, None, (text.strip().splitlines() or ["no output"])[-1])
     if not errors and status:
-        return Outcome(*what, None, f"hal verify failed with status {status}")
+        return Outcome(*what, None, f"{' '.join(command[1:4])} failed with status {status}")
     return Outcome(*what, errors, first_error(text))
 
 
@@ -157,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", default=[], help="this op alone; may be repeated")
     parser.add_argument("--kernel", action="append", default=[], help="this kernel alone")
+    parser.add_argument("--tests", action="append", default=[], help="these tests instead")
     parser.add_argument("--sanitizer", help="compute-sanitizer, where it is not on the path")
     parser.add_argument("--seconds", type=float, default=600,
                         help="longest time of a kernel under a scheme")  # fmt: skip
@@ -183,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        wanted = kernels(options.op, options.kernel)
+        wanted: Iterable[tuple[str, str, str]] = kernels(options.op, options.kernel)
+        if options.tests:
+            wanted = [(TESTS, name, "") for name in options.tests]
         told = [
             pool.submit(check, what, sanitizer, options.seconds, device)
             for what, device in zip(wanted, itertools.cycle(gpus), strict=False)

@@ -199,7 +199,7 @@ def time_here(call: Call) -> float:
 
 def pieces(call: Call) -> Iterator[tuple[str, float]]:
     """Time other numbers of elements for a program and for a lane."""
-    from hal.ops.kernels import quantize as kernels
+    from hal.ops.kernels import row_shapes as kernels
 
     chosen = kernels.PIECE, kernels.PER_LANE
     try:

@@ -105,7 +105,10 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
         return (*products, "align/few", "align/many", "combine", *quantized)
     if kernel.name.startswith("triton_scaled"):
         return tuple(f"{own}/{kind}/{size}" for size in ("few", "some", "many", "ragged", "wide"))
-    if kernel.op == "linear" and not (scheme.weight.symmetric and scheme.activation.symmetric):
+    if kernel.op == "linear" and kernel.level is Level.WEIGHT_ONLY and not scheme.weight.symmetric:
+        return (f"gemm/{kind}/shifted", f"gemv/{kind}", "shift")
+    zeros = not (scheme.weight.symmetric and scheme.activation.symmetric)
+    if kernel.op == "linear" and kernel.level is Level.NATIVE and zeros:
         return (f"gemm/{kind}/shifted",)
     if kernel.op == "linear":
         single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]

@@ -35,12 +35,52 @@ if TYPE_CHECKING:
     from hal.ops.kernels.kinds import Weight
     from hal.ops.tiles import Tile
 
-__all__ = ["EXPANDED_BYTES", "decoded_product"]
+__all__ = ["EXPANDED_BYTES", "decoded_product", "few_products"]
 
 EXPANDED_BYTES = 64 << 20
 ROWS_OF_BLOCK = 128
 
+FewRows = Callable[["torch.Tensor", "Weight", "torch.Tensor", "torch.Tensor | None"], bool]
 Product = Callable[["torch.Tensor", "Tensors"], "torch.Tensor"]
+
+
+def few_products(binding: Binding, kind: str, shape: tuple[int, ...]) -> tuple[int, FewRows]:
+    """Return how many rows are few, and the launcher `(x, weight, out, bias)` for those.
+
+    It says whether it launched anything: rows that lie as `kernels.ring_rows` cannot read them
+    are few only where `kernels.gemv` takes them.
+
+    Args:
+        binding: Where it runs.
+        kind: One of `kernels.kinds.ALL_KINDS` that decodes its weights, or `bf16`.
+        shape: Sizes (N, K) of the weight.
+    """
+    from hal.ops.kernels.common import INTERPRETED
+    from hal.ops.kernels.gemv import gemv
+    from hal.ops.kernels.kinds import by_row
+    from hal.ops.kernels.ring_rows import fits, ring_rows
+
+    n, k = shape
+    tile, spec = gemv_tile(kind, n, k), binding.spec
+    ptx = runs_ptx(spec.platform, spec.arch.name) and not INTERPRETED.value
+    apart = few_rows(kind, n, k, ptx=False)
+    units = spec.compute_units or 64
+
+    def launch(
+        x: torch.Tensor, weight: Weight, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> bool:
+        rows = x.shape[0]
+        if ptx and streams_rows(kind, n, k, rows):
+            held = by_row(kind, weight)
+            if fits(kind, x, held):
+                ring = ring_of(kind, n, k, rows, units, group=held.group)
+                ring_rows(x, held, out, bias=bias, kind=kind, ring=ring)
+                return True
+        if rows <= apart:
+            gemv(x, weight, out, bias=bias, kind=kind, tile=tile)
+        return rows <= apart
+
+    return few_rows(kind, n, k, ptx=ptx), launch
 
 
 def decoded_product(
@@ -64,18 +104,12 @@ def decoded_product(
         has_bias: Whether the last tensor is a bias.
         fnuz: Whether fp8 codes are in the encoding e4m3fnuz.
     """
-    from hal.ops.kernels.common import INTERPRETED
-    from hal.ops.kernels.gemv import gemv
-    from hal.ops.kernels.kinds import as_weight, by_row
+    from hal.ops.kernels.kinds import as_weight
     from hal.ops.kernels.linear import gemm
-    from hal.ops.kernels.ring_rows import fits, ring_rows
 
     n, k = shape
-    few_tile, spec = gemv_tile(kind, n, k), binding.spec
-    ptx = runs_ptx(spec.platform, spec.arch.name) and not INTERPRETED.value
-    few, some = few_rows(kind, n, k, ptx=ptx), some_rows(kind, k)
-    few_apart = few_rows(kind, n, k, ptx=False)
-    units = spec.compute_units or 64
+    few, multiply_few = few_products(binding, kind, shape)
+    some = some_rows(kind, k)
     wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
@@ -87,15 +121,7 @@ def decoded_product(
         if way == MANY and wide:
             return _expanded(x, weight, n, bias, kind)
         out = x.new_empty(rows, n)
-        if way == FEW and ptx and streams_rows(kind, n, k, rows):
-            held = by_row(kind, weight)
-            if fits(kind, x, held):
-                ring = ring_of(kind, n, k, rows, units, group=held.group)
-                ring_rows(x, held, out, bias=bias, kind=kind, ring=ring)
-                return out
-        if way == FEW and rows <= few_apart:
-            gemv(x, weight, out, bias=bias, kind=kind, tile=few_tile)
-        else:
+        if way != FEW or not multiply_few(x, weight, out, bias):
             gemm(x, weight, out, bias=bias, kind=kind, tile=tiles(rows))
         return out
 

@@ -239,28 +239,41 @@ def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | N
 def _bind_shifted(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Multiply by codes, and take what zero points add from the float32 sums: z[n] * sum_k x[k].
 
+    Few rows take two launches, a tile takes off the shift itself.
+
     A row with an infinity becomes NaN where the product with the weight may be an infinity.
     """
     import torch
 
+    from hal.ops.decoded import few_products
+    from hal.ops.kernels.kinds import as_weight
     from hal.ops.kernels.linear import gemm
+    from hal.ops.kernels.shift import shift_rows
 
     assert weight.zeros is not None
     assert weight.scales is not None
     kind = product_kind(weight.scheme) + "_decode"
     tiles = TileChoice(binding, kind, *weight.shape)
-    rows_out, has_bias = weight.shape[0], bias is not None
+    few, multiply_few = few_products(binding, kind, weight.shape)
+    (rows_out, columns), has_bias = weight.shape, bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        codes, scales, sums = tensors[:3]
+        bias = tensors[-1] if has_bias else None
         out = x.new_empty(x.shape[0], rows_out)
+        if x.shape[0] <= few:
+            product = torch.empty_like(out, dtype=torch.float32)
+            if multiply_few(x, as_weight(kind, columns, codes, scales), product, None):
+                shift_rows(product, x, sums, out, bias)
+                return out
         gemm(
             x,
-            tensors[0],
+            codes,
             out,
-            b_scales=tensors[1],
-            bias=tensors[-1] if has_bias else None,
+            b_scales=scales,
+            bias=bias,
             a_shifts=x.sum(-1, dtype=torch.float32),
-            b_sums=tensors[2],
+            b_sums=sums,
             kind=kind,
             tile=tiles(x.shape[0]),
         )

@@ -332,7 +332,12 @@ def converts_fp8(dtype: torch.dtype) -> bool:
 
 
 def has_pairs() -> bool:
-    """Say whether the current device has the instructions of `pairs`, or interprets them."""
+    """Say whether the current device has the instructions of `pairs`, or interprets them.
+
+    Their kernel holds the parts of a row in a tuple, which Triton's language has from 3.3 on.
+    """
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
+        return False
     if INTERPRETED.value:
         return True
     target = current_target()

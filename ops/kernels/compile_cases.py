@@ -40,6 +40,7 @@ OWN_FORMAT = {
 
 # The Qwen3-30B-A3B layer, and the tokens of a decode and of a prefill step.
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
+ODD = 2880
 FEW, MANY = 8, 16384
 
 PAYLOADS = ("bf16", "fp8", "fp8_token", "int8", "mxfp8", "mxfp4", "nvfp4")
@@ -276,6 +277,14 @@ def _quantize(target: Target, fmt: str, grouped: bool, gated: bool) -> None:
     launchers[gated, grouped](x, values, scales, 127.0, 1e-12)
 
 
+def _shift(target: Target) -> None:
+    from hal.ops.kernels.shift import shift_rows
+
+    n, k = 2 * INTERMEDIATE, HIDDEN
+    product = _empty(FEW, n, dtype="float32")
+    shift_rows(product, _empty(FEW, k), _empty(n, dtype="float32"), _empty(FEW, n), _empty(n))
+
+
 def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
     from hal.ops.activations import activation_of
     from hal.ops.kernels.swiglu import silu_and_mul
@@ -299,11 +308,12 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
     fixed = None if how.dynamic else _empty(*(() if how.symmetric else (2,)), dtype="float32")
     if before == "plain":
         quantize_triton(x, encoding, how, fixed, layout)
-        return
-    options: dict[str, Any] = {"gate": Activation(), "fixed": fixed} if before == "gate" else {}
-    if before == "norm":
-        options = {"norm": Norm(_empty(HIDDEN), 1e-6, x, x)}
-    launch_triton(x, encoding, how, INTERMEDIATE if before == "gate" else HIDDEN, **options)
+    elif before == "gate":
+        launch_triton(x, encoding, how, INTERMEDIATE, gate=Activation(), fixed=fixed)
+    else:
+        launch_triton(x, encoding, how, HIDDEN, norm=Norm(_empty(HIDDEN), 1e-6, x, x))
+        # Rows that are taken part by part, and alone.
+        launch_triton(_empty(FEW, ODD), encoding, how, ODD, norm=Norm(_empty(ODD), 1e-6))
 
 
 def _exchange(target: Target, format: str, size: str) -> None:
@@ -432,6 +442,7 @@ CASES: dict[str, Callable[[Target], None]] = {
     "swiglu/gelu_interleaved": lambda _: _gate("gelu", interleaved=True),
     "swiglu/oai_interleaved": lambda _: _gate("swiglu_oai", interleaved=True),
     "swiglu/relu2_alone": lambda _: _gate("relu2", gated=False),
+    "shift": _shift,
     "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),
     "swiglu/silu_fp8_groups": lambda target: _quantize(target, "fp8", True, True),
     "swiglu/silu_int8_rows": lambda target: _quantize(target, "int8", False, True),

@@ -33,6 +33,15 @@ def magnitude_bits(x):
 
 
 @triton.jit
+def spoiled(x, total):
+    """Return total, zeros at first, as NaN where x (f32) is NaN or infinite: one instruction."""
+    if INTERPRETED:
+        # numpy warns of what the product is there for.
+        return tl.where(tl.abs(x) < float("inf"), total, float("nan"))
+    return tl.fma(x, tl.zeros(x.shape, tl.float32), total)
+
+
+@triton.jit
 def in_eighths(x):
     """Return x [rows, width] as [rows, width / 8, 8]: a thread that loads 16 bytes holds those."""
     return tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8))
@@ -89,16 +98,25 @@ def divide(x, divisor):
     instructions instead of ten. Source: Markstein, "Computation of elementary functions on the
     IBM RISC System/6000 processor" (1990), theorem on quotients.
     """
+    reciprocal = divisor
+    if not INTERPRETED:
+        reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    return divide_by(x, divisor, reciprocal)
+
+
+@triton.jit
+def divide_by(x, divisor, reciprocal):
+    """Divide as `divide` does, given 1 / divisor as rounded."""
+    divisor = tl.broadcast_to(divisor[:, None], x.shape)
     if INTERPRETED:
         # Its fma rounds twice.
-        return tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
-    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
-    divisor = tl.broadcast_to(divisor[:, None], x.shape)
+        return tl.div_rn(x, divisor)
     reciprocal = tl.broadcast_to(reciprocal[:, None], x.shape)
     quotient = x * reciprocal
-    # With the signs this way round, the correction of a negative zero is one too.
-    excess = tl.fma(quotient, divisor, -x)
-    return tl.fma(excess, -reciprocal, quotient)
+    # With the signs this way round, the correction of a negative zero is one too. Triton's own
+    # minus subtracts from zero, which is an instruction; a product with -1 becomes a sign.
+    excess = tl.fma(quotient, divisor, x * -1.0)
+    return tl.fma(excess, reciprocal * -1.0, quotient)
 
 
 @triton.jit
@@ -153,12 +171,18 @@ def encode_values(x, broken, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
 
 
 @triton.jit
-def scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
-    """Quantize each row of x [rows, width] f32; return values and scales [rows] f32."""
-    top = tl.max(magnitude_bits(x), axis=1)
+def scales_of(top, quant_max, scale_floor):
+    """Return the scales of groups given the `magnitude_bits` of each, and which are broken."""
     broken = top >= INFINITY_BITS
     amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, quant_max, tl.float32)), scale_floor)
+    scale = tl.div_rn(amax, tl.full(amax.shape, quant_max, tl.float32))
+    return tl.maximum(scale, scale_floor), broken
+
+
+@triton.jit
+def scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
+    """Quantize each row of x [rows, width] f32; return values and scales [rows] f32."""
+    scale, broken = scales_of(tl.max(magnitude_bits(x), axis=1), quant_max, scale_floor)
     # No clamp: |x| / scale exceeds the maximum by less than half a step, which rounds to it.
     values = encode_values(divide(x, scale), broken, VALUE_DTYPE, ENCODING)
     return values, tl.where(broken, float("nan"), scale)

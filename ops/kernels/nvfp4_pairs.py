@@ -28,8 +28,6 @@ from hal.ops.kernels.pairs import (
     fma_halves,
     four_signs,
     high_number,
-    largest_pair,
-    largest_signed_pair,
     look_up,
     low_number,
     multiply_pair,
@@ -37,10 +35,12 @@ from hal.ops.kernels.pairs import (
     round_halves,
     size_times,
     smallest_halves,
+    smallest_pair,
     word_of_fours,
 )
 
 HUGE_BITS = tl.constexpr(0x71800000)  # 2^100
+HUGE_OUTER = tl.constexpr(2.0**88)  # of such a row
 SHRINK_PAIR = tl.constexpr(0x1F801F80)  # 2^-64 twice
 ONE_HALVES = tl.constexpr(0x3C003C00)
 HALVES_LINE = tl.constexpr(0x62006200)  # 768 twice: from 512 to 1024, float16 counts in halves
@@ -115,62 +115,45 @@ def codes_of_ratios(words, factor):
 
 
 @triton.jit
-def nvfp4_words(
-    w0, w1, w2, w3, scale_floor, factors_ptr,
-    QUICK: tl.constexpr, ENCODING: tl.constexpr, SIGNED: tl.constexpr,
-):  # fmt: skip
-    """Quantize blocks of 16, all of one row: words [2, blocks] each, by halves of blocks.
+def quick_factors(largest, scale_floor, factors_ptr):
+    """Return where the eight factors of a row lie, given its largest bits, and whether they hold.
 
-    Returns code words [2, blocks], e4m3fn bytes [blocks] and the float32 scale.
-    factors_ptr: `reciprocal_table`, read if QUICK. ENCODING: e4m3fn, or empty where the hardware
-    converts. SIGNED: sizes are compared by one instruction.
+    factors_ptr: `reciprocal_table`. The second is more than 0 if they do.
     """
-    if SIGNED:
-        top = largest_signed_pair(largest_signed_pair(w0, w1), largest_signed_pair(w2, w3))
-        top = largest_signed_pair(top, choose_bytes(top, top, 0x1032)) & 0x7FFF0000
-    else:
-        top = largest_pair(
-            largest_pair(w0 & SIZES, w1 & SIZES), largest_pair(w2 & SIZES, w3 & SIZES)
-        )
-        top = largest_pair(top, choose_bytes(top, top, 0x1032)) & -0x10000
-    top = tl.max(top, axis=0)
-    largest = tl.max(top, axis=0)
-    if not QUICK:
-        return exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING)
     # Rows of 128 mantissas have eight factors each, and then whether all of them exist.
     mantissa = (largest >> 16) & 0x7F
     quick = tl.load(factors_ptr + 1024 + mantissa)
-    size = largest.to(tl.float32, bitcast=True)
-    quick = tl.where(size < scale_floor * 2700.0, 0.0, quick)
-    quick = tl.where(largest >= HUGE_BITS, 0.0, quick)
-    if quick > 0.0:
-        codes, scale, outer = quick_nvfp4_words(
-            w0, w1, w2, w3, top, size, factors_ptr + mantissa * 8, ENCODING
-        )
-    else:
-        codes, scale, outer = exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING)
-    return codes, scale, outer
+    quick = tl.where(largest.to(tl.float32, bitcast=True) < scale_floor * 2700.0, 0.0, quick)
+    return factors_ptr + mantissa * 8, tl.where(largest >= HUGE_BITS, 0.0, quick)
 
 
 @triton.jit
-def exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING: tl.constexpr):
-    """Quantize any row as `nvfp4_words` does, by dividing."""
+def outer_scale(largest, scale_floor):
+    """Return the scale [1] of a row, given the bits of its largest finite number."""
+    row = (tl.full((1,), 0, tl.int32) + largest).to(tl.float32, bitcast=True)
+    return tl.maximum(divide_sizes(row, 448.0 * 6.0, TOP_RECIPROCAL), scale_floor)
+
+
+@triton.jit
+def exact_nvfp4_words(w0, w1, w2, w3, top, outer, ENCODING: tl.constexpr, SATURATES: tl.constexpr):
+    """Quantize blocks of 16 of one row: words [2, blocks] each, by halves of blocks.
+
+    top: `block_tops`. outer: the scale [1] of the row. ENCODING: e4m3fn, or empty where the
+    hardware converts. SATURATES: Sizes may exceed what the scale reaches to.
+    Returns code words [2, blocks] and e4m3fn bytes [blocks].
+    """
     s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
     broken = top >= INFINITY_BITS
-    if largest >= INFINITY_BITS:
-        # Rare: numbers beside a NaN count, the NaN does not.
-        finite = tl.maximum(
-            tl.maximum(_larger_finite(s0), _larger_finite(s1)),
-            tl.maximum(_larger_finite(s2), _larger_finite(s3)),
-        )
-        largest = tl.max(tl.ravel(finite), axis=0)
-    row = (tl.full((1,), 0, tl.int32) + largest).to(tl.float32, bitcast=True)
-    outer = tl.maximum(divide_sizes(row, 448.0 * 6.0, TOP_RECIPROCAL), scale_floor)
     amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
+    if SATURATES:
+        # A quotient that overflows would spoil the division; beyond this bound all saturate anyway.
+        amax = tl.minimum(amax, tl.broadcast_to(outer * (2 * 448.0 * 6.0), amax.shape))
     # Where numbers are too small for an exact quotient, the scale is the least one anyway.
     wanted = divide_sizes(amax, 6.0, SIXTH)
     wanted = divide_sizes(wanted, outer, tl.div_rn(tl.full((1,), 1.0, tl.float32), outer))
     wanted = tl.maximum(wanted, 2.0**-9)
+    if SATURATES:
+        wanted = tl.minimum(wanted, 448.0)
     if ENCODING == "":
         scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
     else:
@@ -178,7 +161,13 @@ def exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING: tl.co
     # The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
     factor = (scale << 20).to(tl.float32, bitcast=True) * 2.0**120
     factor = factor * tl.broadcast_to(outer, amax.shape)
-    if largest >= HUGE_BITS:
+    if SATURATES:
+        # Anything from 5 times the factor on has the last code, up to 9 times without carrying.
+        bound = (factor * 7.5).to(tl.int32, bitcast=True) & -0x10000
+        bound = tl.broadcast_to((bound | (bound >> 16))[None, :], s0.shape)
+        s0, s1 = smallest_pair(s0, bound), smallest_pair(s1, bound)
+        s2, s3 = smallest_pair(s2, bound), smallest_pair(s3, bound)
+    if tl.max(outer, axis=0) >= HUGE_OUTER:
         # Rare: the second part of a reciprocal would be too small for a float32.
         factor *= 2.0**-64
         shrink = tl.full(s0.shape, SHRINK_PAIR, tl.int32)
@@ -197,15 +186,15 @@ def exact_nvfp4_words(w0, w1, w2, w3, top, largest, scale_floor, ENCODING: tl.co
     codes = (codes | (((codes >> 3) & 0x11111111) * 7)) & 0x77777777
     signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
     codes = tl.where(broken[None, :], 0, codes | (signs & -0x77777778))
-    return codes, tl.where(broken, 0x7F, scale), tl.sum(outer, axis=0)
+    return codes, tl.where(broken, 0x7F, scale)
 
 
 @triton.jit
 def quick_nvfp4_words(w0, w1, w2, w3, top, size, factors_ptr, ENCODING: tl.constexpr):
-    """Quantize as `nvfp4_words` does, with factors of `hal.ops.kernels.reciprocals`.
+    """Quantize as `exact_nvfp4_words` does, with factors of `hal.ops.kernels.reciprocals`.
 
     top: the largest sizes of blocks, finite bits of f32. size: that of the row, f32. factors_ptr:
-    the eight factors of this row.
+    the eight factors of this row. Returns the scale of the row besides.
     """
     if INTERPRETED:
         outer = tl.div_rn(size, size * 0.0 + 2688.0)
@@ -237,8 +226,9 @@ def quick_nvfp4_words(w0, w1, w2, w3, top, size, factors_ptr, ENCODING: tl.const
 
 
 @triton.jit
-def _larger_finite(sizes):
-    """Return the larger finite number of each word without signs, bits of f32, or 0."""
-    low, high = sizes << 16, sizes & -0x10000
+def largest_finite(words):
+    """Return the f32 bits of the largest number of words, not counting NaN and infinity."""
+    low, high = (words & SIZES) << 16, words & SIZES & -0x10000
     low = tl.where(low >= INFINITY_BITS, 0, low)
-    return tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))
+    largest = tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))
+    return tl.max(tl.ravel(largest), axis=0)

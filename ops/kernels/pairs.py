@@ -199,6 +199,22 @@ def largest_signed_pair(x, y):
 
 
 @triton.jit
+def largest_of_words(w0, w1, w2, w3, SIGNED: tl.constexpr):
+    """Return the f32 bits of the largest size among the numbers of four words; NaN is the largest.
+
+    SIGNED: sizes are compared by one instruction (`largest_signed_pair`).
+    """
+    if SIGNED:
+        top = largest_signed_pair(largest_signed_pair(w0, w1), largest_signed_pair(w2, w3))
+        return largest_signed_pair(top, choose_bytes(top, top, 0x1032)) & 0x7FFF0000
+    else:
+        top = largest_pair(
+            largest_pair(w0 & SIZES, w1 & SIZES), largest_pair(w2 & SIZES, w3 & SIZES)
+        )
+        return largest_pair(top, choose_bytes(top, top, 0x1032)) & -0x10000
+
+
+@triton.jit
 def smallest_pair(x, y):
     """Return the smaller of numbers without signs that are no NaN."""
     if INTERPRETED:

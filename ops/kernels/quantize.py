@@ -18,39 +18,39 @@ import triton.language as tl
 
 from hal.ops.activations import Activation
 from hal.ops.kernels.common import converts_fp8, has_pairs, is_fp8, launch
-from hal.ops.kernels.encode import mx_tile, nvfp4_tile, nvfp4_tile_under, scaled_tile
-from hal.ops.kernels.quantize_pairs import are_words, quantize_pairs
+from hal.ops.kernels.encode import (
+    divide,
+    encode_values,
+    magnitude_bits,
+    mx_tile,
+    nvfp4_tile,
+    nvfp4_tile_under,
+    scaled_tile,
+    scales_of,
+)
+from hal.ops.kernels.quantize_pairs import are_words, encodes_fp8, quantize_pairs
+from hal.ops.kernels.row_shapes import (
+    IN_PAIRS,
+    MOST_PARTS,
+    PER_LANE,
+    Pairs,
+    group_shape,
+    warps_of,
+)
 from hal.ops.kernels.scale_order import ScaleOrder, scale_of_group, scale_of_row
 from hal.ops.kernels.source import (
     beyond_count,
     gated_tile,
     group_columns,
-    half_columns,
     normalized_tile,
+    summed_tile,
+    tile_columns,
 )
 from hal.quant.mx import exponent_rule
 
 GROUP = 128
-MAX_ROW = 32768
-PIECE = 4096
-"""Elements of a program that needs no whole row: 8 KB of bf16 in flight for each."""
 FLAT = 8192
 """Length of the rows that a contiguous matrix is taken as, so that no program is partly empty."""
-FEW = 1 << 19
-"""Elements up to which pieces are smaller, so that all of a device works on them."""
-PER_LANE = 32
-"""Elements that a lane of 32 holds."""
-IN_PAIRS = {
-    ("nvfp4", "plain"): (64, 0),
-    ("nvfp4", "norm"): (64, 0),
-    ("nvfp4", "residual"): (64, 0),
-    ("nvfp4", "gate"): (32, 48),
-    ("mx", "norm"): (32, 48),
-    ("mx", "gate"): (32, 48),
-}
-"""How many elements a lane holds where rows are taken by pairs, and how many registers a thread may
-have (0: what the compiler wants), where that is faster on an H200; else PER_LANE and 0. Not more
-than 64: with 128 an H200 stores wrong codes. See benchmarks/results/h200_quantize_pairs.txt."""
 
 
 class Norm(NamedTuple):
@@ -76,12 +76,33 @@ def gate_options(gate: Activation | None) -> dict[str, Any]:
 
 
 @triton.jit
+def _tile(
+    row_ptr, residual_ptr, weight_ptr, columns, inside, n_columns, root, alpha, limit,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Load columns of a row and return what is quantized, f32, and the sum with the residual."""
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    if ACTIVATION != "":
+        total = gated_tile(
+            row_ptr, columns, inside, n_columns, alpha, limit, columns.shape[0], columns.shape[1],
+            ACTIVATION, GATED, CLAMPED, INTERLEAVED,
+        ).to(DTYPE).to(tl.float32)  # fmt: skip
+    else:
+        total = summed_tile(row_ptr, residual_ptr, columns, inside, RESIDUAL)
+    x = total
+    if NORM:
+        x = normalized_tile(total, root, weight_ptr, columns, inside, DTYPE)
+    return x, total
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, second_ptr, counts_ptr,
     fixed_ptr, n_columns, n_words, n_groups,
     stride_xm, stride_rm, stride_tm, stride_vm, stride_sm, stride_sg,
     quant_max, scale_floor, epsilon, alpha, limit, capacity,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
     INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr,
@@ -94,45 +115,68 @@ def _quantize_kernel(
         if beyond_count(counts_ptr, row, capacity):
             return
     first_group = tl.program_id(1) * GROUPS
-    HALVES: tl.constexpr = 2 if CODEC == "nvfp4" else 1
-    if CODEC == "nvfp4":
-        columns, inside = half_columns(n_columns, GROUPS)
-    else:
-        columns, inside = group_columns(n_columns, first_group, GROUPS, WIDTH)
-    x_ptr += row * stride_xm
-    if ACTIVATION != "":
-        x = gated_tile(
-            x_ptr, columns, inside, n_columns, alpha, limit, GROUPS * HALVES, WIDTH // HALVES,
-            ACTIVATION, GATED, CLAMPED, INTERLEAVED,
-        )  # fmt: skip
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-    elif NORM:
-        x = normalized_tile(
-            x_ptr, residual_ptr + row * stride_rm, total_ptr + row * stride_tm, weight_ptr,
-            columns, inside, n_columns, epsilon, RESIDUAL,
-        )  # fmt: skip
-    else:
-        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     VALUE_DTYPE: tl.constexpr = values_ptr.dtype.element_ty
-    if CODEC == "nvfp4":
-        if FIXED:
-            second = tl.load(fixed_ptr + tl.arange(0, 1))
-            codes, scales = nvfp4_tile_under(x, second, PER_WORD, ENCODING)
-        else:
-            codes, scales, second = nvfp4_tile(x, scale_floor, PER_WORD, ENCODING)
-        tl.store(second_ptr + row + tl.arange(0, 1), second)
-    elif CODEC == "mx":
-        codes, scales = mx_tile(x, PER_WORD, VALUE_DTYPE, ENCODING, ADDEND, TOP_EXPONENT, FNUZ)
-    else:
-        codes, scales = scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE, ENCODING)
-    if PER_WORD > 1:
-        columns, inside = group_columns(n_words, first_group, GROUPS, WIDTH // PER_WORD)
-        codes = codes.to(VALUE_DTYPE)
-    tl.store(values_ptr + row * stride_vm + columns, codes, mask=inside)
-    groups = first_group + tl.arange(0, GROUPS)
+    x_ptr += row * stride_xm
+    residual_ptr += row * stride_rm
     scales_ptr += scale_of_row(row, stride_sm, ORDER)
-    target = scales_ptr + scale_of_group(groups, stride_sg, ORDER)
-    tl.store(target, scales, mask=groups < n_groups)
+    # What a row needs as a whole comes first. Its parts are loaded again for each of these loops,
+    # which the compiler leaves out where there is one part.
+    root = 0.0
+    if NORM:
+        squares = 0.0
+        for part in tl.static_range(PARTS):
+            columns, inside = tile_columns(
+                n_columns, first_group + part * GROUPS, GROUPS, WIDTH, CODEC
+            )
+            x = summed_tile(x_ptr, residual_ptr, columns, inside, RESIDUAL)
+            squares = x * x if part == 0 else squares + x * x
+        square = tl.sum(tl.sum(squares, axis=1), axis=0)
+        root = tl.rsqrt(square / n_columns + epsilon)
+    if WHOLE:
+        top = 0
+        for part in tl.static_range(PARTS):
+            columns, inside = group_columns(n_columns, first_group + part, 1, WIDTH)
+            x, total = _tile(
+                x_ptr, residual_ptr, weight_ptr, columns, inside, n_columns, root, alpha, limit,
+                NORM, RESIDUAL, ACTIVATION, GATED, CLAMPED, INTERLEAVED,
+            )  # fmt: skip
+            bits = magnitude_bits(x)
+            top = bits if part == 0 else tl.maximum(top, bits)
+        scale, broken = scales_of(tl.max(top, axis=1), quant_max, scale_floor)
+    for part in tl.static_range(PARTS):
+        columns, inside = tile_columns(n_columns, first_group + part * GROUPS, GROUPS, WIDTH, CODEC)
+        x, total = _tile(
+            x_ptr, residual_ptr, weight_ptr, columns, inside, n_columns, root, alpha, limit,
+            NORM, RESIDUAL, ACTIVATION, GATED, CLAMPED, INTERLEAVED,
+        )  # fmt: skip
+        if RESIDUAL:
+            total = total.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * stride_tm + columns, total, mask=inside)
+        if WHOLE:
+            codes = encode_values(divide(x, scale), broken, VALUE_DTYPE, ENCODING)
+        elif CODEC == "nvfp4":
+            if FIXED:
+                second = tl.load(fixed_ptr + tl.arange(0, 1))
+                codes, scales = nvfp4_tile_under(x, second, PER_WORD, ENCODING)
+            else:
+                codes, scales, second = nvfp4_tile(x, scale_floor, PER_WORD, ENCODING)
+            tl.store(second_ptr + row + tl.arange(0, 1), second)
+        elif CODEC == "mx":
+            codes, scales = mx_tile(x, PER_WORD, VALUE_DTYPE, ENCODING, ADDEND, TOP_EXPONENT, FNUZ)
+        else:
+            codes, scales = scaled_tile(x, quant_max, scale_floor, VALUE_DTYPE, ENCODING)
+        if PER_WORD > 1:
+            columns, inside = group_columns(
+                n_words, first_group + part * GROUPS, GROUPS, WIDTH // PER_WORD
+            )
+            codes = codes.to(VALUE_DTYPE)
+        tl.store(values_ptr + row * stride_vm + columns, codes, mask=inside)
+        if not WHOLE:
+            groups = first_group + part * GROUPS + tl.arange(0, GROUPS)
+            target = scales_ptr + scale_of_group(groups, stride_sg, ORDER)
+            tl.store(target, scales, mask=groups < n_groups)
+    if WHOLE:
+        tl.store(scales_ptr + tl.arange(0, 1), tl.where(broken, float("nan"), scale))
 
 
 def quantize_rows(
@@ -166,27 +210,6 @@ def stored_values(values: torch.Tensor) -> tuple[torch.Tensor, str]:
     if not is_fp8(values.dtype) or converts_fp8(values.dtype):
         return values, ""
     return values.view(torch.uint8), str(values.dtype).removeprefix("torch.float8_")
-
-
-def group_shape(
-    rows: int, columns: int, group: int | None, *, whole: bool
-) -> tuple[int, int, int, int]:
-    """Choose (groups per program, padded width, groups in a row, warps) for a row."""
-    if whole and columns > MAX_ROW:
-        raise ValueError(f"rows of {columns} elements, at most {MAX_ROW} have one scale a row")
-    if group is None:
-        groups, n_groups, width = 1, 1, max(triton.next_power_of_2(columns), 16)
-    else:
-        n_groups, width = triton.cdiv(columns, group), group
-        groups = triton.next_power_of_2(n_groups)
-        if not whole:
-            groups = min(groups, (PIECE if rows * columns > FEW else PIECE // 4) // group)
-    return groups, width, n_groups, warps_of(groups * width, PER_LANE)
-
-
-def warps_of(elements: int, lane: int) -> int:
-    """Return how many warps hold so many elements, `lane` of them each lane."""
-    return min(max(elements // (32 * lane), 1), 16)
 
 
 def quantize(
@@ -226,47 +249,54 @@ def quantize(
         return
     if x.stride(1) != 1 or values.stride(1) != 1:
         raise ValueError("quantize: the last dimension of x and values must be contiguous")
-    codec = "nvfp4" if second is not None else "mx" if scales.dtype is torch.uint8 else "scaled"
     packed = values.dtype is torch.uint8
+    codec = "nvfp4" if second is not None else "mxfp4" if packed else "mx"
+    codec = codec if packed or scales.dtype is torch.uint8 else "scaled"
     scales = scales.unsqueeze(-1) if group is None else scales
-    whole = group is None or second is not None or norm is not None
     alone = gate is None and counts is None and order is None
+    whole = group is None or second is not None or norm is not None
     if not whole and alone and _can_be_flat(x, values, scales, group):
         x, values = x.view(-1, FLAT), values.view(-1, FLAT // 2 if packed else FLAT)
         scales = scales.view(x.shape[0], -1)
         rows, columns = x.shape
-    groups, width, n_groups, warps = group_shape(rows, columns, group, whole=whole)
+    words = _as_words(values, columns)
+    tuning = None if words is None else _in_pairs(x, values.dtype, codec, norm, gate, fixed)
     order = ScaleOrder("", *scales.stride()) if order is None else order
     fnuz = codec == "mx" and values.dtype is getattr(torch, "float8_e4m3fnuz", None)
+    addend, top_exponent = exponent_rule("e2m1" if packed else "e4m3fn")
+    capacity = row_capacity(rows, counts)
+    alpha, limit = (gate.alpha, gate.limit) if gate else (1.0, 0.0)
+    # What waits for memory anyway is better off with a row in one piece.
+    waits = norm is not None and norm.residual is not None
+    parts, groups, width, n_groups, warps = group_shape(
+        rows, columns, group, whole=whole, pairs=tuning, most_parts=1 if waits else MOST_PARTS
+    )
+    encoding = "" if second is None or converts_fp8(scales.dtype) else "e4m3fn"
+    if words is not None and tuning is not None:
+        quantize_pairs(
+            x, words, scales, codec=codec, parts=parts, groups=groups, group=group,
+            width=groups * width, warps=warps, registers=tuning.registers, addend=addend,
+            top_exponent=top_exponent, quant_max=quant_max, scale_floor=scale_floor,
+            encoding=encoding, integer=values.dtype is torch.int8, norm=norm,
+            gate=gate_options(gate), alpha=alpha, limit=limit, counts=counts, capacity=capacity,
+            second=second, fixed=fixed, n_groups=n_groups, order=order,
+        )  # fmt: skip
+        return
     per_word = 1
     if packed:
-        values, per_word = _as_words(values, columns)
-        encoding = "" if second is None or converts_fp8(scales.dtype) else "e4m3fn"
+        values, per_word = (values, 2) if words is None else (words, 8)
     elif fnuz:
         # The codes are e4m3fn's, whatever the device converts.
         values, encoding = values.view(torch.uint8), "e4m3fn"
     else:
         values, encoding = stored_values(values)
-    addend, top_exponent = exponent_rule("e2m1" if packed else "e4m3fn")
-    capacity = row_capacity(rows, counts)
-    alpha, limit = (gate.alpha, gate.limit) if gate else (1.0, 0.0)
-    # MX codes after a norm of a sum wait for memory: 0.99 of a copy one by one, 0.94 by pairs.
-    slower = codec == "mx" and norm is not None and norm.residual is not None
-    if per_word == 8 and not slower and fixed is None and _by_pairs(x, norm, gate):
-        before = "gate" if gate else "plain" if norm is None else "norm"
-        before = "residual" if norm is not None and norm.residual is not None else before
-        lane, registers = IN_PAIRS.get((codec, before), (PER_LANE, 0))
-        warps = warps_of(groups * width, lane)
-        quantize_pairs(
-            x, values, scales, groups=groups, warps=warps, registers=registers, addend=addend,
-            top_exponent=top_exponent, scale_floor=scale_floor, encoding=encoding, norm=norm,
-            gate=gate_options(gate), alpha=alpha, limit=limit, counts=counts, capacity=capacity,
-            second=second, n_groups=n_groups, order=order,
-        )  # fmt: skip
-        return
+    if second is not None:
+        # Both halves of a group lie in one tile there.
+        parts, groups = 1, triton.next_power_of_2(n_groups)
+        warps = warps_of(groups * width, PER_LANE)
     residual, total = (norm.residual, norm.total) if norm else (None, None)
     launch(
-        _quantize_kernel, (rows, triton.cdiv(n_groups, groups)),
+        _quantize_kernel, (rows, triton.cdiv(n_groups, groups * parts)),
         x, x if residual is None else residual, x if total is None else total,
         norm.weight if norm else x, values,
         scales.view(torch.uint8) if second is not None else scales,
@@ -278,9 +308,10 @@ def quantize(
         order.row, order.group,
         quant_max, scale_floor, norm.epsilon if norm else 0.0,
         alpha, limit, capacity,
-        GROUPS=groups, WIDTH=width, NORM=norm is not None, RESIDUAL=residual is not None,
+        PARTS=parts, GROUPS=groups, WIDTH=width, WHOLE=group is None,
+        NORM=norm is not None, RESIDUAL=residual is not None,
         **gate_options(gate), COUNTED=counts is not None,
-        CODEC=codec, PER_WORD=per_word, ENCODING=encoding,
+        CODEC="mx" if codec == "mxfp4" else codec, PER_WORD=per_word, ENCODING=encoding,
         ADDEND=addend, TOP_EXPONENT=top_exponent, FNUZ=fnuz, ORDER=order.name,
         FIXED=fixed is not None, num_warps=warps,
     )  # fmt: skip
@@ -291,19 +322,32 @@ def row_capacity(rows: int, counts: torch.Tensor | None) -> int:
     return 1 if counts is None else rows // counts.numel()
 
 
-def _by_pairs(x: torch.Tensor, norm: Norm | None, gate: Activation | None) -> bool:
-    """Tell whether rows can be taken two numbers at a time, by instructions for both."""
-    if not has_pairs() or (gate is not None and gate.gated and gate.interleaved):
-        return False
-    return are_words(x, *((norm.weight, norm.residual, norm.total) if norm else ()))
+def _in_pairs(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    codec: str,
+    norm: Norm | None,
+    gate: Activation | None,
+    fixed: torch.Tensor | None,
+) -> Pairs | None:
+    """Return how rows are taken two numbers at a time, or None where they are not."""
+    before = "gate" if gate else "plain" if norm is None else "norm"
+    before = "residual" if norm is not None and norm.residual is not None else before
+    tuning = IN_PAIRS.get((codec, before if fixed is None else "fixed"))
+    if tuning is None or not has_pairs() or (gate and gate.gated and gate.interleaved):
+        return None
+    if is_fp8(dtype) and not (dtype is torch.float8_e4m3fn and encodes_fp8()):
+        return None
+    more = (norm.weight, norm.residual, norm.total) if norm else ()
+    return tuning if are_words(x, *more) else None
 
 
-def _as_words(values: torch.Tensor, columns: int) -> tuple[torch.Tensor, int]:
-    """Return packed codes as int32 where rows consist of those, and how many codes a word has."""
+def _as_words(values: torch.Tensor, columns: int) -> torch.Tensor | None:
+    """Return codes as int32, or None where a thread's eight of each row are no whole words."""
     aligned = values.data_ptr() % 4 == 0 and values.stride(0) % 4 == 0
     if columns % 8 == 0 and aligned and values.storage_offset() % 4 == 0:
-        return values.view(torch.int32), 8
-    return values, 2
+        return values.view(torch.int32)
+    return None
 
 
 def _can_be_flat(

@@ -40,6 +40,18 @@ def half_columns(n_columns, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def tile_columns(
+    n_columns, first_group, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CODEC: tl.constexpr
+):
+    """Return the column numbers of some groups of a row as a codec wants them."""
+    if CODEC == "nvfp4":
+        columns, inside = half_columns(n_columns, GROUPS)
+    else:
+        columns, inside = group_columns(n_columns, first_group, GROUPS, WIDTH)
+    return columns, inside
+
+
+@triton.jit
 def activate(gate, alpha, ACTIVATION: tl.constexpr):
     """Return the activation of gate (f32): one of `hal.ops.activations.ACTIVATIONS`."""
     if ACTIVATION == "silu":
@@ -100,22 +112,18 @@ def gated_tile(
 
 
 @triton.jit
-def normalized_tile(
-    x_ptr, residual_ptr, total_ptr, weight_ptr, columns, inside, n_columns, epsilon,
-    RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Load a whole row [GROUPS, WIDTH] and return it normalized and weighted, f32.
-
-    RESIDUAL: add another row first, and store the sum, rounded, in total.
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+def summed_tile(x_ptr, residual_ptr, columns, inside, RESIDUAL: tl.constexpr):
+    """Load some columns [GROUPS, WIDTH] of a row, f32. RESIDUAL: add those of another, rounded."""
     x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if RESIDUAL:
         x += tl.load(residual_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        total = x.to(DTYPE)
-        tl.store(total_ptr + columns, total, mask=inside)
-        x = total.to(tl.float32)
-    square = tl.sum(tl.sum(x * x, axis=1), axis=0)
-    x = (x * tl.rsqrt(square / n_columns + epsilon)).to(DTYPE)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def normalized_tile(x, root, weight_ptr, columns, inside, DTYPE: tl.constexpr):
+    """Return x [GROUPS, WIDTH], f32, times root and weight, rounded to DTYPE after both."""
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    x = (x * root).to(DTYPE)
     return (x.to(tl.float32) * weight.to(tl.float32)).to(DTYPE).to(tl.float32)

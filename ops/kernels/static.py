@@ -7,6 +7,9 @@
 Each row gets the scale too, as the kernels of products read one a row: NaN where the row holds a
 NaN or an infinity. The values of such a row are NaN where the format has one, else 0. With a zero
 point each row gets that as well, 0 for such a row.
+
+x is clamped instead of the quotient, to the product of scale and bound. That is off by 2^-24 at
+most, which no code sees: what lies so close to a bound rounds to it.
 """
 
 from __future__ import annotations
@@ -16,46 +19,62 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.encode import divide, encode_fp8
-from hal.ops.kernels.quantize import MAX_ROW, stored_values
+from hal.ops.kernels.encode import ROUNDER, divide, encode_fp8, spoiled
+from hal.ops.kernels.quantize import stored_values
+from hal.ops.kernels.row_shapes import MAX_ROW, row_parts
 
 
 @triton.jit
 def _static_kernel(
     x_ptr, values_ptr, scales_ptr, zeros_ptr, given_ptr, n_columns, stride_xm, stride_vm, quant_max,
-    WIDTH: tl.constexpr, ENCODING: tl.constexpr, SHIFTED: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, ENCODING: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)[None, :]
-    inside = columns < n_columns
-    x = tl.load(x_ptr + row * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(given_ptr + tl.zeros((1,), tl.int32))
-    # NaN compares false, so this catches NaN and infinity.
-    broken = tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1) > 0
-    # A quotient that overflows would spoil the division; beyond this bound all saturate anyway.
-    bound = tl.broadcast_to(scale[:, None] * (4 * quant_max), x.shape)
-    x = tl.where(broken[:, None], 0.0, tl.minimum(tl.maximum(x, -bound), bound))
-    quotient = divide(x, scale)
-    rows = row + tl.zeros((1,), tl.int32)
+    x_ptr += row * stride_xm
+    values_ptr += row * stride_vm
+    one = tl.zeros((1,), tl.int32)
+    VALUE_DTYPE: tl.constexpr = values_ptr.dtype.element_ty
+    scale = tl.load(given_ptr + one)
     if SHIFTED:
-        # Adding 1.5 * 2^23 leaves no fraction bits: the add itself rounds half to even.
-        zero = tl.where(broken, 0.0, tl.load(given_ptr + 1 + tl.zeros((1,), tl.int32)))
-        steps = ((quotient + 12582912.0) - 12582912.0) + zero[:, None]
-        quotient = tl.minimum(tl.maximum(steps, -quant_max - 1.0), quant_max)
-        tl.store(zeros_ptr + rows, zero.to(tl.int8))
+        zero = tl.load(given_ptr + 1 + one)
+        least, most = scale * (-128.0 - zero), scale * (127.0 - zero)
     else:
-        quotient = tl.minimum(tl.maximum(quotient, -quant_max), quant_max)
-    if ENCODING == "e4m3fnuz":
-        values = tl.where(broken[:, None], 0x80, encode_fp8(quotient, ENCODING)).to(tl.uint8)
-    elif ENCODING != "":
-        values = tl.where(broken[:, None], 0x7F, encode_fp8(quotient, ENCODING)).to(tl.uint8)
-    elif values_ptr.dtype.element_ty.is_int():
-        values = ((quotient + 12582912.0) - 12582912.0).to(values_ptr.dtype.element_ty)
-    else:
-        quotient = tl.where(broken[:, None], float("nan"), quotient)
-        values = quotient.to(values_ptr.dtype.element_ty)
-    tl.store(values_ptr + row * stride_vm + columns, values, mask=inside)
-    tl.store(scales_ptr + rows, tl.where(broken, float("nan"), scale))
+        zero = one.to(tl.float32)
+        least, most = scale * -quant_max, scale * quant_max
+    spoils = tl.zeros((1, WIDTH), tl.float32)
+    for part in tl.static_range(PARTS):
+        columns = (part * WIDTH + tl.arange(0, WIDTH))[None, :]
+        inside = columns < n_columns
+        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        spoils = spoiled(x, spoils)
+        x = tl.minimum(tl.maximum(x, least[:, None]), most[:, None])
+        quotient = divide(x, scale)
+        if ENCODING != "":
+            values = encode_fp8(quotient, ENCODING)
+        elif VALUE_DTYPE == tl.int8:
+            steps = (quotient + ROUNDER).to(tl.int32, bitcast=True)
+            values = (steps + zero.to(tl.int32)[:, None]).to(VALUE_DTYPE)
+        else:
+            values = quotient.to(VALUE_DTYPE)
+        tl.store(values_ptr + columns, values, mask=inside)
+    if tl.sum(tl.sum(spoils, axis=1), axis=0) != 0.0:
+        # Rare, and so written over.
+        tl.debug_barrier()
+        scale, zero = scale * float("nan"), zero * 0.0
+        for again in range(PARTS):
+            columns = (again * WIDTH + tl.arange(0, WIDTH))[None, :]
+            if ENCODING == "e4m3fnuz":
+                values = tl.full((1, WIDTH), 0x80, VALUE_DTYPE)
+            elif ENCODING != "":
+                values = tl.full((1, WIDTH), 0x7F, VALUE_DTYPE)
+            elif VALUE_DTYPE == tl.int8:
+                values = tl.zeros((1, WIDTH), VALUE_DTYPE)
+            else:
+                values = tl.full((1, WIDTH), float("nan"), tl.float32).to(VALUE_DTYPE)
+            tl.store(values_ptr + columns, values, mask=columns < n_columns)
+    if SHIFTED:
+        tl.store(zeros_ptr + row + one, zero.to(tl.int8))
+    tl.store(scales_ptr + row + one, scale)
 
 
 def quantize_static(
@@ -82,11 +101,10 @@ def quantize_static(
     if rows == 0 or columns == 0:
         return
     values, encoding = stored_values(values)
-    width = max(triton.next_power_of_2(columns), 16)
+    parts, width, warps = row_parts(columns)
     launch(
         _static_kernel, (rows,),
         x, values, scales, scales if zeros is None else zeros, given, columns, x.stride(0),
         values.stride(0), quant_max,
-        WIDTH=width, ENCODING=encoding, SHIFTED=zeros is not None,
-        num_warps=min(max(width // 1024, 1), 16),
+        PARTS=parts, WIDTH=width, ENCODING=encoding, SHIFTED=zeros is not None, num_warps=warps,
     )  # fmt: skip

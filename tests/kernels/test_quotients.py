@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hal.quant import e2m1
+from hal.quant.codec import SCALE_FLOOR
 
 TIES = (1, 3, 5, 7)
 
@@ -70,3 +71,21 @@ def test_the_bias_is_needed() -> None:
     assert rounded(Fraction(x, divisor)) > 1
     assert quotient(x, divisor, 0, Fraction(0)) == 1
     assert quotient(x, divisor, 0, Fraction(1, 2**40)) > 1
+
+
+@pytest.mark.parametrize("top", [448, 127])
+def test_scales_and_reciprocals_of_all_sizes_of_bf16(top):
+    """As `scales_of_pairs` and `reciprocals` have them, whatever unit rcp.approx is off by."""
+    inverse = Fraction(float(numpy.float32(1.0 / top)))
+    scales = []
+    for size in range(128, 256):
+        scale = rounded(size * inverse)
+        scale = rounded(rounded(size - scale * top) * inverse + scale)
+        assert scale == rounded(Fraction(size, top))
+        scales.append(scale)
+    for scale in (*scales, Fraction(float(numpy.float32(SCALE_FLOOR)))):
+        exact = rounded(1 / scale)
+        for steps in (-1, 0, 1):
+            first = exact + steps * (rounded(exact * (1 + Fraction(1, 2**23))) - exact)
+            left = rounded(first * scale - 1)
+            assert rounded(left * -first + first) == exact

@@ -11,6 +11,7 @@ import torch
 
 from hal.ops.activations import Activation
 from hal.ops.kernels import quantize as quantize_module
+from hal.ops.kernels import row_shapes
 from hal.ops.kernels.route import route
 from hal.ops.quantize import quantize_triton
 from hal.ops.quantize_fused import rms_norm_triton, swiglu_triton
@@ -47,8 +48,8 @@ def test_quantized_rows(monkeypatch, device, generator, form, scheme, encoding):
     how = SCHEMES[scheme].activation
     columns = 64 if how.packed else COLUMNS
     # One row is few elements, and takes more programs; four are an even number of long ones.
-    monkeypatch.setattr(quantize_module, "FEW", 2 * columns)
-    monkeypatch.setattr(quantize_module, "PIECE", 2 * columns)
+    monkeypatch.setattr(row_shapes, "FEW", 2 * columns)
+    monkeypatch.setattr(row_shapes, "PIECE", 2 * columns)
     monkeypatch.setattr(quantize_module, "FLAT", 2 * columns)
     width = columns * (2 if form == "gate" else 1)
     x = torch.randn(ROWS, width, generator=generator, device=device).bfloat16()

@@ -48,7 +48,9 @@ def error(found, wanted):
 
 @pytest.mark.parametrize(("kernel", "scheme"), [*CASES, *SHIFTED])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 80, 256), (33, 72, 200)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(3, 80, 256), (2, 144, 256), (33, 72, 200)]
+)
 def test_linear_against_float64(kernel, scheme, with_bias, tokens, rows, columns):
     generator = torch.Generator().manual_seed(tokens)
     weight = torch.randn(rows, columns, generator=generator).bfloat16() * 0.05
@@ -67,7 +69,7 @@ def test_linear_against_float64(kernel, scheme, with_bias, tokens, rows, columns
         wanted += bias.double()
     keep = [row for row in range(tokens) if row != 1]
     # The interpreter truncates where a device rounds to bf16.
-    assert error(found[keep], wanted[keep]) < 2**-8
+    assert error(found[keep], wanted[keep]) < 2**-7.5
 
 
 # Rows of absent slots are never written, so that the activation sees whatever memory held.

@@ -66,6 +66,15 @@ def test_processes_take_gpus_in_turns(tmp_path, monkeypatch):
     assert sorted(used) == ["3", "5"]
 
 
+def test_tests_in_place_of_cases(tmp_path, capsys):
+    told = ["--tests", "tests/kernels/test_pairs.py", "--sanitizer", sanitizer(tmp_path)]
+    assert memcheck.main(told) == 0
+    assert capsys.readouterr().out.split() == ["tests", "tests/kernels/test_pairs.py", "clean"]
+    told[-1] = sanitizer(tmp_path, status=1)
+    assert memcheck.main(told) == 2
+    assert "-m pytest -q failed with status 1" in capsys.readouterr().out
+
+
 def test_errors_are_told(tmp_path, capsys):
     assert run(tmp_path, kernel=3, status=1) == 1
     out = capsys.readouterr().out
