@@ -36,7 +36,6 @@ CELLS = (
     "ring_rows/int4_group_decode/one",
     "few_experts/int4_group_decode",
     "grouped_gemm/int8_channel/few",
-    "grouped_gemm/bf16/ragged",
     "grouped_gemm/bf16/biased",
     "warp_specialized/fp8_block128",
     "align/few",
@@ -47,7 +46,7 @@ CELLS = (
     "quantize/fp8_groups",
     "quantize/mxfp8/gate",
     "quantize/fp8_channel/norm",
-    "swiglu/silu_batched",
+    "shift",
     "swiglu/silu_int8_rows",
 )
 

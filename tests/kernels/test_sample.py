@@ -38,8 +38,8 @@ SAMPLE = {
         *("gemv/int4_group_decode", "align/few", "swiglu/silu_fp8_groups"),
         *("dispatch_rows/mxfp8/few", "combine_rows/few"),
     ),
-    "rocm:gfx950": ("scaled/mxfp4_w4a8/few", "quantize/mxfp4/gate"),
-    "rocm:gfx1100": ("gemm/int4_group_decode/many", "route/sigmoid_bias", "combine"),
+    "rocm:gfx950": ("scaled/mxfp4_w4a8/few", "quantize/nvfp4_static/plain"),
+    "rocm:gfx1100": ("gemm/int4_group_decode/many", "route/sigmoid_bias", "combine", "shift"),
     "rocm:gfx1201": ("sums/mxfp8/few", "grouped_gemm/fp8_channel_decode/few"),
 }
 OTHERS = {
