@@ -170,10 +170,11 @@ def test_longest_row(device, generator, scheme):
 
 @pytest.mark.parametrize("columns", [2048, 2880, 4096, 7168])
 @pytest.mark.parametrize("scheme", [*dict.fromkeys(name for name, _ in WAYS), "nvfp4_static"])
-def test_sizes_of_layers(device, generator, scheme, columns):
+def test_sizes_of_layers(device, generator, scheme, columns, request):
     """As many warps, parts and elements of a lane as real layers have."""
     if scheme == "nvfp4_static" and not INTERPRETED.value:
-        pytest.xfail("ptxas 12.8 mixes up registers, so that this scheme is not declared")
+        why = "ptxas 12.8 mixes up registers, at some sizes: not declared on CUDA"
+        request.applymarker(pytest.mark.xfail(reason=why, strict=False))
     how = SCHEMES[scheme].activation
     rows = 3 if INTERPRETED.value else 300
     x = (torch.randn(rows, columns, generator=generator, device=device) * 2).bfloat16()
