@@ -39,12 +39,11 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Platform(Need):
     names: tuple[str, ...]
-    hint: str = ""
 
     def check(self, context: Context) -> Failure | None:
         if context.spec.platform in self.names:
             return None
-        return Failure(Code.PLATFORM, " or ".join(self.names), context.spec.platform, self.hint)
+        return Failure(Code.PLATFORM, " or ".join(self.names), context.spec.platform)
 
 
 @dataclass(frozen=True, slots=True)

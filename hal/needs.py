@@ -24,9 +24,9 @@ class Needs:
     """Make requirements."""
 
     @staticmethod
-    def platform(*names: str, hint: str = "") -> Need:
-        """Need one of the platforms; `hint` says why not another."""
-        return rules.Platform(_some("platform", names), hint)
+    def platform(*names: str) -> Need:
+        """Need one of the platforms."""
+        return rules.Platform(_some("platform", names))
 
     @staticmethod
     def at_least(floor: Arch) -> Need:

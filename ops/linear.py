@@ -239,16 +239,20 @@ def bind_triton_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | N
 def _bind_shifted(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Multiply by codes, and take what zero points add from the float32 sums: z[n] * sum_k x[k].
 
-    Few rows take two launches, a tile takes off the shift itself.
+    One row is multiplied by codes less their zero points; few rows take two launches, a tile takes
+    off the shift itself.
 
-    A row with an infinity becomes NaN where the product with the weight may be an infinity.
+    A row with an infinity becomes NaN where the product with the weight may be an infinity, unless
+    it is the only one.
     """
     import torch
 
     from hal.ops.decoded import few_products
+    from hal.ops.kernels.gemv import gemv
     from hal.ops.kernels.kinds import as_weight
     from hal.ops.kernels.linear import gemm
     from hal.ops.kernels.shift import shift_rows
+    from hal.ops.tiles import gemv_tile
 
     assert weight.zeros is not None
     assert weight.scales is not None
@@ -256,11 +260,16 @@ def _bind_shifted(binding: Binding, weight: QTensor, bias: torch.Tensor | None) 
     tiles = TileChoice(binding, kind, *weight.shape)
     few, multiply_few = few_products(binding, kind, weight.shape)
     (rows_out, columns), has_bias = weight.shape, bias is not None
+    row_tile = gemv_tile(kind, rows_out, columns)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        codes, scales, sums = tensors[:3]
+        codes, scales, sums, zeros = tensors[:4]
         bias = tensors[-1] if has_bias else None
         out = x.new_empty(x.shape[0], rows_out)
+        if x.shape[0] == 1:
+            held = as_weight(kind, columns, codes, scales)._replace(zeros=zeros)
+            gemv(x, held, out, bias=bias, kind=kind, tile=row_tile)
+            return out
         if x.shape[0] <= few:
             product = torch.empty_like(out, dtype=torch.float32)
             if multiply_few(x, as_weight(kind, columns, codes, scales), product, None):
@@ -279,7 +288,7 @@ def _bind_shifted(binding: Binding, weight: QTensor, bias: torch.Tensor | None) 
         )
         return out
 
-    read = weight.values, weight.scales, weight.zeros * weight.scales
+    read = weight.values, weight.scales, weight.zeros * weight.scales, weight.zeros
     return launch, _with_bias(read, bias)
 
 

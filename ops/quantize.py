@@ -52,11 +52,6 @@ PLAIN = {
     if SCHEMES[name].activation.scale_format == "float32"
 }
 """Schemes whose activations have float32 scales per token, per 128 or for all."""
-FIXED_NVFP4 = "nvfp4_static"
-FOR_TRITON = {name: how for name, how in SIGNATURES.items() if name != FIXED_NVFP4}
-WRONG_SCALES = "ptxas 12.8, of Triton 3.6 and 3.7, makes a kernel that stores some wrong scales"
-"""Of two that were rounded to e4m3 together, every second one comes from a register that holds
-something else: seen on an H200 at 2048 and 4096 columns, and in its machine code."""
 TRITON = (
     Needs.package("torch"),
     TRITON_HERE,
@@ -305,7 +300,7 @@ def quantize_cached(
     "triton",
     level=Level.NATIVE,
     band="tuned",
-    signatures=FOR_TRITON,
+    signatures=SIGNATURES,
     requires=TRITON,
     batch_invariant=True,
 )
@@ -341,25 +336,6 @@ def quantize_triton(
     assert zeros is not None
     quantize_asymmetric(x, values, scales, zeros, SCALE_FLOOR)
     return values, scales, zeros
-
-
-@QUANTIZE.kernel(
-    "triton_nvfp4_static",
-    level=Level.NATIVE,
-    band="tuned",
-    signatures={FIXED_NVFP4: SIGNATURES[FIXED_NVFP4]},
-    requires=(*TRITON, Needs.platform("rocm", "xpu", hint=WRONG_SCALES)),
-    batch_invariant=True,
-)
-def quantize_triton_fixed(
-    x: torch.Tensor,
-    format: str,
-    how: Quantization,
-    fixed: torch.Tensor | None = None,
-    layout: str = CANONICAL,
-) -> tuple[torch.Tensor, ...]:
-    """Round to e2m1 under scales of blocks, and one of all that is fixed, in one Triton launch."""
-    return quantize_triton(x, format, how, fixed, layout)
 
 
 def launch_triton(

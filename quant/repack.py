@@ -139,6 +139,30 @@ def _untwiddle(tiles: torch.Tensor) -> torch.Tensor:
     return plain.view(torch.uint8).view(tiles.shape)
 
 
+def _planes(tiles: torch.Tensor) -> torch.Tensor:
+    """Bring codes 0 to 3 of every four bytes into their low halves, 4 to 7 into the high ones."""
+    return _swapped(tiles, ((8, 0x0000FF00), (4, 0x00F000F0)))
+
+
+def _from_planes(tiles: torch.Tensor) -> torch.Tensor:
+    """Undo `_planes`."""
+    return _swapped(tiles, ((4, 0x00F000F0), (8, 0x0000FF00)))
+
+
+def _swapped(tiles: torch.Tensor, steps: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Swap bits of the words of bytes `[..., 4]`: those of a mask and as many, `shift` above them.
+
+    Source: delta swaps; Knuth, The Art of Computer Programming, section 7.1.3.
+    """
+    import torch
+
+    words = tiles.contiguous().view(torch.int32)
+    for shift, mask in steps:
+        moved = (words >> shift).bitwise_xor_(words).bitwise_and_(mask)
+        words = (words ^ moved).bitwise_xor_(moved.bitwise_left_shift_(shift))
+    return words.view(torch.uint8).view(tiles.shape)
+
+
 def _words(stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
@@ -190,9 +214,8 @@ _ROWS = (
         by="columns", fold=16, view=_reordered_words,
     ),
     Reorder(
-        "int4_planes", (), (2, 2), (0, 1, 3, 2), ("uint8",),
-        "hal/ops/kernels/packed.py (unpack_as_fp8)",
-        recode=lambda tiles: _exchange(tiles, -1), decode=lambda tiles: _exchange(tiles, -1),
+        "int4_planes", (), (4,), (0, 1, 2), ("uint8",),
+        "hal/ops/kernels/packed.py (unpack_as_fp8)", recode=_planes, decode=_from_planes,
     ),
     Reorder(
         "bytes_128", (), (128,), (0, 1, 2), _EIGHT,

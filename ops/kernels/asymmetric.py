@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hal.ops.kernels.common import launch
 from hal.ops.kernels.encode import ROUNDER, divide, spoiled
-from hal.ops.kernels.row_shapes import MAX_ROW, Pairs, row_parts
+from hal.ops.kernels.row_shapes import MAX_ROW, Lanes, row_parts
 
 WIDEST = 2048
 """Of a part: the two loops over them have much to do between loads and stores."""
@@ -78,7 +78,7 @@ def quantize_asymmetric(
         raise ValueError("quantize_asymmetric: x and values must be contiguous along rows")
     if rows == 0 or columns == 0:
         return
-    parts, width, warps = row_parts(columns, Pairs(64, part_lane=16), WIDEST)
+    parts, width, warps = row_parts(columns, Lanes(64, part_lane=16), WIDEST)
     launch(
         _asymmetric_kernel, (rows,),
         x, values, scales, zeros, columns, x.stride(0), values.stride(0), scale_floor,

@@ -162,7 +162,11 @@ def _decoded(target: Target, *, op: str, kind: str) -> None:
     if op == "expand":
         expand(weight, _empty(n, k), kind=kind)
         return
-    gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=gemv_tile(kind, n, k))
+    tile = gemv_tile(kind, n, k)
+    gemv(_empty(1, k), weight, _empty(1, n), kind=kind, tile=tile)
+    if ALL_KINDS[kind].decode == "int8":
+        held = weight._replace(zeros=_empty(n, dtype="int8"))
+        gemv(_empty(1, k), held, _empty(1, n), kind=kind, tile=tile)
 
 
 def _few(target: Target, *, kind: str) -> None:
@@ -304,16 +308,17 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
 
     how = find_scheme(scheme).activation
     encoding = target.fp8 if how.format == "e4m3fn" else str(how.format)
-    x = _empty(FEW, 2 * INTERMEDIATE if before == "gate" else HIDDEN)
+    x = _empty(FEW, HIDDEN)
     fixed = None if how.dynamic else _empty(*(() if how.symmetric else (2,)), dtype="float32")
     if before == "plain":
         quantize_triton(x, encoding, how, fixed, layout)
     elif before == "gate":
-        launch_triton(x, encoding, how, INTERMEDIATE, gate=Activation(), fixed=fixed)
+        many = _empty(MANY, 2 * INTERMEDIATE)
+        launch_triton(many, encoding, how, INTERMEDIATE, gate=Activation(), fixed=fixed)
     else:
         launch_triton(x, encoding, how, HIDDEN, norm=Norm(_empty(HIDDEN), 1e-6, x, x))
-        # Rows that are taken part by part, and alone.
-        launch_triton(_empty(FEW, ODD), encoding, how, ODD, norm=Norm(_empty(ODD), 1e-6))
+        # Rows that are taken part by part, many of them and alone.
+        launch_triton(_empty(MANY, ODD), encoding, how, ODD, norm=Norm(_empty(ODD), 1e-6))
 
 
 def _exchange(target: Target, format: str, size: str) -> None:

@@ -63,14 +63,16 @@ def _float(placed, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _add_bytes(sums, words, x0, x1, x2, x3, nothing, CODES: tl.constexpr, FNUZ: tl.constexpr):
-    """Return sums [lanes] plus code * x over the four codes of each word."""
-    if CODES == "int8":
+def _add_bytes(
+    sums, words, x0, x1, x2, x3, zero, nothing, CODES: tl.constexpr, FNUZ: tl.constexpr
+):  # fmt: skip
+    """Return sums [lanes] plus code * x over the four codes of each word; of int8 less zero."""
+    if CODES == "int8" or CODES == "int8_zeros":
         high = words >> 16
-        sums += _integer(words, nothing, 0.0, 0, 8, -128) * x0
-        sums += _integer(words, nothing, 0.0, 8, 8, -128) * x1
-        sums += _integer(high, nothing, 0.0, 0, 8, -128) * x2
-        sums += _integer(high, nothing, 0.0, 8, 8, -128) * x3
+        sums += _integer(words, nothing, zero, 0, 8, -128) * x0
+        sums += _integer(words, nothing, zero, 8, 8, -128) * x1
+        sums += _integer(high, nothing, zero, 0, 8, -128) * x2
+        sums += _integer(high, nothing, zero, 8, 8, -128) * x3
     else:
         if CODES == "e5m2":
             even, odd = place_e5m2(words, 0, tl.float16), place_e5m2(words, 8, tl.float16)
@@ -147,9 +149,9 @@ def _add_eight(
 ):  # fmt: skip
     """Add eight codes a lane, of one word or of two, times x [lanes, 8] to sums."""
     x0, x1, x2, x3, x4, x5, x6, x7 = _columns_of(x)
-    if (CODES == "e4m3" or CODES == "e5m2") or CODES == "int8":
-        sums = _add_bytes(sums, first, x0, x1, x2, x3, nothing, CODES, FNUZ)
-        return _add_bytes(sums, second, x4, x5, x6, x7, nothing, CODES, FNUZ)
+    if (CODES == "e4m3" or CODES == "e5m2") or (CODES == "int8" or CODES == "int8_zeros"):
+        sums = _add_bytes(sums, first, x0, x1, x2, x3, zero, nothing, CODES, FNUZ)
+        return _add_bytes(sums, second, x4, x5, x6, x7, zero, nothing, CODES, FNUZ)
     else:
         return _add_nibbles(sums, first, x0, x1, x2, x3, x4, x5, x6, x7, zero, nothing, CODES)
 
@@ -197,7 +199,10 @@ def _product_of_row(
     CODES: tl.constexpr, FNUZ: tl.constexpr, SCALE_FORMAT: tl.constexpr, GROUP: tl.constexpr,
     HELD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Do what `_product` does for one row, whose zero points begin at the pointer."""
+    """Do what `_product` does for one row, whose zero points begin at the pointer.
+
+    Codes `uint4` have a zero point a group, `int8_zeros` one of the row.
+    """
     # What `place` leaves out of floats in fp16. Before a scale, whose product might be subnormal.
     E4M3: tl.constexpr = 2.0**7 if FNUZ else 2.0**8
     FACTOR: tl.constexpr = 2.0**14 if CODES == "e2m1" else E4M3 if CODES == "e4m3" else 1.0
@@ -211,6 +216,8 @@ def _product_of_row(
         groups = (first_k + tl.arange(0, LANES) * HELD) // GROUP
         zero = tl.load(zeros_ptr + groups * stride_sk, mask=exists & (groups < n_groups), other=0)
         zero = zero.to(tl.float32)
+    elif CODES == "int8_zeros":
+        zero = tl.load(zeros_ptr, mask=exists, other=0).to(tl.float32)
     if CODES == "":
         if HELD == 8:
             parts = codes.reshape(LANES, 8).to(tl.float32) * x0.to(tl.float32)
@@ -223,7 +230,7 @@ def _product_of_row(
         even, odd = tl.split(codes.reshape(LANES, 2, 2))
         word0, word2 = tl.split(even)
         word1, word3 = tl.split(odd)
-        if (CODES == "e4m3" or CODES == "e5m2") or CODES == "int8":
+        if (CODES == "e4m3" or CODES == "e5m2") or (CODES == "int8" or CODES == "int8_zeros"):
             sums = _add_eight(sums, word0, word1, x0, zero, nothing, CODES, FNUZ)
             sums = _add_eight(sums, word2, word3, x1, zero, nothing, CODES, FNUZ)
         else:
@@ -487,7 +494,8 @@ def gemv(
 
     Args:
         a: Rows in bf16 or fp16.
-        weight: Made by `as_weight` for `kind`, which is bf16 or decodes its weights.
+        weight: Made by `as_weight` for `kind`, which is bf16 or decodes its weights. Codes of int8
+            may have zero points besides, int8 [n].
         out: Output.
         bias: `[n]`, contiguous, or None.
         kind: One of `ALL_KINDS`.
@@ -501,6 +509,9 @@ def gemv(
         return
     weight = by_row(kind, weight)
     options = decode_options(kind, weight)
+    strides = row_strides(weight)
+    if spec.decode == "int8" and weight.zeros is not None:
+        options["CODES"], strides = "int8_zeros", (weight.zeros.stride(0), *strides[1:])
     fp8 = _fp8_dtype(spec.decode, weight.fnuz)
     if fp8 is not None and converts_fp8(fp8):
         weight = weight._replace(codes=weight.codes.view(fp8))
@@ -511,7 +522,7 @@ def gemv(
     launch(
         _gemv_kernel, (-(-n // tile.block_n), m),
         a, weight.codes, out, *scale_arguments(weight, out), out if bias is None else bias,
-        n, k, *a.stride(), *weight.codes.stride(), *out.stride(), *row_strides(weight),
+        n, k, *a.stride(), *weight.codes.stride(), *out.stride(), *strides,
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         EVEN_N=n % tile.block_n == 0, EVEN_K=k % tile.block_k == 0,
         WHOLE_LANES=k % held == 0, HELD=held,

@@ -51,17 +51,21 @@ def exponent_byte(top, ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def mxfp4_words(w0, w1, w2, w3, byte, broken):
-    """Return the code words of groups of 32, words [groups, 4] each, under scales 2^(byte - 127).
+def mxfp4_factors(byte):
+    """Return 2^(127 - byte), which is 2^-126 at least, a half and a quarter of it, in pairs."""
+    factor = (254 - byte) * 0x00800080
+    half = tl.full(byte.shape, HALF_PAIR, tl.int32)
+    second = multiply_pair(factor, half)
+    return factor, second, multiply_pair(second, half)
 
-    byte, broken: `exponent_byte`.
+
+@triton.jit
+def mxfp4_word(w0, w1, w2, w3, factor, second, third, broken):
+    """Quantize eight numbers of each group, words [groups] each, to one word of codes.
+
+    factor, second, third: `mxfp4_factors`. broken: groups whose codes are zeros.
     """
     s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
-    # 2^(127 - byte), which is 2^-126 at least.
-    factor = tl.broadcast_to(((254 - byte) * 0x00800080)[:, None], w0.shape)
-    half = tl.full(w0.shape, HALF_PAIR, tl.int32)
-    second = multiply_pair(factor, half)
-    third = multiply_pair(second, half)
     # No clamp: the rule keeps ratios below 7, which round to 6.
     front = choose_bytes(
         codes_of_pairs(s0, factor, second, third),
@@ -73,4 +77,4 @@ def mxfp4_words(w0, w1, w2, w3, byte, broken):
     )  # fmt: skip
     front = choose_bits(front, four_signs(w0, w1), 0x07070707)
     back = choose_bits(back, four_signs(w2, w3), 0x07070707)
-    return tl.where(broken[:, None], 0, word_of_fours(front, back))
+    return tl.where(broken, 0, word_of_fours(front, back))

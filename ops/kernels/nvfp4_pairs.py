@@ -135,16 +135,40 @@ def outer_scale(largest, scale_floor):
 
 
 @triton.jit
-def exact_nvfp4_words(w0, w1, w2, w3, top, outer, ENCODING: tl.constexpr, SATURATES: tl.constexpr):
-    """Quantize blocks of 16 of one row: words [2, blocks] each, by halves of blocks.
+def byte_of_scale(wanted, ENCODING: tl.constexpr):
+    """Return the e4m3fn bytes of scales (f32, in range), int32. ENCODING: as `exact_scales`.
 
-    top: `block_tops`. outer: the scale [1] of the row. ENCODING: e4m3fn, or empty where the
-    hardware converts. SATURATES: Sizes may exceed what the scale reaches to.
-    Returns code words [2, blocks] and e4m3fn bytes [blocks].
+    Each is converted beside a zero: of two conversions ptxas 12.8 makes one that merges into a
+    register, and has taken the wrong one.
     """
-    s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
-    broken = top >= INFINITY_BITS
-    amax = tl.where(broken, 0, top).to(tl.float32, bitcast=True)
+    if ENCODING != "":
+        return encode_fp8(wanted, ENCODING).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1; "
+            "cvt.u32.u16 $0, pair;}",
+            "=r,r", [wanted], tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def factor_of_scale(scale):
+    """Return the numbers (f32) of e4m3fn bytes without signs.
+
+    The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
+    """
+    return (scale << 20).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
+def exact_scales(top, outer, ENCODING: tl.constexpr, SATURATES: tl.constexpr):
+    """Return the scales of blocks: their e4m3fn bytes, and what to divide by in two parts.
+
+    top: the bits of each one's largest size. outer: the scale [1] of the row. ENCODING: e4m3fn, or
+    empty where the hardware converts. SATURATES: Sizes may exceed what the scale reaches to.
+    Returns also the largest sizes that matter then, twice in a word.
+    """
+    amax = tl.where(top >= INFINITY_BITS, 0, top).to(tl.float32, bitcast=True)
     if SATURATES:
         # A quotient that overflows would spoil the division; beyond this bound all saturate anyway.
         amax = tl.minimum(amax, tl.broadcast_to(outer * (2 * 448.0 * 6.0), amax.shape))
@@ -154,27 +178,35 @@ def exact_nvfp4_words(w0, w1, w2, w3, top, outer, ENCODING: tl.constexpr, SATURA
     wanted = tl.maximum(wanted, 2.0**-9)
     if SATURATES:
         wanted = tl.minimum(wanted, 448.0)
-    if ENCODING == "":
-        scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-    else:
-        scale = encode_fp8(wanted, ENCODING).to(tl.int32)
-    # The bits of e4m3 at their place in a float32, which has 120 more in its exponent.
-    factor = (scale << 20).to(tl.float32, bitcast=True) * 2.0**120
-    factor = factor * tl.broadcast_to(outer, amax.shape)
-    if SATURATES:
-        # Anything from 5 times the factor on has the last code, up to 9 times without carrying.
-        bound = (factor * 7.5).to(tl.int32, bitcast=True) & -0x10000
-        bound = tl.broadcast_to((bound | (bound >> 16))[None, :], s0.shape)
-        s0, s1 = smallest_pair(s0, bound), smallest_pair(s1, bound)
-        s2, s3 = smallest_pair(s2, bound), smallest_pair(s3, bound)
+    scale = byte_of_scale(wanted, ENCODING)
+    factor = factor_of_scale(scale) * tl.broadcast_to(outer, amax.shape)
+    # Anything from 5 times the factor on has the last code, up to 9 times without carrying.
+    bound = (factor * 7.5).to(tl.int32, bitcast=True) & -0x10000
+    bound = bound | (bound >> 16)
     if tl.max(outer, axis=0) >= HUGE_OUTER:
         # Rare: the second part of a reciprocal would be too small for a float32.
         factor *= 2.0**-64
+    first, second = reciprocal_parts(factor)
+    return scale, factor, first, second, bound
+
+
+@triton.jit
+def exact_word(
+    w0, w1, w2, w3, factor, first, second, bound, outer, broken, SATURATES: tl.constexpr
+):
+    """Quantize eight numbers of each block, words [blocks] each, to one word of codes.
+
+    factor, first, second, bound: `exact_scales`. outer: the scale [1] of the row. broken: blocks
+    whose codes are zeros.
+    """
+    s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
+    if SATURATES:
+        s0, s1 = smallest_pair(s0, bound), smallest_pair(s1, bound)
+        s2, s3 = smallest_pair(s2, bound), smallest_pair(s3, bound)
+    if tl.max(outer, axis=0) >= HUGE_OUTER:
         shrink = tl.full(s0.shape, SHRINK_PAIR, tl.int32)
         s0, s1 = multiply_pair(s0, shrink), multiply_pair(s1, shrink)
         s2, s3 = multiply_pair(s2, shrink), multiply_pair(s3, shrink)
-    first, second = reciprocal_parts(factor)
-    factor, first, second = factor[None, :], first[None, :], second[None, :]
     front = choose_bytes(
         two_codes(s0, factor, first, second), two_codes(s1, factor, first, second), 0x0040
     )
@@ -185,50 +217,58 @@ def exact_nvfp4_words(w0, w1, w2, w3, top, outer, ENCODING: tl.constexpr, SATURA
     # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
     codes = (codes | (((codes >> 3) & 0x11111111) * 7)) & 0x77777777
     signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
-    codes = tl.where(broken[None, :], 0, codes | (signs & -0x77777778))
-    return codes, tl.where(broken, 0x7F, scale)
+    return tl.where(broken, 0, codes | (signs & -0x77777778))
 
 
 @triton.jit
-def quick_nvfp4_words(w0, w1, w2, w3, top, size, factors_ptr, ENCODING: tl.constexpr):
-    """Quantize as `exact_nvfp4_words` does, with factors of `hal.ops.kernels.reciprocals`.
+def quick_outer(largest):
+    """Return the scale of a row and 1 / scale, given the bits of its largest number: as f32 [].
 
-    top: the largest sizes of blocks, finite bits of f32. size: that of the row, f32. factors_ptr:
-    the eight factors of this row. Returns the scale of the row besides.
+    As `divide_sizes` does, for all threads at once.
     """
+    size = largest.to(tl.float32, bitcast=True)
     if INTERPRETED:
         outer = tl.div_rn(size, size * 0.0 + 2688.0)
     else:
-        # As `divide_sizes` does, for all threads at once.
         quotient = size * TOP_RECIPROCAL
         outer = tl.fma(tl.fma(quotient, -2688.0, size), TOP_RECIPROCAL, quotient)
     first = quick_reciprocal(outer)
-    reciprocal = tl.fma(tl.fma(-first, outer, 1.0), first, first)
+    return outer, tl.fma(tl.fma(first, outer, -1.0), first * -1.0, first)
+
+
+@triton.jit
+def quick_scales(top, outer, reciprocal, factors_ptr, ENCODING: tl.constexpr):
+    """Return the e4m3fn bytes of blocks and what to multiply by, f32, in place of dividing.
+
+    top: the largest sizes of blocks, finite bits of f32. outer, reciprocal: `quick_outer`.
+    factors_ptr: the eight factors of this row, of `hal.ops.kernels.reciprocals`.
+    """
     wanted = divide_sizes(top.to(tl.float32, bitcast=True), 6.0, SIXTH)
     wanted = tl.maximum(divide_sizes(wanted, outer, reciprocal), 2.0**-9)
-    if ENCODING == "":
-        scale = wanted.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-    else:
-        scale = encode_fp8(wanted, ENCODING).to(tl.int32)
-    number = ((scale << 20).to(tl.float32, bitcast=True) * 2.0**120).to(tl.int32, bitcast=True)
+    scale = byte_of_scale(wanted, ENCODING)
+    number = factor_of_scale(scale).to(tl.int32, bitcast=True)
     factor = look_up(factors_ptr, (number >> 20) & 7)
     # Exponents of both scales are subtracted from that of a factor for scales in [1, 2).
     exponent = 0x7F000000 - (outer.to(tl.int32, bitcast=True) & INFINITY_BITS)
     factor += exponent - (number & INFINITY_BITS)
-    factor = factor.to(tl.float32, bitcast=True)[None, :]
+    return scale, factor.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quick_word(w0, w1, w2, w3, factor):
+    """Quantize eight numbers of each block, words [blocks] each, to one word of codes."""
     front = choose_bytes(codes_of_ratios(w0, factor), codes_of_ratios(w1, factor), 0x6240)
     back = choose_bytes(codes_of_ratios(w2, factor), codes_of_ratios(w3, factor), 0x6240)
     codes = word_of_fours(front, back)
     # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
     codes |= ((codes >> 3) & 0x11111111) * 7
     signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
-    return choose_bits(codes, signs, 0x77777777), scale, outer
+    return choose_bits(codes, signs, 0x77777777)
 
 
 @triton.jit
 def largest_finite(words):
-    """Return the f32 bits of the largest number of words, not counting NaN and infinity."""
+    """Return the f32 bits of the larger number of each word, not counting NaN and infinity."""
     low, high = (words & SIZES) << 16, words & SIZES & -0x10000
     low = tl.where(low >= INFINITY_BITS, 0, low)
-    largest = tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))
-    return tl.max(tl.ravel(largest), axis=0)
+    return tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))

@@ -199,19 +199,39 @@ def largest_signed_pair(x, y):
 
 
 @triton.jit
+def larger_pair(x, y, SIGNED: tl.constexpr):
+    """Return the larger sizes of pairs. SIGNED: by one instruction (`largest_signed_pair`).
+
+    Without, x and y have no signs; with it they may, and what is returned has some that mean
+    nothing.
+    """
+    if SIGNED:
+        return largest_signed_pair(x, y)
+    else:
+        return largest_pair(x, y)
+
+
+@triton.jit
+def pair_of_largest(w0, w1, w2, w3, SIGNED: tl.constexpr):
+    """Return the largest sizes among first and among second numbers of words: see `larger_pair`."""
+    if not SIGNED:
+        w0, w1, w2, w3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
+    return larger_pair(larger_pair(w0, w1, SIGNED), larger_pair(w2, w3, SIGNED), SIGNED)
+
+
+@triton.jit
+def largest_of_pair(pair, SIGNED: tl.constexpr):
+    """Return the f32 bits of the larger size of a pair; NaN is the largest."""
+    return larger_pair(pair, choose_bytes(pair, pair, 0x1032), SIGNED) & 0x7FFF0000
+
+
+@triton.jit
 def largest_of_words(w0, w1, w2, w3, SIGNED: tl.constexpr):
     """Return the f32 bits of the largest size among the numbers of four words; NaN is the largest.
 
-    SIGNED: sizes are compared by one instruction (`largest_signed_pair`).
+    SIGNED: see `larger_pair`.
     """
-    if SIGNED:
-        top = largest_signed_pair(largest_signed_pair(w0, w1), largest_signed_pair(w2, w3))
-        return largest_signed_pair(top, choose_bytes(top, top, 0x1032)) & 0x7FFF0000
-    else:
-        top = largest_pair(
-            largest_pair(w0 & SIZES, w1 & SIZES), largest_pair(w2 & SIZES, w3 & SIZES)
-        )
-        return largest_pair(top, choose_bytes(top, top, 0x1032)) & -0x10000
+    return largest_of_pair(pair_of_largest(w0, w1, w2, w3, SIGNED), SIGNED)
 
 
 @triton.jit
@@ -260,8 +280,8 @@ def choose_bits(x, y, MASK: tl.constexpr):
 
 @triton.jit
 def four_words(words):
-    """Return the words [a, b, 4] that a thread loads at once as four tensors [a, b]."""
-    words = tl.reshape(words, (words.shape[0], words.shape[1], 2, 2))
+    """Return the words [..., 4] that a thread loads at once as four tensors [...]."""
+    words = tl.reshape(words, words.shape[:-1] + (2, 2))  # noqa: RUF005
     even, odd = tl.split(words)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)

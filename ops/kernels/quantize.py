@@ -28,12 +28,19 @@ from hal.ops.kernels.encode import (
     scaled_tile,
     scales_of,
 )
+from hal.ops.kernels.pair_sources import Rows
+from hal.ops.kernels.quantize_fours import quantize_fours
 from hal.ops.kernels.quantize_pairs import are_words, encodes_fp8, quantize_pairs
 from hal.ops.kernels.row_shapes import (
+    FEW_PARTS,
+    GATED_REGISTERS,
     IN_PAIRS,
+    LONG_REGISTERS,
     MOST_PARTS,
     PER_LANE,
-    Pairs,
+    WANTED_PARTS,
+    are_many,
+    fours_shape,
     group_shape,
     warps_of,
 )
@@ -259,29 +266,23 @@ def quantize(
         x, values = x.view(-1, FLAT), values.view(-1, FLAT // 2 if packed else FLAT)
         scales = scales.view(x.shape[0], -1)
         rows, columns = x.shape
-    words = _as_words(values, columns)
-    tuning = None if words is None else _in_pairs(x, values.dtype, codec, norm, gate, fixed)
     order = ScaleOrder("", *scales.stride()) if order is None else order
-    fnuz = codec == "mx" and values.dtype is getattr(torch, "float8_e4m3fnuz", None)
-    addend, top_exponent = exponent_rule("e2m1" if packed else "e4m3fn")
-    capacity = row_capacity(rows, counts)
-    alpha, limit = (gate.alpha, gate.limit) if gate else (1.0, 0.0)
-    # What waits for memory anyway is better off with a row in one piece.
-    waits = norm is not None and norm.residual is not None
-    parts, groups, width, n_groups, warps = group_shape(
-        rows, columns, group, whole=whole, pairs=tuning, most_parts=1 if waits else MOST_PARTS
-    )
-    encoding = "" if second is None or converts_fp8(scales.dtype) else "e4m3fn"
-    if words is not None and tuning is not None:
-        quantize_pairs(
-            x, words, scales, codec=codec, parts=parts, groups=groups, group=group,
-            width=groups * width, warps=warps, registers=tuning.registers, addend=addend,
-            top_exponent=top_exponent, quant_max=quant_max, scale_floor=scale_floor,
-            encoding=encoding, integer=values.dtype is torch.int8, norm=norm,
-            gate=gate_options(gate), alpha=alpha, limit=limit, counts=counts, capacity=capacity,
-            second=second, fixed=fixed, n_groups=n_groups, order=order,
+    before = _Before(norm, gate, counts, fixed)
+    words = _as_words(values, columns)
+    if words is not None and _in_pairs(x, values.dtype, codec, before):
+        _quantize_words(
+            x, words, scales, (rows, columns), quant_max, scale_floor, before, order,
+            codec=codec, group=group, whole=whole, integer=values.dtype is torch.int8,
+            second=second,
         )  # fmt: skip
         return
+    fnuz = codec == "mx" and values.dtype is getattr(torch, "float8_e4m3fnuz", None)
+    addend, top_exponent = exponent_rule("e2m1" if packed else "e4m3fn")
+    # By integers everywhere: ptxas 12.8 merges conversions to e4m3, and then errs.
+    encoding = "" if second is None else "e4m3fn"
+    parts, groups, width, n_groups, warps = group_shape(
+        rows, columns, group, whole=whole, most_parts=before.most_parts
+    )
     per_word = 1
     if packed:
         values, per_word = (values, 2) if words is None else (words, 8)
@@ -307,7 +308,7 @@ def quantize(
         0 if total is None else total.stride(0), values.stride(0),
         order.row, order.group,
         quant_max, scale_floor, norm.epsilon if norm else 0.0,
-        alpha, limit, capacity,
+        *before.activation, row_capacity(rows, counts),
         PARTS=parts, GROUPS=groups, WIDTH=width, WHOLE=group is None,
         NORM=norm is not None, RESIDUAL=residual is not None,
         **gate_options(gate), COUNTED=counts is not None,
@@ -322,24 +323,95 @@ def row_capacity(rows: int, counts: torch.Tensor | None) -> int:
     return 1 if counts is None else rows // counts.numel()
 
 
-def _in_pairs(
+class _Before(NamedTuple):
+    """What comes before codes; see `quantize`."""
+
+    norm: Norm | None
+    gate: Activation | None
+    counts: torch.Tensor | None
+    fixed: torch.Tensor | None
+
+    @property
+    def activation(self) -> tuple[float, float]:
+        """Return the alpha and the limit of the gate."""
+        return (self.gate.alpha, self.gate.limit) if self.gate else (1.0, 0.0)
+
+    @property
+    def kind(self) -> str:
+        """Return the name of it."""
+        if self.gate:
+            return "gate"
+        if self.norm is None:
+            return "plain" if self.fixed is None else "fixed"
+        return "norm" if self.norm.residual is None else "residual"
+
+    @property
+    def most_parts(self) -> int:
+        """Return in how many parts a row is taken at most."""
+        # What waits for memory anyway is better off with a row in one piece.
+        return 1 if self.kind == "residual" else MOST_PARTS
+
+
+def _quantize_words(
     x: torch.Tensor,
-    dtype: torch.dtype,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    quant_max: float,
+    scale_floor: float,
+    before: _Before,
+    order: ScaleOrder,
+    *,
     codec: str,
-    norm: Norm | None,
-    gate: Activation | None,
-    fixed: torch.Tensor | None,
-) -> Pairs | None:
-    """Return how rows are taken two numbers at a time, or None where they are not."""
-    before = "gate" if gate else "plain" if norm is None else "norm"
-    before = "residual" if norm is not None and norm.residual is not None else before
-    tuning = IN_PAIRS.get((codec, before if fixed is None else "fixed"))
-    if tuning is None or not has_pairs() or (gate and gate.gated and gate.interleaved):
-        return None
+    group: int | None,
+    whole: bool,
+    integer: bool,
+    second: torch.Tensor | None,
+) -> None:
+    """Quantize rows two numbers at a time."""
+    norm, gate, counts, fixed = before
+    wanted = WANTED_PARTS.get((codec, before.kind))
+    four_bits, many, registers = codec in ("nvfp4", "mxfp4"), are_many(*shape), 0
+    if wanted is None:
+        how = group_shape(*shape, group, whole=whole)
+        registers = GATED_REGISTERS if four_bits else 0
+    else:
+        assert group is not None
+        if not many and norm is None:
+            # More threads for each row. A norm's sum depends on that, and not on other rows.
+            wanted = 1
+        how = fours_shape(*shape, group, whole=whole, wanted=wanted)
+        held = how.parts * how.groups // (32 * how.warps)
+        registers = LONG_REGISTERS if held > FEW_PARTS else 0
+    rows = Rows(
+        norm, gate_options(gate), *before.activation, counts, row_capacity(shape[0], counts),
+        scale_floor, exponent_rule("e2m1" if four_bits else "e4m3fn"), order,
+        how.n_groups, how.parts, how.groups, how.warps, registers,
+    )  # fmt: skip
+    if wanted is None:
+        quantize_pairs(
+            x, words, scales, rows, group=group, width=how.groups * how.width, codec=codec,
+            integer=integer, quant_max=quant_max,
+        )  # fmt: skip
+    else:
+        encoding = "" if second is None or converts_fp8(scales.dtype) else "e4m3fn"
+        quantize_fours(
+            x, words, scales, rows, group=how.width, late=many, encoding=encoding, second=second,
+            fixed=fixed,
+        )  # fmt: skip
+
+
+def _in_pairs(x: torch.Tensor, dtype: torch.dtype, codec: str, before: _Before) -> bool:
+    """Say whether rows, whose codes are whole words, are taken two numbers at a time."""
+    norm, gate = before.norm, before.gate
+    taken = (codec, before.kind)
+    if taken not in WANTED_PARTS and taken not in IN_PAIRS:
+        return False
+    if not has_pairs() or (gate and gate.gated and gate.interleaved):
+        return False
     if is_fp8(dtype) and not (dtype is torch.float8_e4m3fn and encodes_fp8()):
-        return None
-    more = (norm.weight, norm.residual, norm.total) if norm else ()
-    return tuning if are_words(x, *more) else None
+        return False
+    return are_words(x, *((norm.weight, norm.residual, norm.total) if norm else ()))
 
 
 def _as_words(values: torch.Tensor, columns: int) -> torch.Tensor | None:

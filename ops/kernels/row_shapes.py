@@ -20,40 +20,44 @@ PER_LANE = 32
 PART_LANE = 16
 """The same of a part of a row, where there are few parts; half of it where there are more."""
 FEW_PARTS, MOST_PARTS = 4, 8
+MOST_WARPS = 16
 GAIN = 0.9
 """Parts are worth their while where less than this share of a whole row is left to do."""
 
 
-class Pairs(NamedTuple):
-    """How rows are taken by pairs.
+class Lanes(NamedTuple):
+    """How many elements of a row lanes hold.
 
-    lane: Elements that a lane holds. registers: Most of a thread; 0: what the compiler wants.
-    part_lane: Elements of a part that a lane holds. most_parts: Of a row.
+    lane: Elements that a lane holds. part_lane: The same of a part, where there are several; 0
+    leaves that to PART_LANE. most_parts: Of a row.
     """
 
     lane: int
-    registers: int = 0
     part_lane: int = 0
     most_parts: int = MOST_PARTS
 
 
 IN_PAIRS = {
-    ("nvfp4", "plain"): Pairs(64, 0, 16, FEW_PARTS),
-    ("nvfp4", "fixed"): Pairs(32),
-    ("nvfp4", "norm"): Pairs(64, 0, 16, FEW_PARTS),
-    ("nvfp4", "residual"): Pairs(64, 0, 16, FEW_PARTS),
-    ("nvfp4", "gate"): Pairs(32, 48, 8, FEW_PARTS),
-    ("mxfp4", "plain"): Pairs(32),
-    ("mxfp4", "norm"): Pairs(32, 0, 32, FEW_PARTS),
-    ("mxfp4", "gate"): Pairs(32, 48),
-    ("mx", "norm"): Pairs(32),
-    ("mx", "gate"): Pairs(32),
-    ("scaled", "norm"): Pairs(32),
-    ("scaled", "gate"): Pairs(32),
+    *((codec, before) for codec in ("mx", "scaled") for before in ("norm", "gate")),
+    ("mxfp4", "gate"),
 }
-"""What is faster by pairs on an H200, and how. Triton 3.6 stores wrong bytes where lanes hold more:
-codes of nvfp4 with 128 elements, a quarter of the scales under a fixed one with 64. So each is
+"""What is faster by `quantize_pairs` than without, or by `quantize_fours`, on an H200. Each is
 compared at sizes of real layers on a GPU (`tests/kernels/test_quantize_fused.py`)."""
+WANTED_PARTS = {
+    **{("nvfp4", before): 4 for before in ("plain", "norm")},
+    ("nvfp4", "residual"): 1,
+    ("nvfp4", "fixed"): 5,
+    ("nvfp4", "gate"): 3,
+    **{("mxfp4", before): 2 for before in ("plain", "norm")},
+}
+"""Groups that a thread of `quantize_fours` is best given of rows that a program reads whole: with
+more it waits less, with fewer more warps share a row."""
+WORTH = 0.05
+"""Share of a row's work that one group more or less than wanted costs."""
+GATED_REGISTERS = 48
+"""Most registers of a thread that gates what becomes mxfp4."""
+LONG_REGISTERS = 96
+"""Most registers of a thread that has more than FEW_PARTS groups."""
 
 
 class Shape(NamedTuple):
@@ -67,30 +71,75 @@ class Shape(NamedTuple):
 
 
 def group_shape(
-    rows: int, columns: int, group: int | None, *, whole: bool, pairs: Pairs | None = None,
-    most_parts: int = MOST_PARTS,
+    rows: int, columns: int, group: int | None, *, whole: bool, most_parts: int = MOST_PARTS,
+    lane: int = PER_LANE,
 ) -> Shape:  # fmt: skip
     """Choose how a program takes a row, or a piece of one unless `whole`."""
-    if whole and columns > MAX_ROW:
-        raise ValueError(f"rows of {columns} elements, at most {MAX_ROW} have one scale a row")
+    check_width(columns, whole)
     n_groups = 1 if group is None else triton.cdiv(columns, group)
-    pairs = pairs or Pairs(PER_LANE, most_parts=most_parts)
     if whole:
-        parts, width, warps = row_parts(columns, pairs)
+        parts, width, warps = row_parts(columns, Lanes(lane, most_parts=most_parts))
         group = group or width
         return Shape(parts, max(width // group, 1), group, n_groups, warps)
     assert group is not None
-    piece = PIECE if rows * columns > FEW else PIECE // 4
+    piece = PIECE if are_many(rows, columns) else PIECE // 4
     groups = min(triton.next_power_of_2(n_groups), piece // group)
     # Smaller pieces where they leave less of the last one empty.
     for less in (groups // 2, groups // 4):
         if less and -n_groups % less + n_groups < GAIN * (-n_groups % groups + n_groups):
             groups = less
-    return Shape(1, groups, group, n_groups, warps_of(groups * group, pairs.lane))
+    return Shape(1, groups, group, n_groups, warps_of(groups * group, lane))
+
+
+def fours_shape(rows: int, columns: int, group: int, *, whole: bool, wanted: int) -> Shape:
+    """Choose how a program of `quantize_fours` takes a row, each thread whole groups of each part.
+
+    Args:
+        rows: How many there are.
+        columns: Of a row.
+        group: Elements of a group.
+        whole: Whether a program takes a whole row.
+        wanted: Groups that a thread is best given.
+    """
+    if not whole:
+        return group_shape(rows, columns, group, whole=False, lane=group)
+    check_width(columns, whole)
+    n_groups = triton.cdiv(columns, group)
+
+    def cost(warps: int) -> float:
+        parts = triton.cdiv(n_groups, 32 * warps)
+        if parts > MOST_PARTS and warps < MOST_WARPS:
+            return float("inf")
+        return parts * 32 * warps / n_groups + WORTH * abs(parts - wanted)
+
+    warps = min((1, 2, 4, 8, MOST_WARPS), key=cost)
+    groups = min(32 * warps, triton.next_power_of_2(n_groups))
+    parts = triton.cdiv(n_groups, groups)
+    if parts * groups == n_groups:
+        # One long part compiles faster: the time grows with the square of their number, or worse.
+        # Where the last one reaches beyond the row, that costs the others nothing.
+        while parts % 2 == 0:
+            parts, groups = parts // 2, groups * 2
+    return Shape(parts, groups, group, n_groups, warps)
+
+
+def are_many(rows: int, columns: int) -> bool:
+    """Say whether there is enough to do for all of a device, whatever a program takes."""
+    return rows * columns > FEW
+
+
+def check_width(columns: int, whole: bool) -> None:
+    """Raise unless a program can take a row.
+
+    Raises:
+        ValueError: If it takes it whole and cannot.
+    """
+    if whole and columns > MAX_ROW:
+        raise ValueError(f"rows of {columns} elements, at most {MAX_ROW} have one scale a row")
 
 
 def row_parts(
-    columns: int, pairs: Pairs | None = None, widest: int = MAX_ROW
+    columns: int, lanes: Lanes | None = None, widest: int = MAX_ROW
 ) -> tuple[int, int, int]:
     """Choose (parts, width of a part, warps) for rows that a program reads whole.
 
@@ -98,22 +147,22 @@ def row_parts(
 
     Args:
         columns: Of a row.
-        pairs: What a lane holds, and how many parts there may be; None is PER_LANE and MOST_PARTS.
+        lanes: What a lane holds, and how many parts there may be; None is PER_LANE and MOST_PARTS.
         widest: Widest part, where that is not too many.
     """
-    pairs = pairs or Pairs(PER_LANE)
+    lanes = lanes or Lanes(PER_LANE)
     whole = max(triton.next_power_of_2(columns), 16)
-    widest = max(widest, whole // pairs.most_parts)
+    widest = max(widest, whole // lanes.most_parts)
     best = max(whole // widest, 1), min(whole, widest)
     for width in (4096, 2048, 1024, 512):
         parts = triton.cdiv(columns, width)
-        if parts <= pairs.most_parts and parts * width < GAIN * best[0] * best[1]:
+        if parts <= lanes.most_parts and parts * width < GAIN * best[0] * best[1]:
             best = parts, width
     parts, width = best
-    lane = pairs.part_lane or (PART_LANE if parts <= FEW_PARTS else PART_LANE // 2)
-    return parts, width, warps_of(width, pairs.lane if parts == 1 else lane)
+    lane = lanes.part_lane or (PART_LANE if parts <= FEW_PARTS else PART_LANE // 2)
+    return parts, width, warps_of(width, lanes.lane if parts == 1 else lane)
 
 
 def warps_of(elements: int, lane: int) -> int:
     """Return how many warps hold so many elements, `lane` of them each lane."""
-    return min(max(elements // (32 * lane), 1), 16)
+    return min(max(elements // (32 * lane), 1), MOST_WARPS)

@@ -18,10 +18,6 @@ FP8_STORED = format_support({"e4m3fn": "emulated"}, {"bfloat16": "native"}, ["bf
 CASES = [
     (Needs.platform("rocm", "xpu"), {}, {}, "platform: found cuda, needs rocm or xpu"),
     (
-        Needs.platform("rocm", hint="a compiler errs"), {}, {},
-        "platform: found cuda, needs rocm (a compiler errs)",
-    ),
-    (
         Needs.at_least(CudaArch(10, 0)), {}, {}, "arch: found sm_90, needs sm_100 or newer",
     ),
     (Needs.in_family("sm_10x"), {}, {}, "arch: found sm_90, needs family sm_10x"),

@@ -54,6 +54,27 @@ def test_gemv(device, generator, kind, dtype, m, n, k, tile):
     assert_product(out, a.double() @ value.T + bias.double())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tile"),
+    [(1, 24, 1024, "short"), (3, 13, 650, "short"), (2, 22, 300, "tall"), (1, 1, 1, "one")],
+)
+def test_zero_points_of_rows(device, generator, dtype, m, n, k, tile):
+    """Of int8, subtracted before the product: the largest differences are exact, too."""
+    b = torch.randint(-128, 128, (n, k), generator=generator, device=device, dtype=torch.int8)
+    zeros = torch.randint(-128, 128, (2 * n,), generator=generator, device=device).to(torch.int8)
+    zeros[0], b[0, 0] = 127, -128
+    zeros = zeros[::2]
+    scales = torch.rand(n, generator=generator, device=device) / 50 + 1e-3
+    kind = "int8_channel_decode"
+    held = as_weight(kind, k, b, scales)._replace(zeros=zeros)
+    a = activations((m, k), dtype, generator, device)
+    out = torch.full((m, n), float("nan"), device=device)
+    gemv(a, held, out, kind=kind, tile=TILES[tile])
+    value = (b.double() - zeros.double()[:, None]) * scales.double()[:, None]
+    assert_product(out, a.double() @ value.T)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gemv_writes_the_dtype_of_out_and_reads_any_rows(device, generator, kind):
     """a and out are slices of wider ones, scales have n contiguous, codes are bytes or words."""

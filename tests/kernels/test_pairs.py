@@ -9,7 +9,7 @@ import triton.language as tl
 
 from hal.ops.activations import Activation
 from hal.ops.kernels import quantize as quantize_module
-from hal.ops.kernels import quantize_pairs as pairs_module
+from hal.ops.kernels import quantize_fours as fours_module
 from hal.ops.kernels.common import has_pairs, launch
 from hal.ops.kernels.pairs import (
     choose_bits,
@@ -160,8 +160,8 @@ def test_divided_rows_have_the_same_codes(device, generator, before, columns, mo
     weight = torch.randn(columns, generator=generator, device=device).bfloat16()
     options = {"gate": {"gate": Activation()}, "norm": {"norm": Norm(weight, 1e-6)}}
     results = []
-    for table in (pairs_module.reciprocal_table, lambda device: None):
-        monkeypatch.setattr(pairs_module, "reciprocal_table", table)
+    for table in (fours_module.reciprocal_table, lambda device: None):
+        monkeypatch.setattr(fours_module, "reciprocal_table", table)
         results.append(launch_triton(x, "e2m1", how, columns, **options.get(before, {})))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -250,10 +250,12 @@ def test_what_is_taken_in_pairs(device, generator, scheme, monkeypatch):
     """Rows of bf16 in whole words are; all else goes the other way, with the same codes."""
     how = SCHEMES[scheme].activation
     taken = []
-    pairs = quantize_module.quantize_pairs
-    monkeypatch.setattr(
-        quantize_module, "quantize_pairs", lambda x, *a, **k: (taken.append(x), pairs(x, *a, **k))
-    )
+    for name in ("quantize_fours", "quantize_pairs"):
+        original = getattr(quantize_module, name)
+        monkeypatch.setattr(
+            quantize_module, name,
+            lambda *a, name=name, original=original, **k: (taken.append(name), original(*a, **k)),
+        )  # fmt: skip
     wide = torch.randn(6, 528, generator=generator, device=device).bfloat16()
     weight = torch.ones(256, dtype=torch.bfloat16, device=device)
     gate = wide[:, :512].contiguous()
@@ -276,7 +278,9 @@ def test_what_is_taken_in_pairs(device, generator, scheme, monkeypatch):
             taken.clear()
             features = 256 if before else x.shape[1]
             found = launch_triton(x, "e2m1", how, features, **before)
-            assert len(taken) == expected, (x.shape, x.dtype, before)
+            gated = "gate" in before and scheme == "mxfp4"
+            wanted = ["quantize_pairs" if gated else "quantize_fours"] * expected
+            assert taken == wanted, (x.shape, x.dtype, before)
             if not before:
                 wanted = quantize_reference(x, "e2m1", how)
                 for one, other in zip(found, wanted, strict=True):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import triton
 
 from hal.ops.activations import Activation
 from hal.ops.kernels import asymmetric as asymmetric_module
+from hal.ops.kernels import quantize as quantize_module
 from hal.ops.kernels import row_shapes as shapes_module
 from hal.ops.kernels import static as static_module
 from hal.ops.kernels.quantize import Norm
-from hal.ops.kernels.row_shapes import group_shape, row_parts
+from hal.ops.kernels.row_shapes import fours_shape, group_shape, row_parts
 from hal.ops.quantize import launch_triton, quantize_triton
 from hal.quant import SCHEMES
 from hal.quant.calibrate import fixed_arguments
@@ -38,6 +42,36 @@ def test_pieces_leave_little_empty():
     assert group_shape(1000, 2880, 128, whole=False)[:3] == (1, 8, 128)
     assert group_shape(1000, 4096, 128, whole=False)[:3] == (1, 32, 128)
     assert group_shape(1000, 2880, 128, whole=True)[:4] == (3, 8, 128, 23)
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "wanted", "parts", "warps"),
+    [
+        (2880, 16, 4, 3, 2), (7168, 16, 4, 4, 4), (7168, 16, 5, 7, 2), (4096, 16, 4, 1, 2),
+        (2048, 16, 4, 1, 1), (16, 16, 4, 1, 1), (24, 16, 4, 1, 1), (32768, 16, 4, 1, 16),
+        (7168, 16, 1, 1, 16), (7168, 32, 2, 2, 4), (3072, 16, 1, 3, 2), (2880, 32, 2, 3, 1),
+    ],
+)  # fmt: skip
+def test_threads_take_whole_groups(columns, group, wanted, parts, warps):
+    """Parts leave little empty, and only the last one some."""
+    shape = fours_shape(1000, columns, group, whole=True, wanted=wanted)
+    assert (shape.parts, shape.warps) == (parts, warps)
+    assert (shape.parts - 1) * shape.groups < shape.n_groups <= shape.parts * shape.groups
+    assert shape.groups & (shape.groups - 1) == 0
+
+
+def test_too_wide_a_row():
+    with pytest.raises(ValueError, match="rows of 32784 elements"):
+        fours_shape(1, 32784, 16, whole=True, wanted=4)
+
+
+def fours(rows, columns, group, *, whole, wanted, wanted_parts):
+    """Return what `fours_shape` does, in other parts."""
+    shape = fours_shape(rows, columns, group, whole=whole, wanted=wanted)
+    if not whole:
+        return shape
+    groups = triton.next_power_of_2(triton.cdiv(shape.n_groups, wanted_parts))
+    return shape._replace(parts=triton.cdiv(shape.n_groups, groups), groups=groups)
 
 
 def rows(generator, device, columns):
@@ -75,6 +109,7 @@ def test_the_same_bits(device, generator, monkeypatch, scheme, before):
     for parts, width in ((1, 1024), (2, 512), (3, 256)):
         for module in (shapes_module, static_module, asymmetric_module):
             monkeypatch.setattr(module, "row_parts", lambda *_, shape=(parts, width): (*shape, 2))
+        monkeypatch.setattr(quantize_module, "fours_shape", partial(fours, wanted_parts=parts))
         found.append(call())
     for other in found[1:]:
         for one, wanted in zip(other, found[0], strict=True):

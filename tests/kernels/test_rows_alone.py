@@ -23,7 +23,8 @@ WAYS = [
     ("plain", "mxfp8", "e4m3fn"), ("plain", "mxfp4", "e2m1"), ("plain", "nvfp4", "e2m1"),
     ("gate", "fp8_block128", "e4m3fn"), ("gate", "fp8_channel", "e4m3fn"),
     ("norm", "fp8_block128", "e4m3fn"), ("norm", "mxfp8", "e4m3fn"),
-    ("residual", "fp8_channel", "e4m3fn"),
+    ("norm", "mxfp4", "e2m1"), ("norm", "nvfp4", "e2m1"),
+    ("residual", "fp8_channel", "e4m3fn"), ("residual", "nvfp4", "e2m1"),
 ]  # fmt: skip
 FORMS = {
     "plain": lambda x, encoding, how, weight: quantize_triton(x, encoding, how),
@@ -46,7 +47,7 @@ def require_same(call, x):
 @pytest.mark.parametrize(("form", "scheme", "encoding"), WAYS)
 def test_quantized_rows(monkeypatch, device, generator, form, scheme, encoding):
     how = SCHEMES[scheme].activation
-    columns = 64 if how.packed else COLUMNS
+    columns = 2048 if how.packed else COLUMNS
     # One row is few elements, and takes more programs; four are an even number of long ones.
     monkeypatch.setattr(row_shapes, "FEW", 2 * columns)
     monkeypatch.setattr(row_shapes, "PIECE", 2 * columns)

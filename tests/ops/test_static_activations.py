@@ -224,13 +224,3 @@ def test_selection_names_the_static_products(scheme: str) -> None:
     sizes = {"in_features": 4096, "out_features": 4096, "dtype": "bfloat16"}
     selection = hal.select("linear", scheme=scheme, platform=device, **sizes)
     assert selection.candidate(kernel).can_run
-
-
-def test_why_no_triton_kernel_fixes_second_scales_on_cuda():
-    here, there = (
-        hal.select("quantize", scheme="nvfp4_static", platform=hal.platform(name))
-        for name in ("cuda:h200", "rocm:mi300x")
-    )
-    assert here.kernel.name == "reference"
-    assert "ptxas 12.8" in str(here)
-    assert there.kernel.name == "triton_nvfp4_static"
