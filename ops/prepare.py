@@ -171,7 +171,7 @@ def require_finite_scales(where: str, weight: QTensor) -> None:
     scales = weight.scales
     assert scales is not None
     exponents = weight.scheme.weight.scale_format == "e8m0"
-    bytewise = scales.dtype is torch.float8_e4m3fn
+    bytewise = str(scales.dtype) == "torch.float8_e4m3fn"  # which an old torch does not have
 
     def unfit(part: torch.Tensor) -> torch.Tensor:
         # The byte 255 is NaN.
