@@ -105,9 +105,10 @@ PRODUCT_QUIRKS = (
         None,
         None,
         ("cpu",),
-        "torch._int_mm is wrong for a weight [N, 1] read as its transpose, where N > 1",
+        "torch._int_mm with VNNI is wrong for a weight [N, 1] read as its transpose, where N > 1",
         "kernels on it need an inner size of 2 or more",
-        "tried with 2.6.0 and 2.13.0: codes[M, 1] times weight[N, 1].t() for N of 2 to 64",
+        "tried with 2.6.0 and 2.13.0: codes[M, 1] times weight[N, 1].t() for N of 2 to 64; not so "
+        "with AVX2 alone (2.13.0)",
         probe("int_mm_is_wrong_for_one_column"),
     ),
     Quirk(

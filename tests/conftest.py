@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Generator
 
 import hypothesis
 import pytest
@@ -81,6 +82,37 @@ def no_interpreter() -> str | None:
         if not version_at_least(triton.__version__, "3.7"):
             return f"Triton {triton.__version__} cannot interpret with numpy {numpy.__version__}"
     return None
+
+
+def lacking_math(error: Exception) -> str | None:
+    """Return what math the CPU of this machine lacks for a kernel that a test forces, or None.
+
+    None where the kernel is refused for anything else too, or on another device: only the table of
+    CPUs may excuse a test, and tests of that table do not bind kernels.
+    """
+    import hal
+    from hal.errors import ForcedKernelError
+
+    if not isinstance(error, ForcedKernelError):
+        return None
+    selection = error.selection
+    kernel = selection.options.force
+    failures = selection.candidate(kernel).failures
+    native = [f.code == "format" and f.needed.endswith(" math native") for f in failures]
+    if selection.spec != hal.platform("cpu").device(0) or not native or not all(native):
+        return None
+    return f"{kernel} on this CPU: {'; '.join(map(str, failures))}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Skip tests of kernels whose math this machine's CPU does not have, such as int8 on AVX2."""
+    try:
+        return (yield)
+    except Exception as error:
+        if reason := lacking_math(error):
+            pytest.skip(reason)
+        raise
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

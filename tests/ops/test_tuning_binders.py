@@ -103,7 +103,7 @@ def test_a_tile_that_gives_other_numbers_is_refused(tmp_path, capsys, monkeypatc
         selection = choose("linear", "bf16", platform.device(0), told, insists)
         binding = Binding(selection, platform, find_scheme("bf16"), torch.device("cpu"))
         launch, tensors = selection.kernel.load()(binding, weight, None)
-        bound = Linear(weight, force="torch_dense")
+        bound = Linear(weight)
 
         def tampered(x, tensors_of_other):
             stages = {each.stages for each in made[0]._tiles.values()}

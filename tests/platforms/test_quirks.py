@@ -167,7 +167,7 @@ def test_hal_runs_where_all_of_it_is_missing() -> None:
     used = answer["use"]
     assert used["platform"] in ("cpu", "cuda", "rocm", "xpu")
     assert used["bf16"] < 2**-7
-    assert used["int8"] < 2**-4  # of values around 10, in bf16
+    assert used["int8"] <= 2**-3  # a step of bf16 of values up to 32
     assert "torch.float8_e4m3fn (format e4m3fn)" in used["fp8"]
     assert "needed torch >= 2.1" in used["fp8"]
     built_for = torch.version.cuda or torch.version.hip
