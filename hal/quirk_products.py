@@ -81,6 +81,16 @@ PRODUCT_QUIRKS = (
         "measured with torch 2.13.0+cpu on an AMX processor, November 2026",
     ),
     Quirk(
+        "cpu-converted-products",
+        None,
+        None,
+        ("cpu",),
+        "where the CPU has no instructions for bf16 or fp16 products, torch's take up to 7 times "
+        "as long as those of float32",
+        "from 5 rows on torch_compat.dense_function and mm_function multiply in float32 there",
+        "measured with torch 2.13.0+cpu on an AMD EPYC with AVX2 alone, 2026-11-30: docs/cpu.md",
+    ),
+    Quirk(
         "scaled-mm-cpu-no-blocks",
         "2.10",
         None,

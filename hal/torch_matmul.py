@@ -16,10 +16,13 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hal.formats import Support
 from hal.torch_lookup import find, require
 
 if TYPE_CHECKING:
     import torch
+
+    from hal.device import DeviceSpec
 
     Tensor = torch.Tensor
     Call = Callable[..., torch.Tensor]
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "block128_activation_scales",
     "block128_weight_scales",
+    "dense_function",
     "grouped_mm_function",
     "int_mm_function",
+    "mm_function",
     "scaled_grouped_mm_function",
     "scaled_mm_block128_function",
     "scaled_mm_rowwise_function",
@@ -37,6 +42,70 @@ __all__ = [
 
 # cuBLAS reads columns of float32 block scales at 16-byte steps: other sizes are padded to it.
 _SCALE_STEP = 4
+
+# Of so few rows a product reads the weight in little more time than it takes to widen it.
+_FEW_ROWS = 4
+# Numbers of a weight that are widened at a time: 4 MiB of float32.
+_WIDENED = 1 << 20
+
+
+def dense_function(spec: DeviceSpec, dtype_name: str) -> Call:
+    """Return `(a, b, bias=None) -> [M, N]`, which is `a @ b.T + bias` in the dtype of `a`.
+
+    - a: `[M, K]` in the dtype.
+    - b: `[N, K]` in the dtype.
+    - bias: `[N]` in the dtype, or None.
+
+    Args:
+        spec: Facts of the device. A CPU that only converts the dtype multiplies in float32 (see the
+            quirk `cpu-converted-products`).
+        dtype_name: Name of the number format, such as `bfloat16`.
+    """
+    import torch
+
+    if _widens(spec, dtype_name):
+        return lambda a, b, bias=None: _widened(a, b.t(), bias=bias)
+    call: Call = torch.nn.functional.linear
+    return call
+
+
+def mm_function(spec: DeviceSpec, dtype_name: str) -> Call:
+    """Return `(a, b, out=None) -> [M, N]`, which is `a @ b` in the dtype of `a`, as `torch.mm`.
+
+    `b` is `[K, N]`, the transposed view of a row-major weight; for the rest see `dense_function`.
+    """
+    import torch
+
+    call: Call = _widened if _widens(spec, dtype_name) else torch.mm
+    return call
+
+
+def _widens(spec: DeviceSpec, dtype_name: str) -> bool:
+    return spec.platform == "cpu" and spec.formats.of("math", dtype_name) is Support.EMULATED
+
+
+def _widened(
+    a: Tensor, b: Tensor, *, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply in float32, some columns of `b [K, N]` at a time, and round once."""
+    import torch
+
+    if a.shape[0] <= _FEW_ROWS:
+        if bias is None:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(bias, a, b)
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    rows = a.float()
+    step = max(_WIDENED // max(b.shape[0], 1), 1)
+    # Memory of this size is given back and fetched anew, page by page, if it is not kept.
+    wide = torch.empty(min(step, b.shape[1]), b.shape[0])
+    for first in range(0, b.shape[1], step):
+        part = b.t()[first : first + step]
+        product = torch.mm(rows, wide[: part.shape[0]].copy_(part).t())
+        if bias is not None:
+            product += bias[first : first + step]
+        out[:, first : first + step] = product
+    return out
 
 
 @functools.cache

@@ -9,7 +9,7 @@ why, is measured in docs/cpu.md:
 | kernel | weights in memory | product |
 |---|---|---|
 | torch_experts | as given, bf16 or fp16 | the dtype's own |
-| torch_experts_emulated | the same | the same call, where the device only converts the dtype |
+| torch_experts_emulated | the same | where the device only converts the dtype: float32 on CPUs |
 | torch_experts_int8 | int8 | int8 x int8 in int32 (VNNI, AMX, I8MM) |
 | torch_experts_dequant | bf16, twice the bytes | bf16, half the time of decoding at few tokens |
 | torch_experts_decode | as given | each expert's weight is decoded at each call |
@@ -51,13 +51,16 @@ if TYPE_CHECKING:
 TORCH = (Needs.package("torch"), Needs.one_of("activation", *ACTIVATIONS))
 ANYWHERE = (Needs.platform("cpu", "cuda", "rocm", "xpu"), *TORCH)
 SMALL_WEIGHTS_BYTES = 8 << 20
-"""Weights that stay in the last cache; only then is a product over all experts worth while."""
+"""Weights that stay in the last cache; only then is a product over all experts worth while, and
+never where the dtype is only converted: that product would be in the dtype (docs/cpu.md)."""
 EPILOGUE_ELEMENTS = 1 << 16
 """Above this many products, scales are applied run by run, while the run is in the cache."""
 
 Bound = tuple[Launch, Tensors]
 Stage = Callable[["torch.Tensor", "torch.Tensor | None", "Runs", "Tensors"], "torch.Tensor"]
 """`(x, index, runs, tensors) -> out`: rows of x (by index, if any), run by run, times weights."""
+Product = Callable[..., "torch.Tensor"]
+"""As `torch.mm`: `(a, b, out=None) -> a @ b`."""
 
 
 def _bind(layer: ExpertLayer, w13: QTensor, first: Stage, second: Stage, tensors: Tensors) -> Bound:
@@ -138,7 +141,8 @@ def _bind(layer: ExpertLayer, w13: QTensor, first: Stage, second: Stage, tensors
 )
 def bind_dense(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Sort slots by expert and call torch's own matrix product for each expert."""
-    stages = _dense(w13.shape), _dense(w2.shape)
+    multiply = _product(binding)
+    stages = _dense(w13.shape, multiply), _dense(w2.shape, multiply)
     return _bind(layer, w13, *stages, (w13.values, w2.values))
 
 
@@ -154,8 +158,15 @@ def bind_dequant(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer
     from hal.torch_compat import dtype
 
     wide = dtype(binding.problem("dtype", "bfloat16"))
-    stages = _dense(w13.shape), _dense(w2.shape)
+    multiply = _product(binding)
+    stages = _dense(w13.shape, multiply), _dense(w2.shape, multiply)
     return _bind(layer, w13, *stages, (_expanded(w13, wide), _expanded(w2, wide)))
+
+
+def _product(binding: Binding) -> Product:
+    from hal.torch_compat import mm_function
+
+    return mm_function(binding.spec, binding.problem("dtype", "bfloat16"))
 
 
 def _expanded(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -168,11 +179,11 @@ def _expanded(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def _dense(shape: tuple[int, ...]) -> Stage:
+def _dense(shape: tuple[int, ...], multiply: Product) -> Stage:
     import torch
 
     experts, columns, inner = shape
-    small = experts * columns * inner * 2 <= SMALL_WEIGHTS_BYTES
+    small = experts * columns * inner * 2 <= SMALL_WEIGHTS_BYTES and multiply is torch.mm
 
     def stage(
         x: torch.Tensor, index: torch.Tensor | None, runs: Runs, tensors: Tensors
@@ -183,7 +194,7 @@ def _dense(shape: tuple[int, ...]) -> Stage:
             return _box(rows, weight, runs)
         out = rows.new_empty(rows.shape[0], columns)
         for expert, part, target in zip(*runs.pieces(rows, out), strict=True):
-            torch.mm(part, weight[expert], out=target)
+            multiply(part, weight[expert], out=target)
         return out
 
     return stage
@@ -280,14 +291,12 @@ def _int8(dtype_name: str) -> Stage:
 )
 def bind_decode(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Decode the weights of the experts that are hit, at each call; keeps them quantized."""
-    wide = binding.problem("dtype", "bfloat16")
-    stages = _decoded(decoder(w13, wide)), _decoded(decoder(w2, wide))
+    wide, multiply = binding.problem("dtype", "bfloat16"), _product(binding)
+    stages = _decoded(decoder(w13, wide), multiply), _decoded(decoder(w2, wide), multiply)
     return _bind(layer, w13, *stages, (*row_scales(w13), *row_scales(w2)))
 
 
-def _decoded(decode: Decoder) -> Stage:
-    import torch
-
+def _decoded(decode: Decoder, multiply: Product) -> Stage:
     def stage(
         x: torch.Tensor, index: torch.Tensor | None, runs: Runs, tensors: Tensors
     ) -> torch.Tensor:
@@ -295,7 +304,7 @@ def _decoded(decode: Decoder) -> Stage:
         codes, scales = tensors
         out = rows.new_empty(rows.shape[0], codes.shape[1])
         for expert, part, target in zip(*runs.pieces(rows, out), strict=True):
-            torch.mm(part, decode.values(codes[expert], scales[expert]).t(), out=target)
+            multiply(part, decode.values(codes[expert], scales[expert]).t(), out=target)
             if decode.scales_after:
                 target.copy_(target.float().mul_(scales[expert]))
         return out
@@ -312,6 +321,6 @@ def _decoded(decode: Decoder) -> Stage:
 )
 def bind_unpack(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
     """Unpack the weights of the experts that are hit, at each call; keeps them quantized."""
-    dtype_name = binding.problem("dtype", "bfloat16")
-    stages = unpacked(w13, dtype_name), unpacked(w2, dtype_name)
+    dtype_name, multiply = binding.problem("dtype", "bfloat16"), _product(binding)
+    stages = unpacked(w13, dtype_name, multiply), unpacked(w2, dtype_name, multiply)
     return _bind(layer, w13, *stages, (*parts_of(w13), *parts_of(w2)))

@@ -155,13 +155,6 @@ def multiply(rows: torch.Tensor, weight: torch.Tensor, single: bool) -> torch.Te
     signatures={"bf16": ALL["bf16"]},
     requires=(*ANYWHERE, Needs.math_of("dtype")),
 )
-@LINEAR.kernel(
-    "torch_dense_emulated",
-    level=Level.EMULATED,
-    band="portable",
-    signatures={"bf16": ALL["bf16"]},
-    requires=(*ANYWHERE, Needs.math_of("dtype", "emulated")),
-)
 def bind_dense(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Call torch's own bf16 or fp16 matrix product."""
     from torch.nn.functional import linear as dense
@@ -173,6 +166,29 @@ def bind_dense(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
 
 
 @LINEAR.kernel(
+    "torch_dense_emulated",
+    level=Level.EMULATED,
+    band="portable",
+    signatures={"bf16": ALL["bf16"]},
+    requires=(*ANYWHERE, Needs.math_of("dtype", "emulated")),
+)
+def bind_dense_emulated(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
+    """Call the product that the device has for a dtype: in float32 on CPUs that only convert it."""
+    return _bind_product(binding, weight.values, bias)
+
+
+def _bind_product(binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None) -> Bound:
+    from hal.torch_compat import dense_function
+
+    dense = dense_function(binding.spec, binding.problem("dtype", "bfloat16"))
+
+    def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        return dense(x, *tensors)
+
+    return launch, _with_bias((weight,), bias)
+
+
+@LINEAR.kernel(
     "torch_dequant",
     level=Level.DEQUANT,
     band="portable",
@@ -181,8 +197,7 @@ def bind_dense(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> 
 )
 def bind_dequant(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
     """Expand the weight when it is bound; takes the memory of bf16."""
-    wide = weight.dequantize(_dtype(binding))
-    return bind_dense(binding, weight, bias)[0], _with_bias((wide,), bias)
+    return _bind_product(binding, weight.dequantize(_dtype(binding)), bias)
 
 
 @LINEAR.kernel(

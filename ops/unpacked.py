@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from hal.ops.binding import Tensors
-    from hal.ops.experts import Stage
+    from hal.ops.experts import Product, Stage
     from hal.ops.slots import Runs
     from hal.quant.tensor import QTensor
 
@@ -59,14 +59,12 @@ def parts_of(weight: QTensor) -> Parts:
     return Parts(weight.values, weight.scales, second, zeros)
 
 
-def unpacked(weight: QTensor, dtype_name: str) -> Stage:
+def unpacked(weight: QTensor, dtype_name: str, multiply: Product) -> Stage:
     """Return the product with a weight `[experts, N, K]` whose tensors are its `parts_of`.
 
     Raises:
         ValueRangeError: If the weight holds a NaN code of e4m3fn, which shifts would misread.
     """
-    import torch
-
     from hal.torch_compat import dtype
 
     _, rows, columns = weight.shape
@@ -100,9 +98,9 @@ def unpacked(weight: QTensor, dtype_name: str) -> Stage:
             for first in range(0, rows, step):
                 piece = numbers(parts, expert, first)
                 if piece.shape[0] == rows:
-                    torch.mm(part, piece.t(), out=target)
+                    multiply(part, piece.t(), out=target)
                 else:
-                    target[:, first : first + step] = torch.mm(part, piece.t())
+                    target[:, first : first + step] = multiply(part, piece.t())
         return out
 
     return stage

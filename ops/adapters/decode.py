@@ -126,7 +126,10 @@ def bind_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
     """Decode the weight at each call, a tile of rows at a time; keeps it quantized."""
     import torch
 
-    decode = decoder(weight, binding.problem("dtype", "bfloat16"))
+    from hal.torch_compat import mm_function
+
+    dtype_name = binding.problem("dtype", "bfloat16")
+    decode, multiply = decoder(weight, dtype_name), mm_function(binding.spec, dtype_name)
     rows_out, columns = weight.shape
     # A tile holds whole blocks of 128 rows, so that block scales can be cut with it.
     tile = max(TILE_ELEMENTS // columns // BLOCK, 1) * BLOCK
@@ -134,7 +137,7 @@ def bind_decode(binding: Binding, weight: QTensor, bias: torch.Tensor | None) ->
     has_bias = bias is not None
 
     def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        out = torch.mm(x, decode.values(codes, scales).t())
+        out = multiply(x, decode.values(codes, scales).t())
         return out.float().mul_(scales) if decode.scales_after else out
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:

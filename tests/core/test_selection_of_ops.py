@@ -100,7 +100,7 @@ LEVELS = {
     "rocm:rx-9070-xt": (NATIVE, NATIVE, NATIVE, NATIVE),
     "xpu:arc-b580": (NATIVE, DECODE, DECODE, NATIVE),
     "xpu:max-1550": (NATIVE, DECODE, DECODE, NATIVE),
-    "cpu:x86-avx2": (EMULATED, DECODE, DECODE, DECODE),
+    "cpu:x86-avx2": (EMULATED, "dequant", "dequant", DECODE),
     "cpu:x86-amx": (NATIVE, DECODE, DECODE, NATIVE),
 }
 

@@ -20,6 +20,7 @@ import torch
 from packaging.version import Version
 
 import hal
+from hal import torch_compat as compat
 from hal.device import DeviceSpec, Software
 from hal.errors import DTypeError
 from hal.formats import FORMATS
@@ -414,6 +415,48 @@ def test_a_cpu_never_gets_scaled_mm(version: str) -> None:
     ]:
         said = failures("linear", scheme, device("cpu:x86-amx", version), kernel)
         assert "platform: found cpu" in said
+
+
+@covers("cpu-converted-products")
+@pytest.mark.parametrize(
+    ("cpu", "name", "converts"),
+    [
+        ("cpu:x86-avx2", "bfloat16", True),
+        ("cpu:x86-avx2", "float16", True),
+        ("cpu:x86-amx", "bfloat16", False),
+        ("cuda:t4", "bfloat16", False),
+    ],
+)
+def test_products_of_a_dtype_that_the_cpu_converts(cpu: str, name: str, converts: bool) -> None:
+    """They are summed in float32 and rounded once, whatever CPU runs the test."""
+    spec, dtype = device(cpu), compat.dtype(name)
+    multiply, dense = compat.mm_function(spec, name), compat.dense_function(spec, name)
+    assert (multiply is torch.mm) == (dense is torch.nn.functional.linear) == (not converts)
+    bias = torch.randn(1037).to(dtype)
+    # More numbers than are widened at a time, and a last piece that is not whole.
+    for rows, columns, inner in ((0, 8, 8), (1, 5, 3), (5, 1, 1), (5, 0, 8), (7, 1037, 1100)):
+        a, b = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+        exact, step = a.double() @ b.double().T, torch.finfo(dtype).eps
+        added = bias[:columns]
+        target = torch.full((rows, columns + 2), 7.0, dtype=dtype)[:, :columns]
+        multiply(a, b.t(), out=target)
+        for found, wanted in (
+            (multiply(a, b.t()), exact),
+            (target, exact),
+            (multiply(a.t().contiguous().t(), b.t()), exact),
+            (dense(a, b), exact),
+            (dense(a, b, added), exact + added.double()),
+        ):
+            assert (found.dtype, found.shape) == (dtype, (rows, columns))
+            # Half a step, and a little of float32's own.
+            nearness = 0.51 if converts and rows > 4 else 2.0
+            assert torch.allclose(found.double(), wanted, rtol=nearness * step, atol=1e-4)
+    a = torch.ones(6, 4, dtype=dtype)
+    a[2, 1], a[4, 0] = torch.nan, torch.inf
+    found = multiply(a, torch.ones(4, 3, dtype=dtype))
+    assert bool(found[2].isnan().all())
+    assert bool(found[4].isinf().all())
+    assert found[[0, 1, 3, 5]].unique().tolist() == [4.0]
 
 
 @covers("int-mm-one-column")
