@@ -42,8 +42,9 @@ SCALED = [
 ]
 RUNS += [(*how, name) for how in SCALED for name in ("gpt-oss", "padded", "nemotron")]
 SUMS = [("triton_scaled_fp8", "mxfp8"), ("triton_scaled_fp8", "mxfp4_w4a8")]
+EMULATED = ("mxfp8", "mxfp4_w4a8", "mxfp4")
 RUNS += [(*how, name) for how in SUMS for name in ("gpt-oss", "padded", "nemotron")]
-RUNS += [("triton_scaled_emulated", "mxfp8", "gpt-oss")]
+RUNS += [("triton_scaled_emulated", scheme, "gpt-oss") for scheme in EMULATED]
 DEVICES = {kernel: "cuda:b200" for kernel, _ in SCALED}
 QUANTIZING = (
     "triton_fp8",

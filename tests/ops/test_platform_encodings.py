@@ -6,6 +6,7 @@ Devices are simulated, libraries imitated; the table of all rows is in docs/moe.
 from __future__ import annotations
 
 import adapter_fakes as fakes
+import adapter_fakes_experts as experts
 import adapter_fakes_mixed as mixed
 import pytest
 import torch
@@ -78,6 +79,31 @@ def test_fp8_reaches_triton_on_an_xpu_untransposed_whichever_kernel_came_before(
     assert to_layout(turned, "k_major", "cpu") is turned
     back = prepared(XPU, "triton_decode", turned)
     assert torch.equal(back.values.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "layout"),
+    [
+        ("vllm_xpu_moe_fp8", "fp8_tensor", "k_major"),
+        ("vllm_xpu_moe_block128", "fp8_block128", "k_major_scales"),
+    ],
+)
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_experts_of_fp8_are_transposed_once_for_an_xpu_kernel(kernel, scheme, layout, name):
+    """And not for Triton, whichever of the two was forced before, and whatever it left."""
+    weight = quantize(torch.randn(3, 128, 256).bfloat16(), scheme, platform=XPU)
+    before = weight.values.view(torch.uint8).clone()
+    turned = weight
+    for _ in range(2):
+        turned = prepared(XPU, kernel, turned, "fused_moe", name, packages=experts.EVERYTHING)
+        assert turned.layout == layout
+        assert turned.values.shape == (3, 256, 128)
+        assert torch.equal(turned.values.view(torch.uint8), before.transpose(1, 2))
+        read = prepared(XPU, "triton_decode", turned, "fused_moe", name)
+        assert read.layout == "canonical"
+        assert torch.equal(read.values.view(torch.uint8), before)
+        assert prepared(XPU, "triton_decode", weight, "fused_moe", name) is weight
+    assert torch.equal(weight.values.view(torch.uint8), before)
 
 
 @pytest.mark.parametrize("name", ["w13", "w2"])

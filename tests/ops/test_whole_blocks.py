@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from calibrated import quantize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hal
 from hal.errors import ShapeError, ValueRangeError
@@ -15,6 +16,18 @@ from hal.ops.shards import block_of
 from hal.quant import SCHEMES
 
 EXPERTS, HIDDEN = 2, 128
+
+
+class Untouched(TorchDispatchMode):
+    """Fail at any operation on a tensor, as reading a weight or allocating one is."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} before the refusal")
+
+
+def test_untouched_sees_what_it_must():
+    with pytest.raises(AssertionError, match="before the refusal"), Untouched():
+        torch.ones(2)
 
 
 def experts(intermediate, scheme):
@@ -42,7 +55,7 @@ def experts(intermediate, scheme):
 )  # fmt: skip
 def test_experts(scheme, intermediate, ranks, block, cure):
     w13, w2 = experts(intermediate, scheme)
-    with pytest.raises(ShapeError) as caught:
+    with pytest.raises(ShapeError) as caught, Untouched():
         FusedMoE(w13, w2, intermediate_ranks=ranks)
     assert str(caught.value) == (
         f"fused_moe: found intermediate={intermediate} on each of {ranks} ranks, needed a multiple "
