@@ -5,6 +5,7 @@ In the interpreter the limit is lowered, so that the same 64-bit variants run on
 
 from __future__ import annotations
 
+import packed_weights
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from hal.ops.kernels.combine import combine
 from hal.ops.kernels.expand import expand
 from hal.ops.kernels.gemv import gemv
 from hal.ops.kernels.grouped_gemm import grouped_gemm
-from hal.ops.kernels.kinds import as_weight
+from hal.ops.kernels.kinds import ALL_KINDS, as_weight
 from hal.ops.kernels.linear import gemm
 from hal.ops.kernels.quantize import quantize_groups
 from hal.ops.kernels.route import route
@@ -185,3 +186,30 @@ def test_grouped_gemm_with_a_large_expert(big, device, generator):
     for slot, expert in enumerate(ids.flatten().tolist()):
         expected = a[slot].double() @ b[expert, columns].double().T
         torch.testing.assert_close(out[slot, columns].double(), expected, rtol=2**-6, atol=2**-4)
+
+
+@pytest.mark.parametrize("far_along", ["experts", "rows"])
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind.endswith("_group_decode")
+                                  or kind.startswith(("mx", "nv"))])  # fmt: skip
+def test_packed_experts_that_lie_far_apart(device, generator, kind, far_along):
+    """Beyond 2^31 for real in the interpreter, too: memory that nothing touches costs nothing."""
+    experts, n, k, cut = 2, 24, 64, Tile(16, 32, 64, 4, 2)
+    b, scales, value = packed_weights.weight(kind, (experts, n, k), generator, device)
+    step = {"experts": (2**31 + 64, b.shape[2]), "rows": (b.shape[2], 2**31 // 20)}[far_along]
+    strides = (*step, 1)
+    size = 1 + sum((s - 1) * stride for s, stride in zip(b.shape, strides, strict=True))
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * size:
+        pytest.skip(f"needs {2 * size} bytes of free GPU memory")
+    codes = torch.empty(size, dtype=b.dtype, device=device).as_strided(b.shape, strides)
+    codes.copy_(b)
+    assert common.offsets_need_64_bits(codes)
+    ids = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.int32, device=device)
+    a = random((3, k), generator, device)
+    length = capacity(ids.numel(), experts, cut.block_m)
+    options = {"dtype": torch.int32, "device": device}
+    places = [torch.empty(size, **options) for size in (length, length // cut.block_m, 1)]
+    align(ids, experts, cut.block_m, *places)
+    out = torch.empty(ids.numel(), n, dtype=torch.bfloat16, device=device)
+    grouped_gemm(a, codes, out, *places, top_k_divisor=2, kind=kind, tile=cut, **scales)
+    for slot, expert in enumerate(ids.flatten().tolist()):
+        packed_weights.assert_product(out[slot], a[slot // 2].double() @ value[expert].T)
