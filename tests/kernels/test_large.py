@@ -198,9 +198,10 @@ def test_packed_experts_that_lie_far_apart(device, generator, kind, far_along):
     step = {"experts": (2**31 + 64, b.shape[2]), "rows": (b.shape[2], 2**31 // 20)}[far_along]
     strides = (*step, 1)
     size = 1 + sum((s - 1) * stride for s, stride in zip(b.shape, strides, strict=True))
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 2 * size:
-        pytest.skip(f"needs {2 * size} bytes of free GPU memory")
-    codes = torch.empty(size, dtype=b.dtype, device=device).as_strided(b.shape, strides)
+    try:
+        codes = torch.empty(size, dtype=b.dtype, device=device).as_strided(b.shape, strides)
+    except RuntimeError as error:  # torch's, of every kind of memory
+        pytest.skip(f"needs {size} bytes of memory, in the interpreter of addresses alone: {error}")
     codes.copy_(b)
     assert common.offsets_need_64_bits(codes)
     ids = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.int32, device=device)
