@@ -1,4 +1,4 @@
-"""Get torch's own products of 8-bit and grouped operands, whatever its release calls them.
+"""Get torch's own products: dense, of 8-bit and of grouped operands, whatever a release calls them.
 
 Each getter looks at the installed torch once and returns what to call, so that a bound op pays
 nothing for the choice; `hal.torch_compat` hands them out. Getters raise `PlatformError` where
@@ -43,7 +43,7 @@ __all__ = [
 # cuBLAS reads columns of float32 block scales at 16-byte steps: other sizes are padded to it.
 _SCALE_STEP = 4
 
-# Of so few rows a product reads the weight in little more time than it takes to widen it.
+# Up to so many rows the product in the dtype itself takes no longer than widening the weight.
 _FEW_ROWS = 4
 # Numbers of a weight that are widened at a time: 4 MiB of float32.
 _WIDENED = 1 << 20
