@@ -42,10 +42,10 @@ FREE_BYTES = 14 << 30
 """Disk that one environment takes at most, with what pip unpacks on the way."""
 TESTS = (
     "-m",
-    "not interpreter and not serial and not gpu and not slow and not matrix",
+    "not interpreter and not gpu and not slow and not matrix",
     "--ignore=tests/packaging",
 )
-"""What depends on torch, and not on a device, the machine's speed or the shape of the wheel."""
+"""What depends on torch, and not on a device or the shape of the wheel."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ a driver, so every decision that depends on a device can be made for a device th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,6 +251,7 @@ def format_support(
     return FormatSupport(typed(storage), typed(math), frozenset(triton_math), fp8_encoding)
 
 
+@functools.cache
 def version_at_least(found: str, needed: str) -> bool:
     """Tell whether version `found` is `needed` or newer.
 

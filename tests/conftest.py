@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -121,5 +124,34 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
     if item.get_closest_marker("gpu") and (reason := no_gpu()):
         pytest.skip(reason)
-    if item.get_closest_marker("serial") and "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("measures time: run it without other workers, pytest -m serial")
+
+
+COUNT_CALLS = """
+import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+sys.setprofile(count)
+exec(compile(sys.argv[1], "counted", "exec"), {})
+sys.setprofile(None)
+print(calls)
+"""
+
+
+@pytest.fixture
+def calls_made(tmp_path: Path) -> Callable[..., int]:
+    """Return a function that counts the calls some lines of code make in a new interpreter."""
+
+    def count(*lines: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT_CALLS, "\n".join(lines)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    return count

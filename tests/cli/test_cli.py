@@ -1,13 +1,11 @@
-"""The command line as a program: help, outputs, colors, pipes and start-up time."""
+"""The command line as a program: help, outputs, colors, pipes and start-up."""
 
 from __future__ import annotations
 
 import logging
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 
 import hal as package
 
-INFO_LIMIT_MS = 500
+INFO_CALLS = 800_000
 MODULE = (sys.executable, "-m", "hal")
 
 
@@ -152,34 +150,14 @@ def test_an_answer_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert done.stderr == "hal: cannot write the answer: No space left on device\n"
 
 
-@pytest.mark.serial
-def test_info_is_quick(tmp_path: Path) -> None:
-    """`hal info --json` answers in half a second, a start of the interpreter included.
+def test_info_is_quick(calls_made: Any) -> None:
+    """`hal info --json` answers in half a second, which are function calls on any machine.
 
-    A busy machine gets three tries, and a slow one (an empty interpreter took a median of 20 ms
-    where the promise was made) more time in proportion. The limit is more than three times what
-    was measured there.
+    A count does not depend on what else a machine does. `benchmarks/start_up.py` has the times:
+    half a million calls took 0.3 s where an empty interpreter starts in 20 ms.
     """
-
-    # As for a user, whatever the settings here: modules are compiled at the first start alone.
-    kept = {
-        "PYTHONDONTWRITEBYTECODE": "",
-        "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"),
-    }
-
-    def milliseconds(*command: str) -> float:
-        begin = time.perf_counter()
-        done = run(*command, folder=tmp_path, **kept)
-        assert done.returncode == 0, done.stderr
-        return 1000 * (time.perf_counter() - begin)
-
-    milliseconds(*MODULE, "info", "--json")  # writes the bytecode
-    assert list((tmp_path / "bytecode").rglob("*.pyc"))
-    medians = []
-    for _ in range(3):
-        full = statistics.median(milliseconds(*MODULE, "info", "--json") for _ in range(5))
-        empty = statistics.median(milliseconds(sys.executable, "-c", "pass") for _ in range(5))
-        medians.append((full, empty))
-        if full <= INFO_LIMIT_MS * max(1.0, empty / 40):
-            return
-    pytest.fail(f"hal info --json and an empty interpreter took, in ms: {medians}")
+    calls = calls_made(
+        "import contextlib, io\nfrom hal.cli import main",
+        "with contextlib.redirect_stdout(io.StringIO()):\n    assert main(['info', '--json']) == 0",
+    )
+    assert 50_000 < calls <= INFO_CALLS

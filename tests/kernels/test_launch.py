@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -218,9 +217,11 @@ except common.PlatformError as error:
 
 
 @remembers
-@pytest.mark.serial
-def test_remembering_is_faster_than_asking_triton(recording, monkeypatch):
-    """A grouped GEMM has 24 arguments and 18 options; the recording driver costs the same."""
+def test_a_remembered_launch_makes_few_calls(recording):
+    """A grouped GEMM has 24 arguments and 18 options: 166 function calls, where this was written.
+
+    They took 25 us, where Triton's own launcher took 33 to 50.
+    """
     int32 = torch.int32
     length = capacity(64, 128, 16)
     operands = (
@@ -232,16 +233,11 @@ def test_remembering_is_faster_than_asking_triton(recording, monkeypatch):
         torch.empty(1, dtype=int32),
     )
     tile = Tile(16, 128, 64, 4, 2, swap=True)
-
-    def best():
-        times = []
-        for _ in range(200):
-            start = time.perf_counter()
-            grouped_gemm.grouped_gemm(*operands, top_k_divisor=8, kind="bf16", tile=tile)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    remembered = best()
-    monkeypatch.setattr(common._Launches, "USABLE", False)
-    monkeypatch.setattr(common, "_launches", {})
-    assert remembered < best()
+    grouped_gemm.grouped_gemm(*operands, top_k_divisor=8, kind="bf16", tile=tile)
+    events = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        grouped_gemm.grouped_gemm(*operands, top_k_divisor=8, kind="bf16", tile=tile)
+    finally:
+        sys.setprofile(None)
+    assert 10 < sum(event in ("call", "c_call") for event in events) <= 220

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +46,7 @@ FORBIDDEN = {
 EXCEPTIONS = {("hal.runtime", "hal.platforms")}
 
 LAZY = ("torch", "triton", "numpy", "transformers", "pynvml", "amdsmi")
-IMPORT_LIMIT_MS = 50
+IMPORT_CALLS = 6_000
 
 
 def within(name: str, packages: tuple[str, ...]) -> str | None:
@@ -368,24 +367,12 @@ def test_the_command_line_brings_no_heavy_library(tmp_path: Path) -> None:
     assert [name for name in loaded if within(name, heavy)] == []
 
 
-@pytest.mark.serial
-def test_import_is_quick(tmp_path: Path) -> None:
-    """Importing hal takes at most 50 ms more than starting an interpreter that imports nothing."""
+def test_import_is_quick(calls_made: Any) -> None:
+    """Importing hal takes 50 ms at most, which are function calls on any machine.
 
-    def milliseconds(code: str) -> float:
-        begin = time.perf_counter()
-        child(code, tmp_path)
-        return 1000 * (time.perf_counter() - begin)
-
-    milliseconds("import hal")  # writes the bytecode
-    extra = []
-    for _ in range(3):  # a busy machine gets three tries
-        runs = [(milliseconds("pass"), milliseconds("import hal")) for _ in range(7)]
-        empty, full = (statistics.median(column) for column in zip(*runs, strict=True))
-        extra.append(full - empty)
-        if extra[-1] <= IMPORT_LIMIT_MS:
-            break
-    assert extra[-1] <= IMPORT_LIMIT_MS, f"import hal took {extra} ms more than nothing"
+    A count does not depend on what else a machine does; `benchmarks/start_up.py` has the times.
+    """
+    assert 500 < calls_made("import hal") <= IMPORT_CALLS
 
 
 def test_the_installed_package_is_this_checkout(tmp_path: Path) -> None:
