@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
-from hal.errors import DTypeError, ShapeError, UnknownNameError
-from hal.ops.binding import Binding, select_for
+from hal.errors import ArgumentError, DTypeError, ShapeError, UnknownNameError
+from hal.ops.binding import Binding, Tensors, select_for
 from hal.ops.bound import READ_BY_CALLS, Bound
 from hal.ops.checks import check_activations, check_same_device
 from hal.ops.prepare import Weight, activation_dtype, as_qtensor, require_finite
 from hal.ops.reload import overwrite
 from hal.ops.shards import block_of, check_shards
+from hal.quant.tensor import QTensor
 from hal.torch_compat import is_compiling_function
 
 __all__ = ["Linear"]
@@ -25,7 +27,8 @@ class Linear(Bound):
     """A linear op bound to its weight: `y = bound(x)`.
 
     Args:
-        weight: `[N, K]` QTensor, or a bf16 or fp16 tensor for scheme `bf16`.
+        weight: `[N, K]` QTensor, or a bf16 or fp16 tensor for scheme `bf16`. Where its columns lie
+            in another order, each call brings those of the activations into it.
         bias: `[N]` of the activations' dtype, or None.
         dtype: Dtype of the activations; None means that of the weight, or bfloat16.
         platform: Platform to bind for; None means that of the weight's device.
@@ -41,7 +44,7 @@ class Linear(Bound):
         NoKernelError: If no kernel can run; carries the table of all candidates.
     """
 
-    __slots__ = (*READ_BY_CALLS, "_columns", "_device", "rows_out")
+    __slots__ = (*READ_BY_CALLS, "_columns", "_device", "_reordered", "rows_out")
     op: ClassVar[str] = "linear"
 
     def __init__(
@@ -90,8 +93,12 @@ class Linear(Bound):
         super().__init__(Binding(selection, where, weight.scheme, weight.device), dtype)
         self._columns, self.rows_out, self._device = columns, rows_out, weight.device
         assert selection.kernel is not None
+        order = _checked_order("linear", weight)
+        self._reordered = order is not None
+        weight = replace(weight, column_order=None)
         (weight,) = self._prepare({"weight": weight}, inplace=False, bias=bias)
-        self._finish(selection.kernel.load()(self._binding, weight, bias), weight.device)
+        bound = selection.kernel.load()(self._binding, weight, bias)
+        self._finish(_reordering(bound, order), weight.device)
         self.warm(warmup)
 
     def _warm(self, tokens: int, **dtypes: torch.dtype) -> None:
@@ -113,10 +120,21 @@ class Linear(Bound):
             ArgumentError: Of the kind that fits the fault; nothing was changed.
         """
         bias = None if bias is None else bias.detach().contiguous()
-        (ready,) = self._prepare_again({"weight": as_qtensor("linear.reload", weight)}, bias=bias)
+        weight = as_qtensor("linear.reload", weight)
+        order = _checked_order("linear.reload", weight)
+        if self._reordered != (order is not None):
+            names = "columns in their order", "columns in another order"
+            raise ArgumentError(
+                "linear.reload: weight",
+                found=names[order is not None],
+                needed=f"{names[self._reordered]}, as it was bound",
+                cure="bind the new weight anew, and capture graphs again",
+            )
+        weight = replace(weight, column_order=None)
+        (ready,) = self._prepare_again({"weight": weight}, bias=bias)
         kernel = self.selection.kernel
         assert kernel is not None
-        _, new = kernel.load()(self._binding, ready, bias)
+        _, new = _reordering(kernel.load()(self._binding, ready, bias), order)
         overwrite("linear.reload", self.tensors, new, self.platform)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,3 +173,39 @@ class Linear(Bound):
             f"Linear({self._columns} -> {self.rows_out}, {self.selection.scheme}, "
             f"{self.kernel} on {self._device})"
         )
+
+
+def _checked_order(where: str, weight: QTensor) -> torch.Tensor | None:
+    """Return the order of a weight's columns, if it has one; synchronises with the device then.
+
+    Raises:
+        ArgumentError: If it is no permutation: kernels would read what is no activation.
+    """
+    order = weight.column_order
+    if order is None or order.device.type == "meta":
+        return order
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device).int()):
+        raise ArgumentError(
+            f"{where}: column_order",
+            found=f"numbers from {int(order.min())} to {int(order.max())}, some twice or outside",
+            needed=f"each of 0 to {len(order) - 1} once",
+        )
+    return order.contiguous()
+
+
+def _reordering(
+    bound: tuple[Callable[..., torch.Tensor], Tensors], order: torch.Tensor | None
+) -> tuple[Callable[..., torch.Tensor], Tensors]:
+    """Return what a binder returned, but with the columns of activations in another order."""
+    if order is None:
+        return bound
+    launch, read = bound
+    split: list[tuple[Tensors, Tensors]] = [((), ())]
+
+    def reordered(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        pair = split[0]
+        if pair[0] is not tensors:  # kernels know their tensors by the tuple that holds them
+            pair = split[0] = tensors, tensors[:-1]
+        return launch(x.index_select(1, tensors[-1]), pair[1])
+
+    return reordered, (*read, order)

@@ -46,6 +46,8 @@ def pad_weight(
         ShapeError: For sizes below those of the weight, rows that do not come in halves, or halves
             that begin within a block of scales.
     """
+    import torch
+
     from hal.runtime import platform_of
 
     *lead, tall, wide = weight.shape
@@ -69,6 +71,10 @@ def pad_weight(
     shape, state = (*lead, rows, columns), dict[str, Any]()
     with where.ordered(plain.tensors):
         for name, tensor in plain.state_of().items():
+            if name == "column_order":
+                further = torch.arange(wide, columns, dtype=tensor.dtype, device=tensor.device)
+                state[name] = torch.cat((tensor, further))
+                continue
             codes = name == "values"
             wanted = (
                 code_shape(how, shape) if codes else scale_shape(granularity_of(name, how), shape)

@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["TENSORS", "QTensor"]
 
 
-TENSORS = ("values", "scales", "global_scale", "zeros", "input_scale", "input_zero")
+TENSORS = (
+    *("values", "scales", "global_scale", "zeros"),
+    *("input_scale", "input_zero", "column_order"),
+)
 """What a weight may consist of, in this order."""
 
 
 def _dtype_of(name: str, how: Quantization) -> torch.dtype:
-    """Return the dtype of the scales, second scales or zero points of codes stored in one way."""
+    """Return the dtype of what lies beside the codes, which are stored in one way."""
+    if name == "column_order":
+        return dtype("int32")
     if name == "input_zero":
         return dtype("int8")
     if name == "zeros":
@@ -60,6 +65,9 @@ class QTensor:
             schemes only, None before calibration.
         input_zero: int8 `[...]`, the code of those activations that means zero; there where
             input_scale is, of schemes whose static activations are asymmetric.
+        column_order: int32 `[K]`, a permutation: the codes of column j belong to column
+            `column_order[j]` of the weight, as GPTQ's act-order sorts columns into groups. Of
+            matrices `[N, K]` only; None where columns lie in order.
     """
 
     values: torch.Tensor
@@ -72,6 +80,7 @@ class QTensor:
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero: torch.Tensor | None = None
+    column_order: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         from hal.quant.layout import find_layout
@@ -94,6 +103,7 @@ class QTensor:
             raise ShapeError("QTensor values", found=list(self.values.shape), needed=list(shape))
         for name, granularity in granularities.items():
             self._check_factors(name, granularity, form)
+        self._check_order()
 
     def _check_codes(self, how: Quantization) -> None:
         shape = tuple(self.logical_shape)
@@ -113,9 +123,21 @@ class QTensor:
                 "QTensor", found=f"values of {self.values.dtype}", needed=f"{self.encoding}"
             )
 
+    def _check_order(self) -> None:
+        order, where = self.column_order, "QTensor column_order"
+        if order is None:
+            return
+        if len(self.logical_shape) != 2:
+            raise ShapeError(
+                where,
+                found=f"a weight {list(self.logical_shape)}",
+                needed="one matrix [N, K]",
+                cure="experts read one input: columns cannot lie in an order of each expert's own",
+            )
+        self._check_tensor("column_order", order, dtype("int32"), self.logical_shape[1:])
+
     def _check_factors(self, name: str, granularity: str, form: Form) -> None:
         found: torch.Tensor | None = getattr(self, name)
-        where = f"QTensor {name}"
         if granularity == "none":
             if found is not None:
                 needed = f"none for {self.scheme} ({self.encoding})"
@@ -124,20 +146,28 @@ class QTensor:
         if found is None:
             raise EncodingError("QTensor", found=f"no {name}", needed=f"{name} for {self.scheme}")
         wanted = form.dtype_of(name, _dtype_of(name, self.scheme.weight))
+        shape = form.stored_shape(name, self.scheme.weight, self.logical_shape)
+        cure = "e8m0 bytes and float32 scales are different things; decode them first"
+        self._check_tensor(name, found, wanted, shape, cure)
+
+    def _check_tensor(
+        self,
+        name: str,
+        found: torch.Tensor,
+        wanted: torch.dtype,
+        shape: tuple[int, ...],
+        cure: str = "",
+    ) -> None:
+        where = f"QTensor {name}"
         if found.dtype is not wanted:
-            raise DTypeError(
-                where,
-                found=found.dtype,
-                needed=str(wanted).removeprefix("torch."),
-                cure="e8m0 bytes and float32 scales are different things; decode them first",
-            )
+            needed = str(wanted).removeprefix("torch.")
+            raise DTypeError(where, found=found.dtype, needed=needed, cure=cure)
         if found.device != self.values.device:
             raise DeviceMismatchError(
                 "QTensor",
                 found=f"values on {self.values.device} and {name} on {found.device}",
                 needed="one device",
             )
-        shape = form.stored_shape(name, self.scheme.weight, self.logical_shape)
         if tuple(found.shape) != shape:
             raise ShapeError(where, found=list(found.shape), needed=f"{list(shape)}")
 
@@ -184,6 +214,8 @@ class QTensor:
         plain = to_layout(self, "canonical")
         coded = Coded(plain.values, plain.scales, plain.global_scale, plain.zeros)
         wide = numbers(coded, self.scheme.weight, self.encoding, self.logical_shape[-1])
+        if self.column_order is not None:
+            wide = wide.index_copy(-1, self.column_order.long(), wide)
         return wide if dtype is None else wide.to(dtype)
 
     def require(self, where: str, *, layout: str, encodings: tuple[str, ...]) -> None:
@@ -272,7 +304,8 @@ class QTensor:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.logical_shape))
+        ordered = "" if self.column_order is None else ", columns reordered"
         return (
             f"QTensor({shape}, {self.scheme}, {self.encoding}, layout={self.layout}, "
-            f"{self.device}, {self.nbytes} bytes)"
+            f"{self.device}, {self.nbytes} bytes{ordered})"
         )

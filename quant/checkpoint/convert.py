@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING
 
 from hal.errors import ArgumentError, ShapeError, UnsupportedModelError, ValueRangeError
 from hal.quant.checkpoint.formats import FORMATS
-from hal.quant.checkpoint.packing import clear_tail, flip_sign, from_words, unpack_rows
+from hal.quant.checkpoint.packing import clear_tail, flip_sign, from_words, reorder, unpack_rows
 from hal.quant.checkpoint.rules import scheme_of
 from hal.quant.checkpoint.source import (
     Pieces,
     Source,
+    order_of,
     read_factor,
     read_scales,
-    require_order,
 )
 from hal.quant.nibbles import pack, unpack_int32
+from hal.quant.scheme import scale_shape
 from hal.quant.tensor import QTensor
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ def convert(source: Source) -> Pieces:
         DTypeError: If a tensor has another dtype than its format says.
         ShapeError: If sizes do not fit each other.
         ValueRangeError: If a scale is NaN, infinite or negative.
-        UnsupportedModelError: If columns were reordered.
         ArgumentError: If a tensor contradicts the configuration.
     """
     return _CONVERTERS[source.rule.format](source)
 
 
 def to_qtensor(pieces: Pieces) -> QTensor:
-    """Return the weight under the scheme that fits it, without copying.
+    """Return the weight under the scheme that fits it, without copying its codes.
 
     Raises:
         UnsupportedModelError: If hal has no scheme for it.
@@ -66,16 +66,25 @@ def to_qtensor(pieces: Pieces) -> QTensor:
             needed="a scheme of hal.quant.SCHEMES",
             cure="Checkpoint.pieces(name) gives codes and scales all the same",
         )
+
+    def grouped(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what lies beside the codes for each group, where it is given for each row."""
+        if tensor is None or rule.granularity == scheme.weight.granularity:
+            return tensor
+        shape = scale_shape(scheme.weight.granularity, pieces.logical_shape)
+        return tensor.unsqueeze(-1).expand(shape).contiguous()
+
     return QTensor(
         pieces.values,
-        pieces.scales,
+        grouped(pieces.scales),
         scheme,
         rule.encoding,
         logical_shape=pieces.logical_shape,
         global_scale=pieces.global_scale,
-        zeros=pieces.zeros,
+        zeros=grouped(pieces.zeros),
         input_scale=pieces.input_scale if scheme.static else None,
         input_zero=None if scheme.activation.symmetric else pieces.input_zero,
+        column_order=pieces.column_order,
     )
 
 
@@ -142,8 +151,7 @@ def _packed(source: Source) -> Pieces:
         raise ShapeError(source.where(".weight_shape"), found=[rows, columns], needed="sizes")
     source.shape(".weight_packed", (rows, -(-columns // per_word)))
     scales = read_scales(source, ".weight_scale", (rows, columns))
-    if ".weight_g_idx" in source.suffixes:
-        require_order(source, ".weight_g_idx", columns)
+    order = order_of(source, ".weight_g_idx", columns)
     zeros = None
     if rule.encoding == "uint4":
         groups = scales.shape[-1] if scales.ndim == 2 else 1
@@ -162,7 +170,10 @@ def _packed(source: Source) -> Pieces:
         values = from_words(words, -(-columns // 2))
         fix = clear_tail if rule.encoding == "uint4" else flip_sign
         values = fix(values, columns)
-    return Pieces(source.module, rule, values, scales, (rows, columns), zeros=zeros)
+    values = reorder(values, order, columns)
+    return Pieces(
+        source.module, rule, values, scales, (rows, columns), zeros=zeros, column_order=order
+    )
 
 
 def _refuse_zeros(source: Source) -> None:
@@ -219,20 +230,21 @@ def _gptq(source: Source) -> Pieces:
     columns = words * 8
     scales = read_scales(source, ".scales", (rows, columns), transposed=True)
     groups = scales.shape[-1] if scales.ndim == 2 else 1
-    if ".g_idx" in source.suffixes:
-        require_order(source, ".g_idx", columns)
+    order = order_of(source, ".g_idx", columns)
     source.shape(".qzeros", (groups, -(-rows // 8)))
     # AutoGPTQ itself adds one modulo 16: its zero point 0 is stored as 15.
     stored = unpack_int32(source.read(".qzeros"), rows)
     zeros = stored.add(rule.zero_offset).bitwise_and(0x0F).t().contiguous().view(scales.shape)
-    values = from_words(source.read(".qweight").t(), columns // 2)
+    values = reorder(from_words(source.read(".qweight").t(), columns // 2), order, columns)
+    shape = rows, columns
     if rule.encoding == "uint4":
-        return Pieces(source.module, rule, values, scales, (rows, columns), zeros=zeros)
+        return Pieces(source.module, rule, values, scales, shape, zeros=zeros, column_order=order)
     if not torch.equal(zeros, torch.full_like(zeros, 8)):
         raise ArgumentError(
             source.where(".qzeros"), found="zero points besides 8", needed="8: sym is true"
         )
-    return Pieces(source.module, rule, flip_sign(values, columns), scales, (rows, columns))
+    values = flip_sign(values, columns)
+    return Pieces(source.module, rule, values, scales, shape, column_order=order)
 
 
 def _awq(source: Source) -> Pieces:

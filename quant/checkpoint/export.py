@@ -52,7 +52,8 @@ def store(name: str, weight: QTensor) -> Stored:
         weight: A weight `[N, K]` in any layout.
 
     Raises:
-        UnsupportedModelError: If compressed-tensors has no format for the scheme.
+        UnsupportedModelError: If compressed-tensors has no format for the scheme, or for the order
+            of the columns.
         ShapeError: If the weight is no matrix, or its groups are not whole.
         EncodingError: If its bytes are e4m3fnuz.
     """
@@ -221,6 +222,14 @@ def _require_storable(name: str, weight: QTensor) -> None:
             found="no input_scale",
             needed=f"input_scale, which readers of {weight.scheme} ask for",
             cure="quantize(..., input_scale=hal.quant.input_scale(amax)), amax from calibration",
+        )
+    if weight.column_order is not None:
+        raise UnsupportedModelError(
+            name,
+            found="columns in another order (act-order)",
+            needed="columns in order: compressed-tensors reads no other since its 0.20.1",
+            cure="save hal.quant.quantize(weight.dequantize(torch.bfloat16), scheme), which rounds "
+            "again, or keep the original checkpoint",
         )
     if how.format is not None and len(weight.shape) != 2:
         raise ShapeError(

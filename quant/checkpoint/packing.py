@@ -10,10 +10,23 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from hal.quant.nibbles import pack, unpack
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["clear_tail", "flip_sign", "from_words", "pack_rows", "to_words", "unpack_rows"]
+__all__ = [
+    "clear_tail",
+    "flip_sign",
+    "from_words",
+    "pack_rows",
+    "reorder",
+    "to_words",
+    "unpack_rows",
+]
+
+ROWS = 256
+"""Rows whose codes are unpacked together: they take twice their bytes then."""
 
 
 def from_words(words: torch.Tensor, nbytes: int) -> torch.Tensor:
@@ -66,3 +79,24 @@ def pack_rows(codes: torch.Tensor) -> torch.Tensor:
     from hal.quant.nibbles import pack_int32
 
     return pack_int32(codes.t()).t().contiguous()
+
+
+def reorder(values: torch.Tensor, order: torch.Tensor | None, columns: int) -> torch.Tensor:
+    """Return codes, of one byte or of four bits each, with their columns in another order.
+
+    Args:
+        values: Codes `[N, K]`, or uint8 `[N, ceil(K / 2)]`.
+        order: The column to take for each column, `[K]`; None leaves them as they are.
+        columns: K.
+    """
+    import torch
+
+    if order is None:
+        return values
+    if values.shape[1] == columns:
+        return values.index_select(1, order)
+    result = torch.empty_like(values)
+    for begin in range(0, len(values), ROWS):
+        part = unpack(values[begin : begin + ROWS], columns)
+        result[begin : begin + ROWS] = pack(part.index_select(1, order))
+    return result

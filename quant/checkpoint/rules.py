@@ -94,10 +94,12 @@ def scheme_of(rule: Rule) -> Scheme | None:
 
     Activations are as the checkpoint says where a scheme has them so; elsewhere as given, which
     loses nothing. They are never quantized further than the checkpoint asks, nor under another
-    scale.
+    scale. One scale a row of int4 is that of each group of the row: the numbers stay the same.
     """
     format = "int4" if rule.encoding == "uint4" else rule.encoding
-    wanted = (format, rule.granularity, rule.scale_format, rule.second, not rule.shifted)
+    by_row = format == "int4" and rule.granularity == "channel"
+    granularity = "group128" if by_row else rule.granularity
+    wanted = (format, granularity, rule.scale_format, rule.second, not rule.shifted)
     fitting = {
         (row.activation.format, row.static, row.activation.symmetric): row
         for row in SCHEMES.values()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hal.errors import DTypeError, ShapeError, UnsupportedModelError, ValueRangeError
+from hal.errors import ArgumentError, DTypeError, ShapeError, ValueRangeError
 from hal.quant.checkpoint.files import Folder
 from hal.quant.checkpoint.formats import FORMATS
 from hal.quant.checkpoint.header import Entry
@@ -18,7 +18,7 @@ from hal.quant.scheme import group_of, scale_shape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Pieces", "Source", "read_factor", "read_scales", "require_order"]
+__all__ = ["Pieces", "Source", "order_of", "read_factor", "read_scales"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +36,8 @@ class Pieces:
         input_scale: float32 `[]`, a factor for static activations; of NVFP4, their second scale.
             Static schemes use it; others scale activations by what they see.
         input_zero: int8 `[]`, the code of static activations that means zero; None is 0.
+        column_order: int32 `[K]`, the column of the weight that each column of the codes is; None
+            where they lie in order.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Pieces:
     zeros: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero: torch.Tensor | None = None
+    column_order: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,17 +182,32 @@ def _worst(scales: torch.Tensor) -> str:
     return str(float(scales.min())) if bool((scales < 0).any()) else "infinity"
 
 
-def require_order(source: Source, suffix: str, columns: int) -> None:
-    """Raise unless each column belongs to the group in which it stands."""
+def order_of(source: Source, suffix: str, columns: int) -> torch.Tensor | None:
+    """Return the columns in the order of their groups, int32 `[K]`; None if that is their own.
+
+    Act-order (`desc_act`) gives columns to groups in the order in which it has rounded them. The
+    file says the group of each column.
+
+    Raises:
+        ShapeError: If there is not one group for each column.
+        ArgumentError: If groups are not those of the group size.
+    """
     import torch
 
+    if suffix not in source.suffixes:
+        return None
     source.shape(suffix, (columns,))
     group = group_of(source.rule.granularity) or columns
     expected = torch.arange(columns) // group
-    if not torch.equal(source.read(suffix).long(), expected):
-        raise UnsupportedModelError(
+    groups = source.read(suffix).long()
+    if torch.equal(groups, expected):
+        return None
+    found, order = groups.sort(stable=True)
+    if not torch.equal(found, expected):
+        place = int((found != expected).nonzero()[0, 0])
+        raise ArgumentError(
             source.where(suffix),
-            found="columns in another order (desc_act, act-order)",
-            needed=f"column k in group k // {group}",
-            cure="hal would have to permute activations; quantize with desc_act=False",
+            found=f"{int((groups == expected[place]).sum())} columns of group {expected[place]}",
+            needed=f"{int((expected == expected[place]).sum())}, the group size",
         )
+    return order.to(torch.int32)

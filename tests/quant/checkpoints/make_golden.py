@@ -495,22 +495,26 @@ def int4_parameters(weight: torch.Tensor, group: int, symmetric: bool):
     return scale, (-low / scale).round().clamp(0, 15)
 
 
-def gptq(folder: Path, symmetric: bool, group: int) -> Expected:
-    module = bare("auto_gptq.nn_modules.qlinear.qlinear_cuda_old")
+def gptq(folder: Path, symmetric: bool, group: int, act_order: bool = False) -> Expected:
+    # The old layer takes columns in order alone.
+    layer = "qlinear_cuda" if act_order else "qlinear_cuda_old"
+    module = bare(f"auto_gptq.nn_modules.qlinear.{layer}")
     tensors, expected = {}, {}
     for index, (name, (rows, columns)) in enumerate({DOWN: (32, 64), UP: (64, 128)}.items()):
         linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.float16)
         linear.weight.data = numbers(20 + index, rows, columns, dtype=torch.float16)
-        scales, zeros = int4_parameters(linear.weight.data, group, symmetric)
+        order = torch.randperm(columns) if act_order else torch.arange(columns)
+        scales, zeros = int4_parameters(linear.weight.data[:, order], group, symmetric)
         if not symmetric:
             zeros.clamp_(min=1)  # auto-gptq 0.7.1 spoils its neighbours where it stores 0 - 1
+        groups = (order.argsort() // group).int()
         packed = module.QuantLinear(4, group, columns, rows, False)
-        packed.pack(linear, scales, zeros.clone(), None)
+        packed.pack(linear, scales, zeros.clone(), groups)
         for part in ("qweight", "qzeros", "scales", "g_idx"):
             tensors[f"{name}.{part}"] = getattr(packed, part).clone()
         # Multiplied with the identity, the layer gives its weights back.
         expected[name] = packed.eval()(torch.eye(columns, dtype=torch.float16)).t().contiguous()
-    config = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": act_order}
     write(folder, tensors, {"quantization_config": {**config, "sym": symmetric}})
     return expected
 
@@ -523,6 +527,16 @@ def _(folder):
 @case("gptq_asymmetric", "auto_gptq")
 def _(folder):
     return gptq(folder, False, 32)
+
+
+@case("gptq_act_order", "auto_gptq")
+def _(folder):
+    return gptq(folder, True, 32, act_order=True)
+
+
+@case("gptq_act_order_asymmetric", "auto_gptq")
+def _(folder):
+    return gptq(folder, False, 64, act_order=True)
 
 
 @case("awq", "awq")

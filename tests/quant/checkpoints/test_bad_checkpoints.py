@@ -271,12 +271,14 @@ def test_stated_shape(golden) -> None:
     fails(copy, ShapeError, "weight_shape: found")
 
 
-@pytest.mark.parametrize("case", ["gptq_symmetric", "gptq_asymmetric"])
-def test_reordered_columns(golden, case) -> None:
+@pytest.mark.parametrize("case", ["gptq_symmetric", "gptq_asymmetric", "gptq_act_order"])
+def test_groups_of_other_sizes(golden, case) -> None:
     copy = golden(case)
-    copy.change(up_proj__g_idx=lambda index: index.flip(0))
-    match = r"up_proj\.g_idx: found columns in another order \(desc_act"
-    fails(copy, UnsupportedModelError, match, UP)
+    copy.change(up_proj__g_idx=lambda index: index.clamp(min=1))
+    match = r"up_proj\.g_idx: found 0 columns of group 0, needed \d+, the group size"
+    fails(copy, ArgumentError, match, UP)
+    copy.change(up_proj__g_idx=lambda index: index - 5)
+    fails(copy, ArgumentError, r"up_proj\.g_idx: found .* of group 0, needed", UP)
 
 
 def test_symmetric_by_configuration_only(golden) -> None:

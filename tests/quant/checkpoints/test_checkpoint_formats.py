@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import make_golden
@@ -16,13 +17,13 @@ from hal.errors import UnknownNameError, UnsupportedModelError
 from hal.ops import Linear
 from hal.quant import SCHEMES, QTensor
 from hal.quant.checkpoint import FORMATS, load
+from hal.quant.checkpoint.convert import to_qtensor
 from hal.quant.mx import decode_e8m0
-from hal.quant.nibbles import unpack
+from hal.quant.nibbles import pack_int32, unpack, unpack_int32
 from hal.quant.scheme import group_of
 
 DOWN, UP = make_golden.DOWN, make_golden.UP
 GOLDEN = make_golden.GOLDEN
-NO_SCHEME = {"ct_int4_channel"}
 # scheme that each case must come out as; activations that hal has no scheme for stay as given
 EXPECTED_SCHEMES = {
     "awq": "int4_w4a16_g32",
@@ -31,7 +32,7 @@ EXPECTED_SCHEMES = {
     "ct_fp8_channel_float32_scales": "fp8_channel",
     "ct_fp8_channel_static": "fp8_static_channel",
     "ct_fp8_tensor_static": "fp8_static",
-    "ct_int4_channel": None,
+    "ct_int4_channel": "int4_w4a16",
     "ct_int4_fp8_activations": "int4_w4a16",
     "ct_int4_group128": "int4_w4a16",
     "ct_int4_group32": "int4_w4a16_g32",
@@ -49,6 +50,8 @@ EXPECTED_SCHEMES = {
     "ct_nvfp4": "nvfp4_static",
     "ct_nvfp4_w4a16": "nvfp4_w4a16",
     "gpt_oss_mxfp4": "mxfp4_w4a16",
+    "gptq_act_order": "int4_w4a16_g32",
+    "gptq_act_order_asymmetric": "int4_w4a16_g64",
     "gptq_asymmetric": "int4_w4a16_g32",
     "gptq_symmetric": "int4_w4a16_g64",
     "hf_fp8_block": "fp8_block128",
@@ -69,9 +72,6 @@ def numbers(checkpoint, module: str, *, scale_first: bool = False) -> torch.Tens
     its table has no -0.
     """
     pieces = checkpoint.pieces(module)
-    if pieces.rule.granularity == "channel" and pieces.rule.encoding == "int4":
-        codes = unpack(pieces.values, pieces.logical_shape[-1]).int()
-        return ((codes ^ 8) - 8).float() * pieces.scales.unsqueeze(-1)
     if not scale_first:
         return checkpoint[module].dequantize()
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -136,15 +136,39 @@ def test_schemes(name) -> None:
         summary = checkpoint.summary()
         assert {module.scheme for module in summary.modules} == {wanted}
         for module in checkpoint:
-            if wanted is None:
-                with pytest.raises(UnsupportedModelError, match=r"channel.*pieces"):
-                    checkpoint[module]
-            else:
-                assert checkpoint[module].scheme is SCHEMES[wanted]
+            assert checkpoint[module].scheme is SCHEMES[wanted]
         assert summary.nbytes == sum(
             tensor.nbytes
             for tensor in map(checkpoint.tensor, [*checkpoint.plain, *all_names(checkpoint)])
         )
+
+
+def test_pieces_without_a_scheme() -> None:
+    with load(GOLDEN / "ct_int8_channel") as checkpoint:
+        pieces = checkpoint.pieces(DOWN)
+    pieces = replace(pieces, rule=replace(pieces.rule, granularity="group128"))
+    with pytest.raises(UnsupportedModelError, match=r"scales per group128, .*\.pieces\(name\)"):
+        to_qtensor(pieces)
+
+
+def test_one_scale_a_row_of_int4_is_that_of_its_groups(golden) -> None:
+    copy = golden("ct_int4_channel")
+    with load(copy.folder) as checkpoint:
+        pieces, weight = checkpoint.pieces(DOWN), checkpoint[DOWN]
+    codes = unpack(pieces.values, pieces.logical_shape[-1]).int()
+    wanted = ((codes ^ 8) - 8).float() * pieces.scales.unsqueeze(-1)
+    assert torch.equal(weight.dequantize(), wanted)
+    wide = replace(
+        pieces,
+        values=pieces.values.repeat(1, 25),
+        logical_shape=(12, 600),
+        zeros=torch.arange(12, dtype=torch.uint8),
+        rule=replace(pieces.rule, encoding="uint4"),
+    )
+    found = to_qtensor(wide)
+    assert found.scales.shape == found.zeros.shape == (12, 5)
+    wanted = (codes.repeat(1, 25) - torch.arange(12).view(12, 1)) * pieces.scales.unsqueeze(-1)
+    assert torch.equal(found.dequantize(), wanted)
 
 
 def all_names(checkpoint) -> list[str]:
@@ -291,6 +315,42 @@ def test_group_index_in_order_is_nothing_special(golden) -> None:
     with_index = load(copy.folder)[DOWN]
     copy.change(__g_idx=None)
     assert torch.equal(load(copy.folder)[DOWN].values, with_index.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("gptq_act_order", DOWN), ("gptq_act_order_asymmetric", UP)]
+)
+def test_act_order_sorts_columns_into_groups(name, module) -> None:
+    """What lies in the file in the weight's own order comes sorted, and the order beside it."""
+    with load(GOLDEN / name) as checkpoint:
+        weight, pieces = checkpoint[module], checkpoint.pieces(module)
+        groups = checkpoint._source(module).read(".g_idx").long()
+    order = weight.column_order
+    assert order.dtype is torch.int32
+    assert torch.equal(order, pieces.column_order)
+    assert torch.equal(groups[order.long()], groups.sort().values)
+    plain = replace(weight, column_order=None).dequantize()
+    assert torch.equal(weight.dequantize()[:, order.long()], plain)
+    assert not torch.equal(weight.dequantize(), plain)
+    assert "columns reordered" in repr(weight)
+
+
+def test_act_order_of_compressed_tensors(golden) -> None:
+    """Releases before 0.20.1 wrote it; the codes are those of the same weight in order."""
+    copy = golden("ct_int4_group32")
+    before = load(copy.folder)[DOWN]
+    columns = before.shape[1]
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(3))
+    copy.settings(config_groups={"group_0": {"weights": {"actorder": "group"}}})
+    # As the file has it: column k of the codes moves to order[k], with the group it was in.
+    back = order.argsort()
+    copy.change(
+        down_proj__weight_packed=lambda words: pack_int32(unpack_int32(words, columns)[:, back])
+    )
+    copy.add(**{f"{DOWN}.weight_g_idx": (back // 32).int()})
+    after = load(copy.folder)[DOWN]
+    assert torch.equal(after.dequantize()[:, order], before.dequantize())
+    assert torch.equal(after.scales, before.scales)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.uint8])
