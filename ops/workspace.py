@@ -65,8 +65,6 @@ class Workspace:
         """
         import torch
 
-        from hal.torch_compat import is_capturing
-
         if self._ranks not in (None, ranks):
             raise ArgumentError(
                 "expert_parallel: workspace",
@@ -89,13 +87,8 @@ class Workspace:
                 )
         held = {name: buffer.numel() for name, buffer in self._held.items()}
         wanted = {n: s for n, s in union((held, sizes)).items() if s > held.get(n, -1)}
-        if wanted and is_capturing(device):
-            raise ArgumentError(
-                "expert_parallel: workspace",
-                found=f"a layer that needs more of {', '.join(wanted)} while a graph is captured",
-                needed="buffers that are there before",
-                cure="make all layers, and call each once, before the capture",
-            )
+        if wanted:
+            _require_no_capture(device, *wanted)
         for name, size in wanted.items():
             if name == SYMMETRIC:
                 assert group is not None
@@ -144,9 +137,14 @@ class Workspace:
             name: Of the library's object.
             sizes: Bytes that a layer needs of each of its parts.
             make: Makes it, of the largest sizes that were asked for.
+
+        Raises:
+            ArgumentError: If it would be made while a graph is captured.
         """
         held, found = self._packages.get(name, ((0,) * len(sizes), None))
         if found is None or any(size > old for size, old in zip(sizes, held, strict=True)):
+            if self._device is not None:
+                _require_no_capture(self._device, name)
             held = tuple(map(max, sizes, held))
             found = make(*held)  # layers that have the old one keep it alive
             self._packages[name] = held, found
@@ -196,6 +194,19 @@ class Workspace:
     def nbytes(self) -> int:
         """Return the bytes of all buffers, retired ones included."""
         return sum(buffer.numel() for buffer in (*self._held.values(), *self.retired))
+
+
+def _require_no_capture(device: torch.device, *names: str) -> None:
+    """Raise if what a layer needs more of would be allocated while a graph is captured."""
+    from hal.torch_compat import is_capturing
+
+    if is_capturing(device):
+        raise ArgumentError(
+            "expert_parallel: workspace",
+            found=f"a layer that needs more of {', '.join(names)} while a graph is captured",
+            needed="buffers that are there before",
+            cure="make all layers, and call each once, before the capture",
+        )
 
 
 class Abandoning:

@@ -12,10 +12,12 @@ from hal.ops.bound_experts import FusedMoE
 from hal.ops.cases.trial import (
     Case,
     Findings,
+    Quantizer,
     Trial,
     as_seen,
     calibrated,
     error,
+    quantizers,
     random,
     tolerance,
 )
@@ -111,6 +113,7 @@ class _Experts:
         dtype: torch.dtype = torch.bfloat16,
         zeros: int | None = None,
         scale2: float = 0.1,
+        quantized: Quantizer = calibrated,
         **options: Any,
     ) -> None:
         device = trial.device
@@ -118,8 +121,8 @@ class _Experts:
         if zeros is not None:
             w13[zeros] = 0
         w2 = random(experts, hidden, intermediate, seed=2, device=device, scale=scale2)
-        self.w13 = calibrated(w13.to(dtype), trial.scheme)
-        self.w2 = calibrated(w2.to(dtype), trial.scheme)
+        self.w13 = quantized(w13.to(dtype), trial.scheme)
+        self.w2 = quantized(w2.to(dtype), trial.scheme)
         self.activation = activation
         self.bound = FusedMoE(
             self.w13, self.w2, activation=activation, dtype=dtype, **options, **trial.options
@@ -166,14 +169,16 @@ def _sizes(
     intermediate: int,
     kind: str,
 ) -> None:
-    made = _Experts(trial, experts, hidden, intermediate, tokens=tokens, top_k=top_k)
     x = random(tokens, hidden, seed=3, device=trial.device)
     route = routing(tokens, top_k, experts, trial.device, kind)
-    y = made.bound(x, route)
-    found.demand(f"gave {y.dtype}", y.dtype is x.dtype)
-    made.compare(found, "experts", y, x, route)
     gone = ((route.ids < 0) | (route.ids >= experts)).all(-1)
-    found.demand("a token of absent slots gives zeros", not y[gone].any())
+    sizes = experts, hidden, intermediate
+    for of, quantized in quantizers(trial, "fused_moe", "w13").items():
+        made = _Experts(trial, *sizes, tokens=tokens, top_k=top_k, quantized=quantized)
+        y = made.bound(x, route)
+        found.demand(f"gave {y.dtype}", y.dtype is x.dtype)
+        made.compare(found, f"experts{of}", y, x, route)
+        found.demand(f"a token of absent slots gives zeros{of}", not y[gone].any())
 
 
 def _kinds(trial: Trial, found: Findings, *, activation: str, dtype: torch.dtype) -> None:

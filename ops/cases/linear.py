@@ -16,6 +16,7 @@ from hal.ops.cases.trial import (
     as_seen,
     calibrated,
     error,
+    quantizers,
     random,
 )
 from hal.registry import Level
@@ -34,14 +35,16 @@ def _level(bound: Linear) -> Level:
 
 def _sizes(trial: Trial, found: Findings, *, tokens: int, columns: int, rows: int) -> None:
     device = trial.device
-    weight = calibrated(random(rows, columns, seed=1, device=device, scale=0.05), trial.scheme)
-    bound = Linear(weight, tokens=tokens, **trial.options)
-    found.demand(f"bound {bound.kernel}", bound.kernel == trial.kernel)
     x = random(tokens, columns, seed=2, device=device)
-    seen = as_seen(x, weight, _level(bound))
-    y = bound(x)
-    found.demand(f"gave {y.dtype}", y.dtype is torch.bfloat16)
-    found.near("product", error(y, seen @ weight.dequantize().double().T), TOLERANCE)
+    numbers = random(rows, columns, seed=1, device=device, scale=0.05)
+    for of, quantized in quantizers(trial, "linear", "weight").items():
+        weight = quantized(numbers, trial.scheme)
+        bound = Linear(weight, tokens=tokens, **trial.options)
+        found.demand(f"bound {bound.kernel}", bound.kernel == trial.kernel)
+        seen = as_seen(x, weight, _level(bound))
+        y = bound(x)
+        found.demand(f"gave {y.dtype}", y.dtype is torch.bfloat16)
+        found.near(f"product{of}", error(y, seen @ weight.dequantize().double().T), TOLERANCE)
 
 
 def _bias_in_fp16(trial: Trial, found: Findings) -> None:

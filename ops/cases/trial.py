@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,24 @@ from hal.ops.quantize import activation_encoding
 from hal.quant import QTensor, quantize
 from hal.quant.calibrate import fixed_arguments
 from hal.quant.represent import numbers, represent
-from hal.quant.scheme import SCHEMES, Scheme
-from hal.registry import Level
+from hal.quant.scheme import SCHEMES, Scheme, group_of
+from hal.quant.uint4 import encode_uint4
+from hal.registry import Level, find_op
 
-__all__ = ["Case", "Findings", "Trial", "as_seen", "calibrated", "error", "random", "tolerance"]
+__all__ = [
+    "Case",
+    "Findings",
+    "Quantizer",
+    "Trial",
+    "as_seen",
+    "calibrated",
+    "error",
+    "quantizers",
+    "random",
+    "tolerance",
+]
+
+Quantizer = Callable[[torch.Tensor, str], QTensor]
 
 QUANTIZES = (Level.NATIVE, Level.EMULATED, Level.REFERENCE)
 TOLERANCE = 1.2e-2
@@ -123,6 +137,30 @@ def random(*shape: int, seed: int, device: torch.device, scale: float = 1.0) -> 
 def calibrated(weight: torch.Tensor, scheme: str) -> QTensor:
     """Return a weight with all that binding needs; normal numbers beyond 4 saturate if static."""
     return quantize(weight, scheme, **fixed_inputs(scheme))
+
+
+def quantizers(trial: Trial, op: str, name: str) -> dict[str, Quantizer]:
+    """Return how weights are quantized for a kernel, by what is said of them.
+
+    There are two ways where a kernel reads int4 codes with zero points, too.
+
+    Args:
+        trial: The kernel and the scheme.
+        op: Name of the op.
+        name: The weight, as the op names it.
+    """
+    found: dict[str, Quantizer] = {"": calibrated}
+    if "uint4" in find_op(op).find(trial.kernel).operand(trial.scheme, name).formats:
+        found[", zero points"] = shifted
+    return found
+
+
+def shifted(weight: torch.Tensor, scheme: str) -> QTensor:
+    """Return a weight of int4 codes with zero points; its numbers lie around another than 0."""
+    like = calibrated(weight, scheme)
+    group = group_of(like.scheme.weight.granularity)
+    values, scales, zeros = encode_uint4(weight + weight.float().std() / 2, group)
+    return replace(like, values=values, scales=scales, zeros=zeros, encoding="uint4")
 
 
 def fixed_inputs(scheme: str | Scheme) -> dict[str, Any]:

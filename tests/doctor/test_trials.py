@@ -92,7 +92,7 @@ class TestChildren:
         start = time.perf_counter()
         result = run_in_child(code, seconds=1.5)
         assert result.failure == "no end within 1.5 s"
-        assert time.perf_counter() - start < 10
+        assert time.perf_counter() - start < 40
         size = mark.stat().st_size
         assert size, "the grandchild ran"
         time.sleep(0.3)

@@ -268,6 +268,18 @@ def test_a_package_keeps_the_largest_that_was_asked_for():
     assert made == [(4, 9), (5, 9)]
 
 
+def test_a_package_is_not_made_while_a_graph_is_captured(monkeypatch):
+    held, made = Workspace(), object()
+    held.reserve({}, 2, torch.device("cpu"))
+    assert held.package("p", (4,), lambda size: made) is made
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
+    assert held.package("p", (4,), object) is made
+    for name, size in (("p", 5), ("q", 1)):
+        with pytest.raises(ArgumentError, match=f"needs more of {name} while a graph is captured"):
+            held.package(name, (size,), lambda size: pytest.fail("it was made"))
+    assert held.package("p", (4,), object) is made
+
+
 def test_mori_serves_one_group_a_process():
     mori._started.append("another")
     with pytest.raises(ArgumentError, match="needed another"):

@@ -44,7 +44,7 @@ def test_a_lost_rank_is_named_and_the_others_go_on(how, tmp_path):
         assert "make a new group" in result["error"]
         assert result["missing"] == [2]
         # One limit to notice, one and a second to hear of the others, and a slow machine.
-        assert result["seconds"] < 2 * parallel_failure_worker.SECONDS + 1 + 3
+        assert result["seconds"] < 2 * parallel_failure_worker.SECONDS + 1 + 30
         assert "a call after ranks had failed" in result["again"]
         wanted = alone(*inputs("ragged", rank))
         assert error_of(result["y"], wanted) < 0.005

@@ -181,4 +181,4 @@ def test_no_two_are_timed_at_once_and_who_does_not_come_back_is_named(
         assert before["ended"] <= after["begun"]
     assert failures["deaf"] == "no time left; it was warming"
     assert failures["dies"].startswith("ended with status 3")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 50

@@ -41,7 +41,7 @@ def test_a_stage_that_does_not_end_is_stopped_with_its_children(tmp_path):
     begin = time.monotonic()
     status = two_gpus.run((sys.executable, "-c", child), 0.5, tmp_path / "log.txt")
     assert status == "stopped at 0 s"
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 40
     assert two_gpus.run((sys.executable, "-c", "print(7)"), 20, tmp_path / "log.txt") == "ended"
     assert (tmp_path / "log.txt").read_text() == "7\n"
     failing = (sys.executable, "-c", "raise SystemExit(3)")

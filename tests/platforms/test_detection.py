@@ -134,12 +134,12 @@ def test_without_nvml_the_driver_s_files_are_read(tmp_path: Path, fault: str) ->
     fakes.add_proc_nvidia(tmp_path, "NVIDIA H200", "NVIDIA H200")
     nvml = {
         "broken": FakeNvml(fail="Driver/library version mismatch"),
-        "hanging": FakeNvml(hang=3.0),
+        "hanging": FakeNvml(hang=30.0),
         "absent": None,
     }[fault]
     start = time.perf_counter()
     found = detect(machine(tmp_path, CUDA_TORCH, nvml=nvml, seconds=0.3))
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 15
     spec = found.current.device(1)
     assert (spec.name, str(spec.arch), spec.driver_version) == ("H200", "sm_90", "580.159.03")
     assert "NVML does not answer" in found.current.notes[0]
@@ -379,10 +379,10 @@ def test_nvml_that_fails_for_one_field(tmp_path: Path, field: str, answer: objec
 def test_nvml_that_hangs_for_one_field(tmp_path: Path, field: str) -> None:
     fakes.add_proc_nvidia(tmp_path, "NVIDIA H200")
     nvml = FakeNvml(h200(0))
-    setattr(nvml, field, lambda *arguments: time.sleep(3))
+    setattr(nvml, field, lambda *arguments: time.sleep(30))
     start = time.perf_counter()
     platform = detect(machine(tmp_path, CUDA_TORCH, nvml=nvml, seconds=0.2)).current
-    assert time.perf_counter() - start < 2.5
+    assert time.perf_counter() - start < 15
     assert (platform.name, platform.device_count()) == ("cuda", 1)
 
 
