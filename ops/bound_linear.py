@@ -190,7 +190,8 @@ def _checked_order(where: str, weight: QTensor) -> torch.Tensor | None:
             found=f"numbers from {int(order.min())} to {int(order.max())}, some twice or outside",
             needed=f"each of 0 to {len(order) - 1} once",
         )
-    return order.contiguous()
+    # Of the binding's own: reloading overwrites it, and never the weight that was bound.
+    return order.clone(memory_format=torch.contiguous_format)
 
 
 def _reordering(

@@ -21,7 +21,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hal.errors import LayoutError, RegistrationError, UnknownNameError
+from hal.errors import ArgumentError, LayoutError, RegistrationError, UnknownNameError
 from hal.quant.forms import Form, Layout, matrix_of, matrix_shape, tensor_of
 from hal.quant.kernel_layouts import kernel_layouts
 from hal.quant.parts import Part, Plain, copy
@@ -135,7 +135,18 @@ def kernel_arguments(weight: QTensor) -> Arguments:
     """Return the tensors of a weight as the kernels take them that read its layout.
 
     They are views: transposed, cropped or as int32 words, as the layout's table says.
+
+    Raises:
+        ArgumentError: If columns lie in another order, which these tensors do not tell.
     """
+    if weight.column_order is not None:
+        raise ArgumentError(
+            "kernel_arguments",
+            found="columns in another order (act-order)",
+            needed="columns in order",
+            cure="give the kernel x[:, weight.column_order] and the arguments of "
+            "dataclasses.replace(weight, column_order=None), as hal.ops.Linear does",
+        )
     form = form_of(weight)
 
     def argument(name: str) -> Any:

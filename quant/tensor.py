@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import DeviceMismatchError, DTypeError, EncodingError, LayoutError, ShapeError
+from hal.errors import (
+    ArgumentError,
+    DeviceMismatchError,
+    DTypeError,
+    EncodingError,
+    LayoutError,
+    ShapeError,
+)
 from hal.quant.scheme import Quantization, Scheme, find_scheme
 from hal.torch_compat import dtype
 
@@ -23,6 +30,8 @@ TENSORS = (
     *("input_scale", "input_zero", "column_order"),
 )
 """What a weight may consist of, in this order."""
+REORDERED = "reordered"
+"""The tag `columns` of a weight that has a column_order."""
 
 
 def _dtype_of(name: str, how: Quantization) -> torch.dtype:
@@ -258,11 +267,13 @@ class QTensor:
     @property
     def metadata(self) -> dict[str, str]:
         """Return the tags as text, for the header of a safetensors file."""
+        ordered = {} if self.column_order is None else {"columns": REORDERED}
         return {
             "scheme": self.scheme.name,
             "encoding": self.encoding,
             "layout": self.layout,
             "logical_shape": ",".join(map(str, self.logical_shape)),
+            **ordered,
         }
 
     @classmethod
@@ -297,6 +308,14 @@ class QTensor:
                     "QTensor.from_state_dict", found=f"values of {raw.dtype}", needed=needed
                 )
             typed[name] = raw.view(needed) if as_bytes else raw
+        ordered = {True: REORDERED, False: None}[typed["column_order"] is not None]
+        if metadata.get("columns") != ordered:
+            raise ArgumentError(
+                "QTensor.from_state_dict",
+                found=f"{'a' if ordered else 'no'} column_order and columns="
+                f"{metadata.get('columns')} in the tags",
+                needed="both, or neither",
+            )
         values = typed.pop("values")
         assert values is not None
         scales, layout = typed.pop("scales"), metadata["layout"]

@@ -12,7 +12,7 @@ from calibrated import quantize
 import hal.nn
 from hal.errors import ArgumentError, DTypeError, ForcedKernelError, ShapeError
 from hal.ops import Linear, linear
-from hal.quant import SCHEMES, QTensor, to_layout
+from hal.quant import SCHEMES, QTensor, kernel_arguments, to_layout
 from hal.quant.layout import find_layout
 from hal.quant.padding import pad_weight
 from hal.registry import find_op
@@ -78,6 +78,19 @@ def test_reload_takes_another_order():
     assert torch.equal(bound(x), Linear(new)(x))
 
 
+@pytest.mark.parametrize("force", ["torch_dequant", None])
+def test_weights_that_change_places_by_reloading(force):
+    one, other = (weight("int4_w4a16_g32", seed=seed) for seed in (0, 1))
+    first, second, x = Linear(one, force=force), Linear(other, force=force), rows(3)
+    wanted = first(x), second(x)
+    first.reload(other)
+    second.reload(one)
+    assert torch.equal(first(x), wanted[1])
+    assert torch.equal(second(x), wanted[0])
+    if force:  # it has copied the codes, so that the weights are who they were
+        assert torch.equal(Linear(one, force=force)(x), wanted[0])
+
+
 def test_a_compiled_graph_computes_so_too():
     bound, x = Linear(weight("int4_w4a16_g32")), rows(3)
     assert torch.equal(torch.compile(bound, backend="eager", fullgraph=True)(x), bound(x))
@@ -93,6 +106,33 @@ def test_a_module_keeps_the_order():
     other = hal.nn.Linear(weight("int4_w4a16_g32", seed=1))
     other.load_state_dict(torch.load(held, weights_only=True))
     assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("order", [True, False])
+def test_a_state_of_the_other_kind_changes_nothing(order, strict):
+    module, x = hal.nn.Linear(weight("int4_w4a16_g32", order=order)), rows(3)
+    before = module(x)
+    state = hal.nn.Linear(weight("int4_w4a16_g32", seed=1, order=not order)).state_dict()
+    with pytest.raises(ArgumentError, match="columns"):
+        module.load_state_dict(state, strict=strict)
+    assert torch.equal(module(x), before)
+
+
+def test_tags_and_order_come_together():
+    ordered = weight("int4_w4a16_g32")
+    state, tags = ordered.state_dict(), ordered.metadata
+    for some, told in (
+        ({name: part for name, part in state.items() if name != "column_order"}, tags),
+        (state, {name: tag for name, tag in tags.items() if name != "columns"}),
+    ):
+        with pytest.raises(ArgumentError, match="needed both, or neither"):
+            QTensor.from_state_dict(some, told)
+
+
+def test_arguments_of_foreign_kernels_are_refused():
+    with pytest.raises(ArgumentError, match=r"kernel_arguments: .* give the kernel x\[:, weight"):
+        kernel_arguments(weight("int4_w4a16_g32"))
 
 
 @pytest.mark.parametrize(

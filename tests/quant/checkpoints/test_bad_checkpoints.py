@@ -275,7 +275,7 @@ def test_stated_shape(golden) -> None:
 def test_groups_of_other_sizes(golden, case) -> None:
     copy = golden(case)
     copy.change(up_proj__g_idx=lambda index: index.clamp(min=1))
-    match = r"up_proj\.g_idx: found 0 columns of group 0, needed \d+, the group size"
+    match = r"up_proj\.g_idx: found 0 columns of group 0, needed \d+, by the group size \d+"
     fails(copy, ArgumentError, match, UP)
     copy.change(up_proj__g_idx=lambda index: index - 5)
     fails(copy, ArgumentError, r"up_proj\.g_idx: found .* of group 0, needed", UP)

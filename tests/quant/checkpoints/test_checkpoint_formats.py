@@ -351,6 +351,9 @@ def test_act_order_of_compressed_tensors(golden) -> None:
     after = load(copy.folder)[DOWN]
     assert torch.equal(after.dequantize()[:, order], before.dequantize())
     assert torch.equal(after.scales, before.scales)
+    # A module without an order of its own was written so.
+    copy.change(down_proj__weight_g_idx=lambda groups: torch.full_like(groups, -1))
+    assert load(copy.folder)[DOWN].column_order is None
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.uint8])
