@@ -10,20 +10,23 @@ that of h; scale of w2 times that of h `[E]`; that of x |
 | flashinfer_moe_block128 | bf16 | e4m3fn | float32 `[E, N/128, K/128]` of w13 and w2 |
 | flashinfer_moe_mx | e4m3fn, exponents in tiles | e4m3fn; e2m1 as int64 of 16 | of each weight \
 exponents in tiles, as int32 `[E, N, K/128]`, and ones `[E]` |
+| flashinfer_moe_nvfp4 | bf16 | e2m1 as int64 of 16 | of each weight 1 / the second scale of its \
+input; e4m3 in tiles, as int32 `[E, N, K/64]`; its own second scale times that of its input `[E]` |
 | flashinfer_moe_trtllm | e4m3fn, float32 `[K/128, M]` | e4m3fn | as of block128 |
 
-`cutlass_fused_moe` quantizes h itself: per 128 where x comes in bf16, under the fixed scale, or per
-32. In the latter case its exponents may be one above those of the scheme. Without
-`use_fused_finalize` it sums in order, not by atomics. Scales per block must be at least 1e-10: with
-less Hopper's kernel gives NaN. Ids of no expert are stood in for: what its kernels do with them was
-not followed to the end. TRT-LLM's routing wants more experts than a token has.
+`cutlass_fused_moe` quantizes h itself: per 128 where x comes in bf16, under the fixed scale, per 16
+under it (x too), or per 32. In the latter case its exponents may be one above those of the scheme.
+Without `use_fused_finalize` it sums in order, not by atomics. Scales per block must be at least
+1e-10: with less Hopper's kernel gives NaN. Ids of no expert are stood in for: what its kernels do
+with them was not followed to the end. TRT-LLM's routing wants more experts than a token has.
 
-NVFP4 has one second scale of the activations for a whole batch there, which hal's nvfp4 has per
-token: it is not offered. Nor is what wants weights shuffled for TRT-LLM's tiles.
+NVFP4 has one second scale of the activations there, as nvfp4_static does; nvfp4, which has one a
+token, is not offered. Nor is what wants weights shuffled for TRT-LLM's tiles.
 
 Source: the wheel of flashinfer-python 0.7.4: flashinfer/fused_moe/core.py (`cutlass_fused_moe`,
 `trtllm_fp8_block_scale_routed_moe`), tllm_enums.py, data/csrc/fused_moe/cutlass_backend/
-flashinfer_cutlass_fused_moe_binding.cu (`getQuantParams`), data/csrc/
+flashinfer_cutlass_fused_moe_binding.cu (`getQuantParams`), tests/moe/
+test_trtllm_cutlass_fused_moe.py (`test_moe_nvfp4`: x in bf16), data/csrc/
 trtllm_fused_moe_kernel_launcher.cu (routing, shapes); vllm-project/vllm 0.25.1, model_executor/
 layers/fused_moe/experts/flashinfer_cutlass_moe.py, quantization/utils/flashinfer_utils.py.
 """
@@ -222,6 +225,49 @@ def bind_mx(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PL
 
     scales = w13.scales.view(torch.int32), w2.scales.view(torch.int32)
     return _layer(layer, w13, call, given, (*codes, *scales, ones))
+
+
+@FUSED_MOE.kernel(
+    "flashinfer_moe_nvfp4",
+    level=Level.NATIVE,
+    band="specialised",
+    signatures=up_first("nvfp4_static", TILES),
+    requires=(
+        *CUTLASS,
+        Needs.in_family("sm_10x", "sm_12x"),
+        Needs.math("e2m1"),
+        Needs.one_of("dtype", "bfloat16", hint="it takes bfloat16 and quantizes it"),
+        *multiples(128),
+    ),
+    claimed=True,
+)
+def bind_nvfp4(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer = PLAIN) -> Bound:
+    """Call FlashInfer's CUTLASS experts, which quantize x and h under their fixed second scales."""
+    import torch
+
+    call = _function(layer)
+    read: list[torch.Tensor] = []
+    for weight in (w13, w2):
+        assert weight.scales is not None
+        assert weight.global_scale is not None
+        of_input = fixed_scale(weight)[0]
+        read += (
+            weight.values.view(torch.int64),
+            of_input.reciprocal(),
+            weight.scales.view(torch.int32),
+            weight.global_scale * of_input,
+        )
+
+    def given(x: torch.Tensor, tensors: Tensors) -> dict[str, Any]:
+        first, second = tensors[:4], tensors[4:]
+        return {
+            "input": x,
+            "fc1_expert_weights": first[0],
+            "fc2_expert_weights": second[0],
+            "quant_scales": [*first[1:], *second[1:]],
+        }
+
+    return _layer(layer, w13, call, given, tuple(read))
 
 
 @FUSED_MOE.kernel(

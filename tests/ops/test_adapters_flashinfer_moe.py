@@ -58,6 +58,28 @@ def tiled(stored, rows: int, columns: int):
     return torch.exp2(exponents.double() - 127).repeat_interleave(32, 1)
 
 
+def in_nvfp4(weight, stored, second):
+    """Return float64 numbers of e2m1 codes under e4m3 scales in tiles, and a second scale each."""
+    numbers = E2M1[columns_of_bytes(weight)]
+    count, rows, columns = numbers.shape
+    assert stored.dtype is torch.int32
+    assert stored.shape == (count, rows, columns // 64)
+    assert second.shape == (count,)
+    dense = []
+    for part, own, factor in zip(numbers, stored, second, strict=True):
+        scales = untiled(own.view(torch.uint8).flatten(), rows, columns // 16)
+        scales = scales.contiguous().view(torch.float8_e4m3fn).double()
+        dense.append(part * scales.repeat_interleave(16, 1) * factor.double())
+    return torch.stack(dense)
+
+
+def per_16(rows, second):
+    """Return float64 numbers of rows as NVFP4 under a second scale."""
+    from hal.ops.quantize import fake_quantize
+
+    return fake_quantize(rows, SCHEMES["nvfp4_static"], "e2m1", second).double()
+
+
 def per_32(rows):
     """Return float64 numbers of rows as MXFP8 by the rule of the scheme."""
     from hal.ops.quantize import fake_quantize
@@ -115,6 +137,16 @@ def cutlass_fused_moe(
 
         def seen(rows, which):
             return per_32(rows) if which else given
+    elif w1.dtype is torch.int64:
+        of_x, first, alphas, of_h, second, others = quant_scales
+        assert input.dtype is torch.bfloat16
+        assert input_sf is None
+        assert of_x.ndim == of_h.ndim == 0
+        assert {part.dtype for part in (of_x, alphas, of_h, others)} == {torch.float32}
+        dense = [in_nvfp4(w1, first, alphas * of_x), in_nvfp4(w2, second, others * of_h)]
+
+        def seen(rows, which):
+            return per_16(rows, (of_h if which else of_x).reciprocal())
     elif use_deepseek_fp8_block_scale:
         assert input.dtype is torch.bfloat16
         assert input_sf is None
@@ -230,6 +262,7 @@ KERNELS = [
     ("cuda:h100", "flashinfer_moe_block128", "fp8_block128"),
     ("cuda:b200", "flashinfer_moe_mx", "mxfp8"),
     ("cuda:b200", "flashinfer_moe_mx", "mxfp4_w4a8"),
+    ("cuda:b200", "flashinfer_moe_nvfp4", "nvfp4_static"),
     ("cuda:b200", "flashinfer_moe_trtllm", "fp8_block128"),
 ]
 
@@ -237,7 +270,7 @@ KERNELS = [
 @pytest.mark.parametrize(("case", "dtype"), experts.WRAPPED)
 @pytest.mark.parametrize(("device", "kernel", "scheme"), KERNELS)
 def test_whole_layers(device, kernel, scheme, case, dtype):
-    dtype = torch.bfloat16 if scheme == "fp8_block128" else dtype
+    dtype = torch.bfloat16 if scheme in ("fp8_block128", "nvfp4_static") else dtype
     experts.check(device, kernel, scheme, case, dtype, **SIZES)
 
 
@@ -273,6 +306,9 @@ CANDIDATES = {
     ("cuda:b200", "mxfp4_w4a8"): {"flashinfer_moe_mx"},
     ("cuda:rtx-5090", "mxfp4_w4a8"): set(),
     ("cuda:b200", "nvfp4"): set(),
+    ("cuda:b200", "nvfp4_static"): {"flashinfer_moe_nvfp4"},
+    ("cuda:rtx-5090", "nvfp4_static"): {"flashinfer_moe_nvfp4"},
+    ("cuda:h100", "nvfp4_static"): set(),
     ("rocm:mi300x", "bf16"): set(),
 }
 
