@@ -18,7 +18,7 @@ from torch.nn import functional
 from hal.errors import HalError
 from hal.ops import quantize, quantize_rms_norm, quantize_swiglu
 from hal.ops.activations import Activation
-from hal.ops.quantize import DYNAMIC, QUANTIZING, activation_encoding, fixed_of, quantize_reference
+from hal.ops.quantize import QUANTIZING, activation_encoding, fixed_of, quantize_reference
 from hal.ops.quantize_fused import rms_norm_reference, swiglu_reference
 from hal.ops.scale_layouts import CANONICAL, STORED_LAYOUTS, check_scale_layout, in_layout
 from hal.quant import SCHEMES
@@ -44,7 +44,10 @@ class Case(NamedTuple):
         return f"{self.scheme} {self.before if self.layout == CANONICAL else self.layout}"
 
     def inputs(self, tokens: int, columns: int, device: str) -> Parts:
-        """Return what all contenders are given, the same in each process."""
+        """Return what all contenders are given, the same in each process.
+
+        That is x, then what a norm takes (a weight, and maybe a residual), then what is fixed.
+        """
         generator = torch.Generator(device=device).manual_seed(0)
 
         def random(*shape: int) -> torch.Tensor:
@@ -52,46 +55,54 @@ class Case(NamedTuple):
             return torch.randn(*shape, **told)  # type: ignore[arg-type]
 
         x = random(tokens, columns * (2 if self.before == "gate" else 1))
-        if self.before in ("plain", "gate"):
-            fixed = fixed_arguments(self.scheme, *INPUT_RANGE).values()
-            return (x, *(part.to(device) for part in fixed))
-        more = (random(tokens, columns),) if self.before == "residual" else ()
-        return (x, random(columns), *more)
+        weight = (random(columns),) if self.before in ("norm", "residual") else ()
+        residual = (random(tokens, columns),) if self.before == "residual" else ()
+        fixed = fixed_arguments(self.scheme, *INPUT_RANGE).values()
+        return (x, *weight, *residual, *(part.to(device) for part in fixed))
+
+    def _taken_apart(self, more: Parts) -> tuple[Parts, Parts]:
+        """Return what a norm takes and what is fixed."""
+        count = {"norm": 1, "residual": 2}.get(self.before, 0)
+        return more[:count], more[count:]
 
     def ours(self, x: torch.Tensor, *more: torch.Tensor) -> Parts:
         """Call hal's op with the kernel that it selects."""
+        of_norm, of_scheme = self._taken_apart(more)
+        fixed = dict(zip(("input_scale", "input_zero"), of_scheme, strict=False))
         if self.before == "gate":
-            return quantize_swiglu(x, self.scheme, scale_layout=self.layout)
+            return quantize_swiglu(x, self.scheme, scale_layout=self.layout, **fixed)
         if self.before == "plain":
-            fixed = dict(zip(("input_scale", "input_zero"), more, strict=False))
             return quantize(x, self.scheme, scale_layout=self.layout, **fixed)
-        told = {"epsilon": EPSILON, "scale_layout": self.layout}
-        residual = more[1] if len(more) > 1 else None
-        return quantize_rms_norm(x, more[0], self.scheme, residual=residual, **told)
+        told = {"epsilon": EPSILON, "scale_layout": self.layout, **fixed}
+        residual = of_norm[1] if len(of_norm) > 1 else None
+        return quantize_rms_norm(x, of_norm[0], self.scheme, residual=residual, **told)
 
     def reference(self, x: torch.Tensor, *more: torch.Tensor) -> Parts:
         """Do what hal's reference does."""
-        scheme = SCHEMES[self.scheme]
+        of_norm, of_scheme = self._taken_apart(more)
+        scheme, fixed = SCHEMES[self.scheme], fixed_of(*of_scheme)
         stored = activation_encoding(scheme, "e4m3fn"), scheme.activation
         if self.before == "gate":
-            return swiglu_reference(x, Activation(), *stored, self.layout)
+            return swiglu_reference(x, Activation(), *stored, self.layout, fixed=fixed)
         if self.before == "plain":
-            return quantize_reference(x, *stored, fixed_of(*more), self.layout)
-        residual = more[1] if len(more) > 1 else None
-        return rms_norm_reference(x, more[0], EPSILON, residual, *stored, self.layout)
+            return quantize_reference(x, *stored, fixed, self.layout)
+        residual = of_norm[1] if len(of_norm) > 1 else None
+        told = {"fixed": fixed}
+        return rms_norm_reference(x, of_norm[0], EPSILON, residual, *stored, self.layout, **told)
 
     def formula(self, x: torch.Tensor, *more: torch.Tensor) -> Parts:
         """Do the same as one would write it for inductor."""
+        of_norm, fixed = self._taken_apart(more)
         quantized = FORMULAS[self.scheme]
         total = ()
         if self.before == "plain":
-            return in_layout(quantized(x, *more), self.layout)
+            return in_layout(quantized(x, *fixed), self.layout)
         if self.before == "gate":
-            return in_layout(quantized(swiglu(x)), self.layout)
-        if len(more) > 1:
-            x = x + more[1]
+            return in_layout(quantized(swiglu(x), *fixed), self.layout)
+        if len(of_norm) > 1:
+            x = x + of_norm[1]
             total = (x,)
-        return (*in_layout(quantized(norm(x, more[0])), self.layout), *total)
+        return (*in_layout(quantized(norm(x, of_norm[0]), *fixed), self.layout), *total)
 
 
 def cases(schemes: str, before: str, layouts: bool) -> Iterator[Case]:
@@ -103,8 +114,7 @@ def cases(schemes: str, before: str, layouts: bool) -> Iterator[Case]:
             continue
         seen.add(how)
         for each in before.split(","):
-            if each == "plain" or scheme in DYNAMIC:
-                yield Case(scheme, each)
+            yield Case(scheme, each)
         for layout in STORED_LAYOUTS if layouts else ():
             try:
                 check_scale_layout("quantize", SCHEMES[scheme], layout)

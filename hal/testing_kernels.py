@@ -22,6 +22,7 @@ from hal.errors import ForcedKernelError, HalError, UnknownNameError
 from hal.formats import Support
 from hal.need import Code, Context, Failure
 from hal.need_rules import Package
+from hal.quant.scheme import SCHEMES
 from hal.registry import Kernel, Level, find_op, op_names
 from hal.sources import source_hash
 
@@ -118,13 +119,17 @@ def binds_what_the_op_gives(kernel: Kernel) -> None:
     _demand(callable(binder), f"{kernel}: {kernel.entry} is no function")
     if "reference" not in find_op(kernel.op):
         return
-    given = inspect.signature(find_op(kernel.op).find("reference").load()).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in given):
+    found = inspect.signature(find_op(kernel.op).find("reference").load()).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in found):
         return
+    # What is given by name alone is what static schemes fix.
+    static = any(name in SCHEMES and SCHEMES[name].static for name in kernel.schemes)
+    given = [parameter for parameter in found if parameter.kind is not parameter.KEYWORD_ONLY]
+    named = {p.name: p for p in found if static and p.kind is p.KEYWORD_ONLY}
     try:
-        inspect.signature(binder).bind(*given)
+        inspect.signature(binder).bind(*given, **named)
     except TypeError as error:
-        names = ", ".join(parameter.name for parameter in given)
+        names = ", ".join([*(parameter.name for parameter in given), *(f"{n}=" for n in named)])
         raise ConformanceError(f"{kernel}: the binder must take ({names}): {error}") from None
 
 

@@ -38,7 +38,7 @@ def quantize_blocks(
         wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         wide = wide.view(x.shape[0], -1, group)
         largest = wide.abs().amax(-1)
-        if torch.isfinite(largest).all():
+        if x.is_meta or torch.isfinite(largest).all():
             if how.scale_format == "e8m0":
                 return _mx(wide, largest, format)
             return _nvfp4(wide, largest, fixed)

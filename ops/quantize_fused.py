@@ -23,7 +23,9 @@ from hal.ops.binding import measurements, select_for
 from hal.ops.checks import check_gradient, check_same_device, dtype_name
 from hal.ops.quantize import (
     SEARCHED,
+    SIGNATURES,
     TRITON,
+    _fixed,
     check_rows,
     launch_triton,
     quantize_reference,
@@ -54,6 +56,8 @@ QUANTIZE_SWIGLU = Op(
     measurements("quantize_swiglu"),
 )
 CPU = (Needs.platform("cpu"), Needs.package("torch"))
+FIXED = {name: operands for name, operands in SIGNATURES.items() if name not in SEARCHED}
+"""Schemes whose scales are fixed, or come with zero points."""
 Parts = tuple["torch.Tensor", ...]
 
 
@@ -64,6 +68,8 @@ def quantize_rms_norm(
     *,
     epsilon: float = 1e-6,
     residual: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_zero: torch.Tensor | None = None,
     scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
@@ -73,9 +79,11 @@ def quantize_rms_norm(
     Args:
         x: `[tokens, features]` bf16, fp16 or float32.
         weight: `[features]` of the dtype of `x`.
-        scheme: A scheme with dynamic activations.
+        scheme: A scheme that quantizes activations.
         epsilon: What is added to the mean square.
         residual: Like `x`, added to it first.
+        input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
+        input_zero: Of a static scheme with zero points, int8 `[]`.
         scale_layout: Order in which the scales are stored, as in `hal.ops.quantize`.
         platform: Platform to select for; None means that of the device of `x`.
         **options: `force`, `minimum` and the other options of `hal.select`.
@@ -86,8 +94,8 @@ def quantize_rms_norm(
 
     Raises:
         ShapeError, DTypeError, DeviceMismatchError, GradientError: For tensors that do not fit.
-        ArgumentError: If epsilon is negative or not finite, or the layout is not defined for the
-            scheme's scales.
+        ArgumentError: If epsilon is negative or not finite, the layout is not defined for the
+            scheme's scales, or what the scheme fixes is missing, or given to one that fixes none.
         UnknownNameError: If the scheme does not quantize activations, or no layout has the name.
         NoKernelError: If no kernel can run.
     """
@@ -99,9 +107,11 @@ def quantize_rms_norm(
         check_gradient(where, residual)
     if not 0 <= epsilon < float("inf"):
         raise ArgumentError(where, found=f"epsilon={epsilon}", needed="a finite number >= 0")
-    check_scale_layout(where, find_scheme(scheme), scale_layout)
-    function, how, encoding = _selected(where, x, x.shape[1], scheme, platform, options)
-    found: Parts = function(x, weight, float(epsilon), residual, encoding, how, scale_layout)
+    function, how, encoding, given = _selected(
+        where, x, x.shape[1], scheme, scale_layout, (input_scale, input_zero), platform, options
+    )
+    before = weight, float(epsilon), residual
+    found: Parts = function(x, *before, encoding, how, scale_layout, **given)
     return found
 
 
@@ -113,6 +123,8 @@ def quantize_swiglu(
     alpha: float | None = None,
     limit: float | None = None,
     interleaved: bool = False,
+    input_scale: torch.Tensor | None = None,
+    input_zero: torch.Tensor | None = None,
     scale_layout: str = CANONICAL,
     platform: Any = None,
     **options: Any,
@@ -121,11 +133,13 @@ def quantize_swiglu(
 
     Args:
         gate_up: `[tokens, 2 * features]` bf16, fp16 or float32.
-        scheme: A scheme with dynamic activations.
+        scheme: A scheme that quantizes activations.
         activation: One of `hal.ops.activations.ACTIVATIONS`.
         alpha: Factor of `swiglu_oai`, 1.702 by default.
         limit: Bound of gate and up; None is 7 for `swiglu_oai`, and none for others.
         interleaved: Gate and up columns alternate, gate first; else the gate is the first half.
+        input_scale: Of a static scheme, float32 `[]`, for the encoding that the device reads.
+        input_zero: Of a static scheme with zero points, int8 `[]`.
         scale_layout: Order in which the scales are stored, as in `hal.ops.quantize`.
         platform: Platform to select for; None means that of the device of `gate_up`.
         **options: `force`, `minimum` and the other options of `hal.select`.
@@ -136,8 +150,8 @@ def quantize_swiglu(
     Raises:
         ShapeError: If `gate_up` is not a matrix of an even number of columns.
         DTypeError, GradientError: If it does not fit.
-        ArgumentError: If alpha or limit do not go with the activation, or the layout not with the
-            scheme.
+        ArgumentError: If alpha or limit do not go with the activation, or the layout or what is
+            fixed not with the scheme.
         UnknownNameError: If activation or layout are unknown or the scheme does not quantize any.
         NoKernelError: If no kernel can run.
     """
@@ -147,9 +161,10 @@ def quantize_swiglu(
         raise ShapeError(where, found=f"input {list(gate_up.shape)}", needed="an even width")
     gate = activation_of(where, activation, alpha=alpha, limit=limit, interleaved=interleaved)
     columns = gate_up.shape[1] // 2
-    check_scale_layout(where, find_scheme(scheme), scale_layout)
-    function, how, encoding = _selected(where, gate_up, columns, scheme, platform, options)
-    found: Parts = function(gate_up, gate, encoding, how, scale_layout)
+    function, how, encoding, given = _selected(
+        where, gate_up, columns, scheme, scale_layout, (input_scale, input_zero), platform, options
+    )
+    found: Parts = function(gate_up, gate, encoding, how, scale_layout, **given)
     return found
 
 
@@ -174,36 +189,40 @@ def gated(gate_up: torch.Tensor, gate: Activation) -> torch.Tensor:
     "reference",
     level=Level.REFERENCE,
     band="reference",
-    signatures=SEARCHED,
+    signatures=SIGNATURES,
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
     format: str, how: Quantization, layout: str = CANONICAL,
+    *,
+    fixed: torch.Tensor | None = None,
 ) -> Parts:  # fmt: skip
     """Follow both formulas in float32."""
     rows, total = rms_norm(x, weight, epsilon, residual)
-    return (*quantize_reference(rows, format, how, None, layout), *total)
+    return (*quantize_reference(rows, format, how, fixed, layout), *total)
 
 
 @QUANTIZE_RMS_NORM.kernel(
     "torch_cached",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SEARCHED,
+    signatures=SIGNATURES,
     requires=CPU,
     batch_invariant=True,
 )
 def rms_norm_cached(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
     format: str, how: Quantization, layout: str = CANONICAL,
+    *,
+    fixed: torch.Tensor | None = None,
 ) -> Parts:  # fmt: skip
     """Normalize with torch and quantize, in pieces that stay in the cache of a core."""
 
     def piece(x: torch.Tensor, residual: torch.Tensor | None = None) -> Parts:
         rows, total = rms_norm(x, weight, epsilon, residual)
-        return (*quantize_piece(rows, format, how), *total)
+        return (*quantize_piece(rows, format, how, fixed), *total)
 
     more = () if residual is None else (residual,)
     return in_layout(in_pieces(piece, x.shape[1], x, *more), layout)
@@ -235,11 +254,39 @@ def rms_norm_triton(
     return coded if total is None else (*coded, total)
 
 
+@QUANTIZE_RMS_NORM.kernel(
+    "triton_fixed",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=FIXED,
+    requires=TRITON,
+    batch_invariant=True,
+)
+def rms_norm_fixed(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
+    format: str, how: Quantization, layout: str = CANONICAL,
+    *,
+    fixed: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Do the same under a fixed scale, or with a zero point for each row."""
+    import torch
+
+    from hal.ops.kernels.quantize import Norm
+
+    total = None
+    if residual is not None:
+        residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm = Norm(weight.contiguous(), epsilon, residual, total)
+    coded = _launch_fixed(x, format, how, x.shape[1], layout, fixed=fixed, norm=norm)
+    return coded if total is None else (*coded, total)
+
+
 @QUANTIZE_SWIGLU.kernel(
     "reference",
     level=Level.REFERENCE,
     band="reference",
-    signatures=SEARCHED,
+    signatures=SIGNATURES,
     requires=(Needs.package("torch"),),
     batch_invariant=True,
 )
@@ -249,16 +296,18 @@ def swiglu_reference(
     format: str,
     how: Quantization,
     layout: str = CANONICAL,
+    *,
+    fixed: torch.Tensor | None = None,
 ) -> Parts:
     """Follow both formulas in float32."""
-    return quantize_reference(gated(gate_up, gate), format, how, None, layout)
+    return quantize_reference(gated(gate_up, gate), format, how, fixed, layout)
 
 
 @QUANTIZE_SWIGLU.kernel(
     "torch_cached",
     level=Level.NATIVE,
     band="tuned",
-    signatures=SEARCHED,
+    signatures=SIGNATURES,
     requires=CPU,
     batch_invariant=True,
 )
@@ -268,11 +317,13 @@ def swiglu_cached(
     format: str,
     how: Quantization,
     layout: str = CANONICAL,
+    *,
+    fixed: torch.Tensor | None = None,
 ) -> Parts:
     """Apply the activation with torch and quantize, in pieces that stay in a core's cache."""
 
     def piece(gate_up: torch.Tensor) -> Parts:
-        return quantize_piece(gated(gate_up, gate), format, how)
+        return quantize_piece(gated(gate_up, gate), format, how, fixed)
 
     # The float32 copies of gate and up are what must fit.
     return in_layout(in_pieces(piece, gate_up.shape[1], gate_up), layout)
@@ -297,16 +348,113 @@ def swiglu_triton(
     return launch_triton(gate_up, format, how, gate_up.shape[1] // 2, layout, gate=gate)
 
 
+@QUANTIZE_SWIGLU.kernel(
+    "triton_fixed",
+    level=Level.NATIVE,
+    band="tuned",
+    signatures=FIXED,
+    requires=TRITON,
+    batch_invariant=True,
+)
+def swiglu_fixed(
+    gate_up: torch.Tensor,
+    gate: Activation,
+    format: str,
+    how: Quantization,
+    layout: str = CANONICAL,
+    *,
+    fixed: torch.Tensor | None = None,
+) -> Parts:
+    """Do both under a fixed scale, or with a zero point for each row, in one Triton launch."""
+    columns = gate_up.shape[1] // 2
+    return _launch_fixed(gate_up, format, how, columns, layout, fixed=fixed, gate=gate)
+
+
+def _launch_fixed(
+    x: torch.Tensor,
+    format: str,
+    how: Quantization,
+    columns: int,
+    layout: str,
+    *,
+    fixed: torch.Tensor | None,
+    **before: Any,
+) -> Parts:
+    """Quantize rows of `columns` and return codes, scales and zero points or second scales."""
+    import torch
+
+    from hal.formats import number_format
+    from hal.ops.kernels.fused_rows import quantize_fused
+    from hal.quant.codec import SCALE_FLOOR
+    from hal.torch_compat import dtype
+
+    if how.second != "none":
+        return launch_triton(x, format, how, columns, layout, fixed=fixed, **before)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows = x.shape[0]
+    values = torch.empty(rows, columns, dtype=dtype(format), device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    zeros = None
+    if not how.symmetric:
+        zeros = torch.empty(rows, dtype=torch.int8, device=x.device)
+    top = number_format(format).quantization_maximum
+    quantize_fused(x, values, scales, top, SCALE_FLOOR, fixed=fixed, zeros=zeros, **before)
+    return (values, scales) if zeros is None else (values, scales, zeros)
+
+
 def _selected(
-    where: str, x: torch.Tensor, columns: int, scheme: str | Scheme, platform: Any, options: Any
-) -> tuple[Any, Quantization, str]:
-    """Return the kernel that is selected, how it shall store, and the format of the codes."""
+    where: str,
+    x: torch.Tensor,
+    columns: int,
+    scheme: str | Scheme,
+    layout: str,
+    given: tuple[torch.Tensor | None, torch.Tensor | None],
+    platform: Any,
+    options: Any,
+) -> tuple[Any, Quantization, str, dict[str, torch.Tensor]]:
+    """Return the kernel that is selected, how it shall store, as what, and what is fixed of it."""
     found = find_scheme(scheme)
+    check_scale_layout(where, found, layout)
+    fixed = _checked(where, found, x, *given)
     problem = {"tokens": x.shape[0], "features": columns}
     selection, _ = select_for(where, found.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     encoding = encoding_of(found.activation.format, selection.spec.formats.fp8_encoding)
-    return selection.kernel.load(), found.activation, encoding
+    named = {} if fixed is None else {"fixed": fixed}
+    return selection.kernel.load(), found.activation, encoding, named
+
+
+def _checked(
+    where: str,
+    how: Scheme,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return what kernels take as `fixed`.
+
+    Raises:
+        ArgumentError: If the scheme needs what is not given, or the other way round.
+        DTypeError, ShapeError, DeviceMismatchError, GradientError: For what does not fit.
+        ValueRangeError: With `HAL_CHECK=1`, if the scale is not finite or below the floor.
+    """
+    import torch
+
+    if how.activation.format is None:  # which the selection refuses
+        return None
+    inputs: dict[str, Any] = {"input_scale": scale, "input_zero": zero}
+    for name, given in inputs.items():
+        if given is None:
+            continue
+        if not isinstance(given, torch.Tensor):
+            raise DTypeError(
+                f"{where}: {name}",
+                found=type(given).__name__,
+                needed="int8 []" if name == "input_zero" else "float32 []",
+                cure="make the tensor once: a call would copy the number to the device each time",
+            )
+        check_gradient(f"{where}: {name}", given)
+    return _fixed(how, x, scale, zero)
 
 
 def _check_like(

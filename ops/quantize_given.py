@@ -36,7 +36,7 @@ def quantize_given(
     from hal.torch_compat import dtype
 
     wide = x.to(torch.float32, copy=True)
-    if not (x.numel() and torch.isfinite(wide.sum())):
+    if not x.numel() or not (x.is_meta or torch.isfinite(wide.sum())):
         return tuple(part for part in represent(x, how, format, fixed=fixed) if part is not None)
     if not how.symmetric:
         return _shifted(wide, fixed)

@@ -90,15 +90,16 @@ def _norm(trial: Trial, found: Findings, *, shape: tuple[int, int], residual: bo
         x[1], x[2, 7], x[3] = 0, float("nan"), x[3] * 1e-4
     weight = random(shape[1], seed=2, device=trial.device) + 1
     added = random(*shape, seed=3, device=trial.device) if residual else None
+    given = {name: part.to(trial.device) for name, part in fixed_inputs(trial.scheme).items()}
     codes = quantize_rms_norm(
-        x, weight, trial.scheme, epsilon=1e-5, residual=added, **trial.options
+        x, weight, trial.scheme, epsilon=1e-5, residual=added, **given, **trial.options
     )
     if added is not None:
         *parts, total = codes
         x, codes = x + added, tuple(parts)
         alike = torch.isclose(total, x, rtol=2**-7 if trial.interpreted else 0, equal_nan=True)
         found.demand("the sum with the residual", alike.all())
-    _compare(trial, found, codes, rms_norm(x, weight, 1e-5, None)[0])
+    _compare(trial, found, codes, rms_norm(x, weight, 1e-5, None)[0], fixed_of(**given))
 
 
 def _swiglu(
@@ -107,15 +108,18 @@ def _swiglu(
     x = random(shape[0], 2 * shape[1], seed=1, device=trial.device)
     if shape[0] > 4:
         x[1], x[2, 7] = 0, float("nan")
+    given = {name: part.to(trial.device) for name, part in fixed_inputs(trial.scheme).items()}
     codes = quantize_swiglu(
-        x, trial.scheme, activation=activation, interleaved=interleaved, **trial.options
+        x, trial.scheme, activation=activation, interleaved=interleaved, **given, **trial.options
     )
     how = activation_of("quantize_swiglu", activation, interleaved=interleaved)
-    _compare(trial, found, codes, gated(x, how))
+    _compare(trial, found, codes, gated(x, how), fixed_of(**given))
 
 
-def _compare(trial: Trial, found: Findings, codes: Parts, rows: torch.Tensor) -> None:
-    wanted = _reference(trial, rows)
+def _compare(
+    trial: Trial, found: Findings, codes: Parts, rows: torch.Tensor, fixed: torch.Tensor | None
+) -> None:
+    wanted = _reference(trial, rows, fixed)
     fault, moved = near(codes, wanted, find_scheme(trial.scheme), rows.shape[1])
     found.demand(fault, not fault)
     found.near("codes", moved, MOVED)

@@ -150,7 +150,9 @@ def quantizers(trial: Trial, op: str, name: str) -> dict[str, Quantizer]:
         name: The weight, as the op names it.
     """
     found: dict[str, Quantizer] = {"": calibrated}
-    if "uint4" in find_op(op).find(trial.kernel).operand(trial.scheme, name).formats:
+    formats = find_op(op).find(trial.kernel).operand(trial.scheme, name).formats
+    # Checkpoints have zero points beside scales of one level alone.
+    if "uint4" in formats and SCHEMES[trial.scheme].weight.second == "none":
         found[", zero points"] = shifted
     return found
 

@@ -304,6 +304,7 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
     from hal.ops.activations import Activation
     from hal.ops.kernels.quantize import Norm
     from hal.ops.quantize import launch_triton, quantize_triton
+    from hal.ops.quantize_fused import FIXED, rms_norm_fixed, swiglu_fixed
     from hal.quant.scheme import find_scheme
 
     how = find_scheme(scheme).activation
@@ -312,9 +313,18 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
     fixed = None if how.dynamic else _empty(*(() if how.symmetric else (2,)), dtype="float32")
     if before == "plain":
         quantize_triton(x, encoding, how, fixed, layout)
+    elif scheme in FIXED:
+        for rows, columns in ((FEW, HIDDEN), (MANY, ODD)):
+            x, weight = _empty(rows, columns), _empty(columns)
+            if before == "norm":
+                residual = x if rows == FEW else None
+                rms_norm_fixed(x, weight, 1e-6, residual, encoding, how, fixed=fixed)
+            else:
+                gate_up = _empty(rows, 2 * columns)
+                swiglu_fixed(gate_up, Activation(), encoding, how, fixed=fixed)
     elif before == "gate":
         many = _empty(MANY, 2 * INTERMEDIATE)
-        launch_triton(many, encoding, how, INTERMEDIATE, gate=Activation(), fixed=fixed)
+        launch_triton(many, encoding, how, INTERMEDIATE, gate=Activation())
     else:
         launch_triton(x, encoding, how, HIDDEN, norm=Norm(_empty(HIDDEN), 1e-6, x, x))
         # Rows that are taken part by part, many of them and alone.
@@ -430,9 +440,8 @@ CASES: dict[str, Callable[[Target], None]] = {
         for schemes, befores in (
             (("mxfp8", "mxfp4", "nvfp4", "fp8_block128_ue8m0"), ("plain", "norm", "gate")),
             (("fp8_channel", "fp8_block128", "int8_channel"), ("norm", "gate")),
-            (("nvfp4_static",), ("plain", "gate")),
-            (("fp8_static", "int8_static"), ("plain",)),
-            (("int8_channel_asymmetric", "int8_static_asymmetric"), ("plain",)),
+            (("nvfp4_static", "fp8_static", "int8_static"), ("plain", "norm", "gate")),
+            (("int8_channel_asymmetric", "int8_static_asymmetric"), ("plain", "norm", "gate")),
         )
         for scheme in schemes
         for before in befores

@@ -5,20 +5,27 @@ In the interpreter the limit is lowered, so that the same 64-bit variants run on
 
 from __future__ import annotations
 
+from functools import partial
+
 import packed_weights
 import pytest
 import torch
+from far_apart import far_apart
 
+from hal.ops.activations import Activation
 from hal.ops.kernels import common
 from hal.ops.kernels.align import align, capacity
+from hal.ops.kernels.asymmetric import quantize_asymmetric
 from hal.ops.kernels.combine import combine
 from hal.ops.kernels.expand import expand
+from hal.ops.kernels.fused_rows import quantize_fused
 from hal.ops.kernels.gemv import gemv
 from hal.ops.kernels.grouped_gemm import grouped_gemm
 from hal.ops.kernels.kinds import ALL_KINDS, as_weight
 from hal.ops.kernels.linear import gemm
-from hal.ops.kernels.quantize import quantize_groups
+from hal.ops.kernels.quantize import Norm, quantize, quantize_groups, quantize_rows
 from hal.ops.kernels.route import route
+from hal.ops.kernels.static import quantize_static
 from hal.ops.kernels.swiglu import silu_and_mul
 from hal.ops.tiles import Tile
 
@@ -195,14 +202,10 @@ def test_packed_experts_that_lie_far_apart(device, generator, kind, far_along):
     """Beyond 2^31 for real in the interpreter, too: memory that nothing touches costs nothing."""
     experts, n, k, cut = 2, 24, 64, Tile(16, 32, 64, 4, 2)
     b, scales, value = packed_weights.weight(kind, (experts, n, k), generator, device)
-    step = {"experts": (2**31 + 64, b.shape[2]), "rows": (b.shape[2], 2**31 // 20)}[far_along]
-    strides = (*step, 1)
-    size = 1 + sum((s - 1) * stride for s, stride in zip(b.shape, strides, strict=True))
-    try:
-        codes = torch.empty(size, dtype=b.dtype, device=device).as_strided(b.shape, strides)
-    except RuntimeError as error:  # torch's, of every kind of memory
-        pytest.skip(f"needs {size} bytes of memory, in the interpreter of addresses alone: {error}")
-    codes.copy_(b)
+    if far_along == "experts":
+        codes = far_apart(b)
+    else:
+        codes = far_apart(b.flatten(0, 1), step=2**31 // 20).unflatten(0, b.shape[:2])
     assert common.offsets_need_64_bits(codes)
     ids = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.int32, device=device)
     a = random((3, k), generator, device)
@@ -214,3 +217,60 @@ def test_packed_experts_that_lie_far_apart(device, generator, kind, far_along):
     grouped_gemm(a, codes, out, *places, top_k_divisor=2, kind=kind, tile=cut, **scales)
     for slot, expert in enumerate(ids.flatten().tolist()):
         packed_weights.assert_product(out[slot], a[slot // 2].double() @ value[expert].T)
+
+
+def norm_of(x, values, scales, **options):
+    weight = torch.linspace(0.5, 1.5, values.shape[1], device=x.device).to(x.dtype)
+    quantize(x, values, scales, 127.0, 1e-12, norm=Norm(weight, 1e-6), **options)
+
+
+QUANTIZERS = {
+    "groups of 128": (torch.float16, (2, torch.float32), quantize_groups),
+    "rows": (torch.float16, (0, torch.float32), quantize_rows),
+    "pairs": (torch.bfloat16, (0, torch.float32), partial(norm_of, group=None)),
+    "fixed": (torch.bfloat16, (0, torch.float32), lambda x, values, scales, *_: quantize_static(
+        x, values, scales, torch.full((), 0.03, device=x.device), 127.0)),
+    "zero points": (torch.bfloat16, (0, torch.float32), lambda x, values, scales, *_:
+        quantize_asymmetric(x, values, scales, torch.empty_like(scales).char(), 1e-12)),
+    "fixed, gate": (torch.bfloat16, (0, torch.float32), lambda x, values, scales, *_:
+        quantize_fused(x, values, scales, 127.0, 1e-12, gate=Activation(),
+                       fixed=torch.full((), 0.03, device=x.device))),
+    "fours": (torch.bfloat16, (8, torch.uint8), lambda x, values, scales, *_: quantize(
+        x, values, scales, 6.0, 1e-12, group=32)),
+}  # fmt: skip
+"""dtype of x, groups of a row (0: one scale a row) and dtype of the scales, and what is called."""
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantized_rows_that_lie_far_apart(device, generator, name):
+    dtype, (groups, scale_dtype), quantizer = QUANTIZERS[name]
+    x = torch.randn(3, 512 if "gate" in name else 256, generator=generator, device=device)
+    x = x.to(dtype)
+    packed = scale_dtype is torch.uint8
+    values = torch.zeros(3, 128 if packed else 256, device=device)
+    values = values.to(torch.uint8 if packed else torch.int8)
+    scales = torch.zeros((3, groups) if groups else (3,), dtype=scale_dtype, device=device)
+    found = far_apart(x), far_apart(values), scales.clone()
+    assert common.offsets_need_64_bits(*found)
+    for arguments in ((x, values, scales), found):
+        more = (127.0, 1e-12) if quantizer in (quantize_rows, quantize_groups) else ()
+        quantizer(*arguments, *more)
+    assert values.any(-1).all()
+    assert torch.equal(found[1], values)
+    assert torch.equal(found[2], scales)
+
+
+def test_a_residual_that_lies_far_apart(device, generator):
+    x, residual = (torch.randn(3, 256, generator=generator, device=device).half() for _ in "ab")
+    weight = torch.ones(256, device=device).half()
+    fixed = torch.full((), 0.03, device=device)
+    found = []
+    for place in (lambda tensor: tensor, far_apart):
+        values, scales = torch.zeros(3, 256, dtype=torch.int8, device=device), fixed.new_zeros(3)
+        total = place(torch.zeros_like(x))
+        norm = Norm(weight, 1e-6, place(residual), total)
+        quantize_fused(x, values, scales, 127.0, 1e-12, norm=norm, fixed=fixed)
+        found.append((values, total))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(found[1][1], x + residual)

@@ -23,6 +23,7 @@ from hal.ops.quantize import (
 )
 from hal.ops.quantize_fused import gated, rms_norm
 from hal.quant import SCHEMES
+from hal.quant.calibrate import fixed_arguments
 from hal.registry import find_op
 
 
@@ -87,18 +88,28 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("scheme", ["fp8_channel", "int8_channel", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("fp8_channel", "int8_channel", "mxfp8", "nvfp4", "int8_channel_asymmetric"),
+        *("fp8_static", "int8_static", "int8_static_asymmetric", "nvfp4_static"),
+    ],
+)
 @pytest.mark.parametrize("rows", [0, 1, 7, 23])
 def test_what_is_done_before_is_done_in_pieces_too(scheme, rows, monkeypatch):
     """Bit for bit as at once, the sum of norm and residual too, in every layout of the scales."""
     monkeypatch.setattr("hal.ops.quantize_pieces.CACHE_ELEMENTS", 1000)
     x, residual = random(rows, 256, seed=1, device="cpu"), random(rows, 256, seed=2, device="cpu")
     weight, before = random(256, seed=3, device="cpu"), x.clone()
-    layouts = ["canonical"] + (["blocked_128x4"] if scheme in ("mxfp8", "nvfp4") else [])
+    layouts = ["canonical"] + (
+        ["blocked_128x4"]
+        if SCHEMES[scheme].activation.format == "e2m1" or scheme == "mxfp8"
+        else []
+    )
     for layout in layouts:
         found = []
         for force in ("torch_cached", "reference"):
-            told = {"scale_layout": layout, "force": force}
+            told = {"scale_layout": layout, "force": force, **fixed_arguments(scheme, -3.0, 3.0)}
             parts = (
                 *hal.ops.quantize_rms_norm(x, weight, scheme, **told),
                 *hal.ops.quantize_rms_norm(x, weight, scheme, residual=residual, **told),
@@ -133,12 +144,14 @@ def test_what_is_done_before_is_what_models_do():
 def test_selection_and_schemes():
     for op in ("quantize", "quantize_rms_norm", "quantize_swiglu"):
         served = set(find_op(op).find("reference").schemes)
-        assert served == set(DYNAMIC if op != "quantize" else QUANTIZING)
-        for device, kernel in (("cpu", "torch_cached"), ("cuda:h200", "triton")):
-            for scheme in DYNAMIC:
+        assert served == set(QUANTIZING)
+        for device in ("cpu", "cuda:h200", "rocm:mi300x", "xpu:arc-b580"):
+            for scheme in QUANTIZING:
                 problem = {"tokens": 16, "features": 4096}
                 selection = hal.select(op, scheme=scheme, platform=hal.platform(device), **problem)
-                assert selection.kernel.name == kernel
+                another = op != "quantize" and scheme not in DYNAMIC
+                on_a_gpu = "triton_fixed" if another else "triton"
+                assert selection.kernel.name == ("torch_cached" if device == "cpu" else on_a_gpu)
 
 
 def test_bad_input_is_refused():
@@ -158,6 +171,25 @@ def test_bad_input_is_refused():
         swiglu(x[:, :63], "mxfp8")
     with pytest.raises(UnknownNameError, match="relu"):
         swiglu(x, "mxfp8", activation="relu")
+    scale, zero = torch.ones(()), torch.zeros((), dtype=torch.int8)
+    for op, call in (
+        ("quantize_rms_norm", lambda scheme, **given: norm(x, weight, scheme, **given)),
+        ("quantize_swiglu", lambda scheme, **given: swiglu(x, scheme, **given)),
+    ):
+        with pytest.raises(ArgumentError, match="quantize under fp8_static: found no input_scale"):
+            call("fp8_static")
+        with pytest.raises(ArgumentError, match="quantize under mxfp8: found input_scale"):
+            call("mxfp8", input_scale=scale)
+        with pytest.raises(ArgumentError, match="quantize under int8_static: found input_zero"):
+            call("int8_static", input_scale=scale, input_zero=zero)
+        with pytest.raises(DTypeError, match=f"{op}: input_scale: found float, needed float32"):
+            call("fp8_static", input_scale=0.5)
+        with pytest.raises(GradientError, match=op):
+            call("fp8_static", input_scale=scale.clone().requires_grad_())
+        with pytest.raises(UnknownNameError, match="int4_w4a16"):
+            call("int4_w4a16", input_scale=scale)
+        with pytest.raises(ShapeError, match=r"quantize: input_scale: found \[1\], needed \[\]"):
+            call("fp8_static", input_scale=scale[None])
     for epsilon in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ArgumentError, match="epsilon"):
             norm(x, weight, "mxfp8", epsilon=epsilon)
@@ -167,3 +199,25 @@ def test_bad_input_is_refused():
         norm(x, weight, "bf16x")
     # A weight that wants a gradient is a parameter like any other: it gets none.
     norm(x, weight.clone().requires_grad_(), "mxfp8")
+
+
+@pytest.mark.parametrize("scheme", QUANTIZING)
+def test_what_has_no_numbers_has_shapes(scheme):
+    x, weight = (
+        torch.zeros(*size, dtype=torch.bfloat16, device="meta") for size in ((3, 64), (64,))
+    )
+    given = {name: part.to("meta") for name, part in fixed_arguments(scheme, -3.0, 3.0).items()}
+    made = {name: torch.zeros_like(part, device="cpu") for name, part in given.items()}
+    real = [torch.zeros_like(part, device="cpu") for part in (x, weight)]
+    made = {name: part + 1 if part.is_floating_point() else part for name, part in made.items()}
+    for op in (
+        lambda x, _, told: hal.ops.quantize(x, scheme, platform="cpu", **told),
+        lambda x, weight, told: hal.ops.quantize_rms_norm(
+            x, weight, scheme, platform="cpu", **told
+        ),
+        lambda x, _, told: hal.ops.quantize_swiglu(x, scheme, platform="cpu", **told),
+    ):
+        found, wanted = op(x, weight, given), op(*real, made)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            assert one.is_meta

@@ -30,14 +30,14 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_every_rival_computes_what_hal_computes(modules: Any) -> None:
     """Formula and reference, of every scheme, after everything, in every layout."""
-    from hal.ops.quantize import DYNAMIC, QUANTIZING
+    from hal.ops.quantize import QUANTIZING
     from hal.quant import SCHEMES
 
     found = list(modules.cases.cases("", "plain,norm,residual,gate", True))
     plain = {case.scheme for case in found if str(case).endswith("plain")}
     ways = {SCHEMES[name].activation for name in QUANTIZING}
     assert len(plain) == len(ways) == len({SCHEMES[name].activation for name in plain})
-    assert sum(case.before == "gate" for case in found) == len(plain & set(DYNAMIC))
+    assert sum(case.before == "gate" for case in found) == len(plain)
     assert len({case.layout for case in found}) == 5
     for case in found:
         inputs = case.inputs(8, 512, "cpu")
@@ -61,7 +61,7 @@ def test_each_case_has_one_worker(modules: Any) -> None:
     jobs = modules.bench.jobs_of(options(), "lock")
     cases = [modules.cases.Case(*case) for job in jobs for case in job["cases"]]
     assert sorted(cases) == sorted(modules.cases.cases("mxfp8,int8_static", "plain,gate", True))
-    assert len(cases) == len(set(cases)) == 6
+    assert len(cases) == len(set(cases)) == 7
     assert len(jobs) == 3
     large = modules.bench.jobs_of(options(device="cuda"), "lock")[0]["shapes"]
     assert all(2 * rows * columns >= modules.bench.LARGE_BYTES for rows, columns in large)
