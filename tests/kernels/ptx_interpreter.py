@@ -18,6 +18,8 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 WARP = 32
+FAR_BYTES = 1 << 24
+"""Addresses further apart than this are read one by one."""
 Regs = dict[str, np.ndarray]
 
 
@@ -158,14 +160,19 @@ def _instruction(
 def _memory(address: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
     """Return `count` bytes at each address that is wanted, zeros for others, uint8 [..., count].
 
-    The addresses of one call are those of one tensor: all that lies between them can be read.
+    The addresses of one call are those of one tensor: all that lies between them can be read, and
+    is where that is little.
     """
     data = np.zeros((address.size, count), np.uint8)
     if wanted.any():
         found = address[wanted].astype(np.int64)
         assert (found % count == 0).all()
-        first = int(found.min())
-        text = ctypes.string_at(first, int(found.max()) - first + count)
+        first, last = int(found.min()), int(found.max())
+        if last - first > FAR_BYTES:
+            texts = [ctypes.string_at(place, count) for place in found.tolist()]
+            data[wanted] = np.frombuffer(b"".join(texts), np.uint8).reshape(-1, count)
+            return data
+        text = ctypes.string_at(first, last - first + count)
         every = np.frombuffer(text, np.uint8)
         data[wanted] = every[(found - first)[:, None] + np.arange(count)]
     return data

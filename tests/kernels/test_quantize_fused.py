@@ -175,14 +175,14 @@ def test_sizes_of_layers(device, generator, scheme, columns, monkeypatch):
     """As many warps, parts and elements of a lane as real layers have."""
     compare_sizes(device, generator, scheme, columns)
     if SCHEMES[scheme].activation.packed:
-        # These 3 or 300 rows as few, or as many, and the other way round.
+        # These 2 or 300 rows as few, or as many, and the other way round.
         monkeypatch.setattr(row_shapes, "FEW", 0 if INTERPRETED.value else 1 << 40)
         compare_sizes(device, generator, scheme, columns)
 
 
 def compare_sizes(device, generator, scheme, columns):
     how = SCHEMES[scheme].activation
-    rows = 3 if INTERPRETED.value else 300
+    rows = 2 if INTERPRETED.value else 300
     x = (torch.randn(rows, columns, generator=generator, device=device) * 2).bfloat16()
     fixed = torch.tensor(4 / 2688, device=device) if scheme == "nvfp4_static" else None
     case = "e4m3fn" if how.format == "e4m3fn" else str(how.format), how

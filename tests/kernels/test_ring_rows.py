@@ -10,11 +10,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import triton
+from far_apart import far_apart
 from packed_weights import BF16, activations, assert_product, weight
 
 from hal.device import version_at_least
 from hal.ops.kernels import ring_rows as module
-from hal.ops.kernels.common import INTERPRETED
+from hal.ops.kernels.common import INTERPRETED, offsets_need_64_bits
 from hal.ops.kernels.crosscompile import Target, compile_cells
 from hal.ops.kernels.kinds import ALL_KINDS, as_weight, by_row
 from hal.ops.kernels.ring_rows import fits
@@ -83,6 +84,18 @@ def test_product(device, generator, m, n, k, ring, dtype, kind, group):
     out = torch.full((m, n), float("nan"), device=device)
     ring_rows(a, held, out, bias=bias, kind=kind, ring=ring)
     assert_product(out, a.double() @ value.T + bias.double())
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int8_channel_decode", 0), ("int4_group_decode", 32)])
+def test_rows_that_lie_far_apart(device, generator, kind, group):
+    """Rows of one tile lie within 32 bits, as those of every contiguous weight do."""
+    held, value = stored(kind, group, (48, 64), generator, device)
+    a = activations((2, 64), BF16, generator, device)
+    out = torch.zeros(2, 48, device=device)
+    placed = held._replace(codes=far_apart(held.codes, step=2**26))  # words
+    assert offsets_need_64_bits(placed.codes)
+    ring_rows(a, placed, out, kind=kind, ring=Ring(1, 2, 64))
+    assert_product(out, a.double() @ value.T)
 
 
 def test_the_last_tile_may_begin_a_block_of_rows(device, generator):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from calibrated import quantize
+from far_apart import far_apart
 
+from hal.ops.kernels.common import offsets_need_64_bits
 from hal.ops.kernels.scaled import scaled_gemm
 from hal.ops.kernels.scaled_sums import in_words, words_of
 from hal.ops.quantize import launch_triton
@@ -65,6 +67,23 @@ def test_against_float64(scheme, m, n, k, tile):
     assert (error <= 1e-6 * wanted.norm(dim=1)).all()
     error = (product(x, weight, tile, bias).double() - wanted - bias.double()).norm(dim=1)
     assert (error <= 1e-6 * (wanted + bias).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4_w4a8"])
+def test_rows_that_lie_far_apart(scheme):
+    x, weight = operands(scheme, 2, 3, 64)
+    codes, scales = coded(x, scheme)
+    found = []
+    for place in (lambda tensor: tensor, far_apart):
+        out = place(torch.zeros(2, 3))
+        scaled_gemm(
+            place(codes), scales, place(weight.values), in_words(weight.scales), out, k=64,
+            kind=scheme, tile=TILES[0], sums=True,
+        )  # fmt: skip
+        found.append(out)
+    assert offsets_need_64_bits(found[1])
+    assert torch.equal(*found)
+    assert found[0][:, ::2].all()  # the row between them is one of zeros
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4_w4a8"])

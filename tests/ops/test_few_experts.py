@@ -9,6 +9,7 @@ import expert_cases
 import pytest
 import torch
 from calibrated import quantize
+from far_apart import far_apart
 
 import hal
 from hal.errors import ForcedKernelError
@@ -136,6 +137,27 @@ class TestKernels:
     @pytest.mark.parametrize(("kernel", "scheme"), [*SCHEMES, ("triton_packed", "uint4 and int4")])
     def test_against_float64(self, only_few, kernel, scheme):
         compare(kernel, scheme)
+
+    @pytest.mark.parametrize(
+        ("kernel", "scheme"),
+        [("triton_fp8", "fp8_channel"), ("triton_int8", "int8_channel"), *PLAIN,
+         ("triton_packed", "int4_w4a16_g32"), ("triton_packed", "nvfp4_w4a16")],
+    )  # fmt: skip
+    def test_experts_beyond_32_bits(self, only_few, kernel, scheme):
+        from hal.ops.kernels.common import offsets_need_64_bits
+
+        generator = torch.Generator().manual_seed(5)
+        near = weights_of(scheme, 3, 24, 10, generator)
+        far = [replace(weight, values=far_apart(weight.values)) for weight in near]
+        x = torch.randn(1, 24, generator=generator).bfloat16()
+        ids, weights = torch.tensor([[2, 0]]).int(), torch.ones(1, 2)
+        found = []
+        for pair in (near, far):
+            launch, tensors, _ = bind(kernel, *pair)
+            found.append(launch(x, ids, weights, tensors))
+        assert any(offsets_need_64_bits(tensor) for tensor in tensors)
+        assert torch.equal(*found)
+        assert found[0].any()
 
     @pytest.mark.parametrize(
         ("kernel", "scheme"),

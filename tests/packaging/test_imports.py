@@ -368,10 +368,7 @@ def test_the_command_line_brings_no_heavy_library(tmp_path: Path) -> None:
 
 
 def test_import_is_quick(calls_made: Any) -> None:
-    """Importing hal takes 50 ms at most, which are function calls on any machine.
-
-    A count does not depend on what else a machine does; `benchmarks/start_up.py` has the times.
-    """
+    """Bound the function calls of `import hal`; `benchmarks/start_up.py` has the times."""
     assert 500 < calls_made("import hal") <= IMPORT_CALLS
 
 

@@ -169,7 +169,7 @@ def test_detection_that_fails_is_a_reason(acme, tmp_path: Path, fault: str) -> N
     acme(detect=text)
     start = time.perf_counter()
     found = detect(machine(tmp_path, seconds=0.5))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 30
     assert found.current.is_cpu
     assert words in found.absent["acme"]
 
