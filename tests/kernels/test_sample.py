@@ -25,20 +25,20 @@ SAMPLE = {
         *("gemm/int8_channel/many", "gemm/int8_channel_decode/few"),
         *("ring_rows/uint4_group_decode/few", "gemm/fp8_e5m2_decode/few"),
     ),
-    "cuda:sm_89": ("gemm/mxfp8_decode/few", "sums/mxfp8/few"),
+    "cuda:sm_89": ("gemm/mxfp8_decode/few", "sums/mxfp8/few", "quantize/fp8_static/norm"),
     "cuda:sm_90": (
         *("gemm/int4_group_fp8/few", "gemm/fp8_block128_ue8m0/few"),
         "grouped_gemm/nvfp4_decode/many",
     ),
     "cuda:sm_100": ("scaled/mxfp8/few", "scaled/nvfp4/many", "grouped_gemm/fp8_channel/few"),
-    "cuda:sm_120": ("gemm/uint4_group_decode/few", "scaled/mxfp4/some", "align/most_experts"),
+    "cuda:sm_120": ("gemm/uint4_group_decode/few", "scaled/mxfp4/some"),
     "rocm:gfx90a": ("gemm/fp8_block128_decode/many", "few_experts/int4_group_decode"),
     "rocm:gfx942": (
         *("gemm/fp8_block128/few", "grouped_gemm/mxfp4_decode/few", "expand/nvfp4_decode"),
         *("gemv/int4_group_decode", "align/few", "swiglu/silu_fp8_groups"),
         *("dispatch_rows/mxfp8/few", "combine_rows/few"),
     ),
-    "rocm:gfx950": ("scaled/mxfp4_w4a8/few", "quantize/nvfp4_static/plain"),
+    "rocm:gfx950": ("scaled/mxfp4_w4a8/few", "quantize/int8_channel_asymmetric/gate"),
     "rocm:gfx1100": ("gemm/int4_group_decode/many", "route/sigmoid_bias", "combine", "shift"),
     "rocm:gfx1201": ("sums/mxfp8/few", "grouped_gemm/fp8_channel_decode/few"),
 }
