@@ -308,7 +308,7 @@ class QTensor:
                     "QTensor.from_state_dict", found=f"values of {raw.dtype}", needed=needed
                 )
             typed[name] = raw.view(needed) if as_bytes else raw
-        ordered = {True: REORDERED, False: None}[typed["column_order"] is not None]
+        ordered = None if typed["column_order"] is None else REORDERED
         if metadata.get("columns") != ordered:
             raise ArgumentError(
                 "QTensor.from_state_dict",

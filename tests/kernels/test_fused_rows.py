@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_quantize_fused import assert_nearly_same, awkward
+from test_quantize_fused import assert_nearly_same, awkward, ways_of
 
 from hal.ops.activations import Activation
 from hal.ops.kernels.common import INTERPRETED
@@ -23,16 +23,7 @@ from hal.quant import SCHEMES
 from hal.quant.calibrate import fixed_arguments
 from hal.quant.represent import Coded, numbers
 
-WAYS = {
-    (SCHEMES[name].activation, encoding): (name, encoding)
-    for name in FIXED
-    for encoding in (
-        ("e4m3fn", "e4m3fnuz")
-        if SCHEMES[name].activation.format == "e4m3fn"
-        else (SCHEMES[name].activation.format,)
-    )
-}.values()
-ways = pytest.mark.parametrize(("scheme", "encoding"), WAYS)
+ways = pytest.mark.parametrize(("scheme", "encoding"), ways_of(FIXED))
 GATES = [
     Activation(),
     Activation(interleaved=True),

@@ -21,16 +21,22 @@ from hal.quant import SCHEMES
 from hal.quant.represent import Coded, numbers
 
 SHAPES = [(1, 1), (7, 129), (6, 256), (5, 1500)]
+
+
 # Schemes differ in weights only: one of each way to store activations, and both encodings of fp8.
-WAYS = {
-    (SCHEMES[name].activation, encoding): (name, encoding)
-    for name in DYNAMIC
-    for encoding in (
-        ("e4m3fn", "e4m3fnuz")
-        if SCHEMES[name].activation.format == "e4m3fn"
-        else (SCHEMES[name].activation.format,)
-    )
-}.values()
+def ways_of(schemes):
+    return {
+        (SCHEMES[name].activation, encoding): (name, encoding)
+        for name in schemes
+        for encoding in (
+            ("e4m3fn", "e4m3fnuz")
+            if SCHEMES[name].activation.format == "e4m3fn"
+            else (SCHEMES[name].activation.format,)
+        )
+    }.values()
+
+
+WAYS = ways_of(DYNAMIC)
 ways = pytest.mark.parametrize(("scheme", "encoding"), WAYS)
 
 
