@@ -275,9 +275,12 @@ def torch_products(
         "torch scaled_mm rows",
         lambda: rows(codes, weight.values.t(), scales, weight.scales, x.dtype),
     )
-    if dense.shape[0] % 128 or dense.shape[1] % 128:
+    if dense.shape[1] % 128:
         return
-    block = quantize(dense, "fp8_block128")
+    # torch takes whole blocks of rows alone.
+    rows_out = dense.shape[0]
+    whole = torch.nn.functional.pad(dense, (0, 0, 0, -rows_out % 128))
+    block = quantize(whole, "fp8_block128")
     wide = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 4))
     given, factors = quantize_rows(wide, "fp8_block128")
     of_rows = torch_compat.block128_activation_scales(factors, "cuda")
@@ -285,7 +288,7 @@ def torch_products(
     blocks = torch_compat.scaled_mm_block128_function()
     yield (
         "torch scaled_mm blocks",
-        lambda: blocks(given, block.values.t(), of_rows, of_weight, x.dtype),
+        lambda: blocks(given, block.values.t(), of_rows, of_weight, x.dtype)[:, :rows_out],
     )
 
 

@@ -14,6 +14,13 @@ ALLOWED = 1.05
 MOST_CELLS, MOST_FAILURES = 50, 15
 """Lines of the first and the last table; `--out` has all."""
 
+TORCH = {
+    "bf16": "torch.mm bf16",
+    "fp8_channel": "torch scaled_mm rows",
+    "fp8_block128": "torch scaled_mm blocks",
+}
+"""Torch's own product that is nearest to a scheme: in fp8 without what quantizes activations."""
+
 Row = dict[str, Any]
 Cell = tuple[str, int, int, int]
 """Scheme, n, k, rows."""
@@ -41,6 +48,7 @@ def report(
     yield from ("", f"{'scheme':<24}{'cells':>6}{'worst':>7}{'mean':>7}   chosen / bound by rows")
     for scheme in dict.fromkeys(where[0] for where in cells):
         yield from summary(scheme, [found for found in judged if found[1][0] == scheme])
+    yield from beside_torch(cells)
     yield from ("", f"failed or left out: {len(failures)}", *told(failures))
     if every:
         yield from ("", *lines(cells))
@@ -67,6 +75,31 @@ def summary(scheme: str, judged: list[tuple[float, Cell, Row, Row]]) -> Iterable
     by_rows = ", ".join(f"{m}: {max(found):.2f}" for m, found in bounds.items())
     yield (f"{scheme:<24}{len(ratios):>6}{max(ratios):>7.2f}{geometric_mean(ratios):>7.2f}   "
            f"{by_rows}")  # fmt: skip
+
+
+def beside_torch(cells: dict[Cell, dict[str, Row]]) -> Iterable[str]:
+    """Yield how long the chosen kernel takes beside torch's own product, by size and rows."""
+    numbers = sorted({where[3] for where in cells})
+    for scheme, name in TORCH.items():
+        found = [row for row in torch_rows(cells, scheme, name) if row[1:] != [""] * len(numbers)]
+        if found:
+            yield from ("", f"{scheme}: us, and times {name} (activations given as it takes them)")
+            yield f"{'n x k':>12}" + "".join(f"{m:>14}" for m in numbers)
+            yield from (f"{row[0]:>12}" + "".join(f"{cell:>14}" for cell in row[1:])
+                        for row in found)  # fmt: skip
+
+
+def torch_rows(cells: dict[Cell, dict[str, Row]], scheme: str, name: str) -> Iterable[list[str]]:
+    """Yield a row for each size: n x k, then for each number of rows the two numbers or nothing."""
+    numbers = sorted({where[3] for where in cells})
+    for n, k in dict.fromkeys(where[1:3] for where in cells):
+        row = [f"{n}x{k}"]
+        for m in numbers:
+            ours = next((r for r in cells.get((scheme, n, k, m), {}).values() if r["chosen"]), None)
+            theirs = cells.get(("torch", n, k, m), {}).get(name)
+            both = ours and theirs
+            row.append(f"{ours['us']:.1f} {ours['us'] / theirs['us']:.2f}" if both else "")
+        yield row
 
 
 def told(failures: dict[str, str]) -> Iterable[str]:

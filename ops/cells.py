@@ -110,9 +110,10 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     zeros = not (scheme.weight.symmetric and scheme.activation.symmetric)
     if kernel.op == "linear" and kernel.level is Level.NATIVE and zeros:
         return (f"gemm/{kind}/shifted",)
+    planes = ("planes",) if kind == "int4_group_fp8" else ()
     if kernel.op == "linear":
         single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]
-        return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single)
+        return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single, *planes)
     grouped = (f"grouped_gemm/{kind}/few", f"grouped_gemm/{kind}/many")
     gates = {
         "fp8_channel": "swiglu/silu_fp8_rows",
@@ -121,7 +122,8 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
         "int8_channel": "swiglu/silu_int8_rows",
     }
     few = (f"few_experts/{kind}",) if serves_few(kind) else ()
-    return (*grouped, *few, "align/few", "align/many", "combine", gates.get(kind, "swiglu/silu"))
+    gate = gates.get(kind, "swiglu/silu")
+    return (*grouped, *few, *planes, "align/few", "align/many", "combine", gate)
 
 
 def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from hal.ops.binding import Binding
 from hal.ops.checks import ACTIVATION_DTYPES, check_same_device, dtype_name
 from hal.protocol import Platform
 from hal.quant.calibrate import require_scale
-from hal.quant.layout import PARTS, keeps_memory, to_layout
+from hal.quant.layout import PARTS, Rewrite, keeps_memory, to_layout
 from hal.quant.quantize import bind_encoding
 from hal.quant.scheme import SCHEMES
 from hal.quant.tensor import QTensor
@@ -136,9 +136,22 @@ def prepare(binding: Binding, weight: QTensor, name: str, *, inplace: bool = Fal
         weight = bind_encoding(weight, binding.spec.formats.fp8_encoding, where=where)
     operand = kernel.operand(scheme, name)
     inplace = inplace and keeps_memory(weight, operand.layout)
-    weight = to_layout(weight, operand.layout, platform, inplace=inplace)
+    rewrite = _rewrite_of(weight, operand.layout)
+    weight = to_layout(weight, operand.layout, platform, inplace=inplace, rewrite=rewrite)
     weight.require(where, layout=operand.layout, encodings=operand.formats)
     return weight
+
+
+def _rewrite_of(weight: QTensor, layout: str) -> Rewrite | None:
+    """Return what brings codes into a layout faster than `to_layout` by itself, or None.
+
+    Only Triton's kernels read these layouts, so that Triton is there.
+    """
+    if (weight.layout, layout) != ("canonical", "int4_planes"):
+        return None
+    from hal.ops.kernels.planes import rewrite_planes
+
+    return rewrite_planes
 
 
 @contextmanager
@@ -186,7 +199,7 @@ def require_finite_scales(where: str, weight: QTensor) -> None:
         return ~torch.stack(torch.aminmax(part.float())).isfinite().all()
 
     # One scale of e4m3 for each 16 codes: looked at as bytes, an eighth of the codes' memory.
-    parts = 1 if exponents or scales.dtype is torch.float32 else PARTS // 4 if bytewise else PARTS
+    parts = PARTS // 4 if bytewise else 1
     chunks = scales.flatten().chunk(parts) if scales.numel() else ()
     if chunks and bool(torch.stack([is_unfit(part) for part in chunks]).any()):
         place = tuple(unfit(scales).nonzero()[0].tolist())

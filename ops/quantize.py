@@ -26,6 +26,7 @@ from hal.selection import choose
 if TYPE_CHECKING:
     import torch
 
+    from hal.quant.represent import Fixed
     from hal.quant.scheme import Quantization, Scheme
 
 __all__ = ["QUANTIZE", "fake_quantize", "quantize", "quantizer"]
@@ -68,7 +69,7 @@ scales."""
 
 
 def fake_quantize(
-    x: torch.Tensor, scheme: Scheme, encoding: str, fixed: torch.Tensor | None = None
+    x: torch.Tensor, scheme: Scheme, encoding: str, fixed: Fixed | None = None
 ) -> torch.Tensor:
     """Return `x` in float32 as the scheme's activations show it beside weights of `encoding`.
 
@@ -120,14 +121,15 @@ def quantize(
             one, or if the layout is not defined for its scales.
         ValueRangeError: With `HAL_CHECK=1`, if that scale is not finite or below the floor.
         ShapeError: If `x` is not a matrix.
-        DTypeError: If it has another dtype.
+        DTypeError: If it has another dtype, or what is fixed is no tensor.
+        DeviceMismatchError, GradientError: For what does not fit.
         UnknownNameError: If the scheme does not quantize activations, or there is no such layout.
         NoKernelError: If no kernel can run.
     """
     how = find_scheme(scheme)
     check_rows("quantize", x)
     check_scale_layout("quantize", how, scale_layout)
-    fixed = _fixed(how, x, input_scale, input_zero)
+    fixed = checked_fixed("quantize", how, x, input_scale, input_zero)
     problem = {"tokens": x.shape[0], "features": x.shape[1]}
     selection, _ = select_for("quantize", how.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
@@ -150,55 +152,83 @@ def check_rows(where: str, x: torch.Tensor) -> None:
     check_gradient(where, x)
 
 
-def _fixed(
-    how: Scheme, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return what kernels take as `fixed`, checked."""
-    from hal.quant.calibrate import require_scale
+def checked_fixed(
+    where: str,
+    how: Scheme,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+) -> Fixed | None:
+    """Return what kernels take as `fixed`.
 
+    Args:
+        where: Who asks, for messages.
+        how: The scheme; of one without activations, which the selection refuses, nothing is fixed.
+        x: What is quantized.
+        scale: The scheme's input scale, or None.
+        zero: Its zero point, or None.
+
+    Raises:
+        ArgumentError: If the scheme needs what is not given, or the other way round.
+        DTypeError, ShapeError, DeviceMismatchError, GradientError: For what does not fit.
+        ValueRangeError: With `HAL_CHECK=1`, if the scale is not finite or below the floor.
+    """
+    if how.activation.format is None:
+        return None
     shifted = how.static and not how.activation.symmetric
     if (zero is not None) != shifted:
         raise ArgumentError(
-            f"quantize under {how}",
+            f"{where} under {how}",
             found="no input_zero" if zero is None else "input_zero",
             needed="input_zero, int8 []" if shifted else "none: no zero point of it is fixed",
             cure="hal.quant.input_range(low, high) computes it" if shifted else "",
         )
     if (scale is not None) != how.static:
         raise ArgumentError(
-            f"quantize under {how}",
+            f"{where} under {how}",
             found="no input_scale" if scale is None else "input_scale",
             needed="input_scale, float32 []" if how.static else "none: scales come from x",
             cure="hal.quant.input_scale(amax) computes it" if how.static else "",
         )
     if scale is None:
         return None
-    if dtype_name(scale) != "float32":
-        raise DTypeError("quantize: input_scale", found=scale.dtype, needed="float32")
-    if scale.ndim:
-        raise ShapeError("quantize: input_scale", found=list(scale.shape), needed="[]")
-    check_same_device("quantize", x.device, input_scale=scale)
+    _check_number(where, "input_scale", scale, "float32", x.device)
     if setting("HAL_CHECK") == "1":  # reading the value waits for the device
-        require_scale("quantize: input_scale", scale)
-    if zero is None:
-        return scale
-    if dtype_name(zero) != "int8":
-        raise DTypeError("quantize: input_zero", found=zero.dtype, needed="int8")
-    if zero.ndim:
-        raise ShapeError("quantize: input_zero", found=list(zero.shape), needed="[]")
-    check_same_device("quantize", x.device, input_zero=zero)
+        from hal.quant.calibrate import require_scale
+
+        require_scale(f"{where}: input_scale", scale)
+    if zero is not None:
+        _check_number(where, "input_zero", zero, "int8", x.device)
     return fixed_of(scale, zero)
+
+
+def _check_number(where: str, name: str, given: Any, dtype: str, device: torch.device) -> None:
+    """Raise unless a number is a tensor [] of a dtype, on a device."""
+    import torch
+
+    where = f"{where}: {name}"
+    if not isinstance(given, torch.Tensor):
+        raise DTypeError(
+            where,
+            found=type(given).__name__,
+            needed=f"{dtype} []",
+            cure="make the tensor once: a call would copy the number to the device each time",
+        )
+    if dtype_name(given) != dtype:
+        raise DTypeError(where, found=given.dtype, needed=dtype)
+    if given.ndim:
+        raise ShapeError(where, found=list(given.shape), needed="[]")
+    check_gradient(where, given)
+    check_same_device(where, device, **{name: given})
 
 
 def fixed_of(
     input_scale: torch.Tensor | None = None, input_zero: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """Return what kernels take as `fixed`: the scale, or `[2]`, scale and zero point."""
-    import torch
-
+) -> Fixed | None:
+    """Return what kernels take as `fixed`: the scale, or scale and zero point."""
     if input_scale is None or input_zero is None:
         return input_scale
-    return torch.stack((input_scale, input_zero.float()))
+    return input_scale, input_zero
 
 
 def quantizer(binding: Binding, features: int) -> QuantizeFunction:
@@ -220,7 +250,7 @@ def quantize_reference(
     x: torch.Tensor,
     format: str,
     how: Quantization,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
     layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Follow the codec's formula in float32."""
@@ -240,7 +270,7 @@ def quantize_torch(
     x: torch.Tensor,
     format: str,
     how: Quantization,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
     layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Do the same in few passes over the data."""
@@ -286,7 +316,7 @@ def quantize_cached(
     x: torch.Tensor,
     format: str,
     how: Quantization,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
     layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Go over the rows in pieces that stay in the cache of a core."""
@@ -308,7 +338,7 @@ def quantize_triton(
     x: torch.Tensor,
     format: str,
     how: Quantization,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
     layout: str = CANONICAL,
 ) -> tuple[torch.Tensor, ...]:
     """Find the largest magnitude, or take a fixed scale, and round in one Triton launch."""
@@ -357,12 +387,12 @@ def launch_triton(
         features: Columns that are quantized.
         layout: How the scales are stored; see `hal.ops.scale_layouts`.
         words: Whether rows of scales that are bytes, in rows, shall begin at words of 32 bits.
-        **before: `norm`, `gate`, `counts` or `fixed` of `hal.ops.kernels.quantize.quantize`.
+        **before: `norm`, `gate`, `counts` or `fixed` of `hal.ops.kernels.quantize.quantize_matrix`.
     """
     import torch
 
     from hal.formats import number_format
-    from hal.ops.kernels.quantize import quantize
+    from hal.ops.kernels.quantize import quantize_matrix
     from hal.torch_compat import dtype
 
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -376,6 +406,6 @@ def launch_triton(
         second = torch.empty(shape[:1], dtype=torch.float32, device=x.device)
     top = number_format(format).quantization_maximum
     group = group_of(how.granularity)
-    quantize(x, values, scales, top, SCALE_FLOOR, group=group, second=second, order=order,
+    quantize_matrix(x, values, scales, top, SCALE_FLOOR, group=group, second=second, order=order,
              **before)  # fmt: skip
     return (values, scales) if second is None else (values, scales, second)

@@ -15,6 +15,7 @@ from hal.quant.scheme import group_of
 if TYPE_CHECKING:
     import torch
 
+    from hal.quant.represent import Fixed
     from hal.quant.scheme import Quantization
 
 __all__ = ["quantize_blocks"]
@@ -24,7 +25,7 @@ ROUNDER = 1.5 * 2**23
 
 
 def quantize_blocks(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor, format: str, how: Quantization, fixed: Fixed | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Return codes and scales of `x` `[tokens, features]` on a CPU, second scales if any.
 
@@ -63,13 +64,14 @@ def _mx(wide: torch.Tensor, largest: torch.Tensor, format: str) -> tuple[torch.T
 
 
 def _nvfp4(
-    wide: torch.Tensor, largest: torch.Tensor, fixed: torch.Tensor | None
+    wide: torch.Tensor, largest: torch.Tensor, fixed: Fixed | None
 ) -> tuple[torch.Tensor, ...]:
     from hal.quant.nvfp4 import block_scales, global_scale_of
 
     if fixed is None:
         second = global_scale_of(largest.amax(-1))
     else:
+        assert not isinstance(fixed, tuple)
         second = fixed.new_ones(wide.shape[0]).mul_(fixed)
     scales = block_scales(largest, second.unsqueeze(-1))
     wide.div_((scales.float() * second.unsqueeze(-1)).unsqueeze(-1))

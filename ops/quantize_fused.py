@@ -25,8 +25,8 @@ from hal.ops.quantize import (
     SEARCHED,
     SIGNATURES,
     TRITON,
-    _fixed,
     check_rows,
+    checked_fixed,
     launch_triton,
     quantize_reference,
 )
@@ -39,6 +39,7 @@ from hal.registry import Level, Op
 if TYPE_CHECKING:
     import torch
 
+    from hal.quant.represent import Fixed
     from hal.quant.scheme import Quantization, Scheme
 
 __all__ = ["QUANTIZE_RMS_NORM", "QUANTIZE_SWIGLU", "quantize_rms_norm", "quantize_swiglu"]
@@ -197,7 +198,7 @@ def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
     format: str, how: Quantization, layout: str = CANONICAL,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Parts:  # fmt: skip
     """Follow both formulas in float32."""
     rows, total = rms_norm(x, weight, epsilon, residual)
@@ -216,7 +217,7 @@ def rms_norm_cached(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
     format: str, how: Quantization, layout: str = CANONICAL,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Parts:  # fmt: skip
     """Normalize with torch and quantize, in pieces that stay in the cache of a core."""
 
@@ -266,7 +267,7 @@ def rms_norm_fixed(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None,
     format: str, how: Quantization, layout: str = CANONICAL,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Parts:  # fmt: skip
     """Do the same under a fixed scale, or with a zero point for each row."""
     import torch
@@ -297,7 +298,7 @@ def swiglu_reference(
     how: Quantization,
     layout: str = CANONICAL,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Parts:
     """Follow both formulas in float32."""
     return quantize_reference(gated(gate_up, gate), format, how, fixed, layout)
@@ -318,7 +319,7 @@ def swiglu_cached(
     how: Quantization,
     layout: str = CANONICAL,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Parts:
     """Apply the activation with torch and quantize, in pieces that stay in a core's cache."""
 
@@ -363,7 +364,7 @@ def swiglu_fixed(
     how: Quantization,
     layout: str = CANONICAL,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Parts:
     """Do both under a fixed scale, or with a zero point for each row, in one Triton launch."""
     columns = gate_up.shape[1] // 2
@@ -377,7 +378,7 @@ def _launch_fixed(
     columns: int,
     layout: str,
     *,
-    fixed: torch.Tensor | None,
+    fixed: Fixed | None,
     **before: Any,
 ) -> Parts:
     """Quantize rows of `columns` and return codes, scales and zero points or second scales."""
@@ -411,51 +412,17 @@ def _selected(
     given: tuple[torch.Tensor | None, torch.Tensor | None],
     platform: Any,
     options: Any,
-) -> tuple[Any, Quantization, str, dict[str, torch.Tensor]]:
+) -> tuple[Any, Quantization, str, dict[str, Fixed]]:
     """Return the kernel that is selected, how it shall store, as what, and what is fixed of it."""
     found = find_scheme(scheme)
     check_scale_layout(where, found, layout)
-    fixed = _checked(where, found, x, *given)
+    fixed = checked_fixed(where, found, x, *given)
     problem = {"tokens": x.shape[0], "features": columns}
     selection, _ = select_for(where, found.name, x.device, problem, platform=platform, **options)
     assert selection.kernel is not None
     encoding = encoding_of(found.activation.format, selection.spec.formats.fp8_encoding)
     named = {} if fixed is None else {"fixed": fixed}
     return selection.kernel.load(), found.activation, encoding, named
-
-
-def _checked(
-    where: str,
-    how: Scheme,
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Return what kernels take as `fixed`.
-
-    Raises:
-        ArgumentError: If the scheme needs what is not given, or the other way round.
-        DTypeError, ShapeError, DeviceMismatchError, GradientError: For what does not fit.
-        ValueRangeError: With `HAL_CHECK=1`, if the scale is not finite or below the floor.
-    """
-    import torch
-
-    if how.activation.format is None:  # which the selection refuses
-        return None
-    inputs: dict[str, Any] = {"input_scale": scale, "input_zero": zero}
-    for name, given in inputs.items():
-        if given is None:
-            continue
-        if not isinstance(given, torch.Tensor):
-            raise DTypeError(
-                f"{where}: {name}",
-                found=type(given).__name__,
-                needed="int8 []" if name == "input_zero" else "float32 []",
-                cure="make the tensor once: a call would copy the number to the device each time",
-            )
-        check_gradient(f"{where}: {name}", given)
-    # Private because its name and text are part of the source that has run on an H200.
-    return _fixed(how, x, scale, zero)
 
 
 def _check_like(

@@ -14,13 +14,14 @@ from hal.quant.represent import represent
 if TYPE_CHECKING:
     import torch
 
+    from hal.quant.represent import Fixed
     from hal.quant.scheme import Quantization
 
 __all__ = ["quantize_given"]
 
 
 def quantize_given(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None
+    x: torch.Tensor, format: str, how: Quantization, fixed: Fixed | None
 ) -> tuple[torch.Tensor, ...]:
     """Return codes, float32 scales, and zero points if any, bit for bit as `represent` does.
 
@@ -41,6 +42,7 @@ def quantize_given(
     if not how.symmetric:
         return _shifted(wide, fixed)
     assert fixed is not None
+    assert not isinstance(fixed, tuple)
     target = number_format(format)
     top = target.quantization_maximum
     wide.div_(fixed)
@@ -49,7 +51,7 @@ def quantize_given(
     return wide.clamp_(-top, top).to(dtype(format)), fixed.repeat(x.shape[0])
 
 
-def _shifted(wide: torch.Tensor, fixed: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _shifted(wide: torch.Tensor, fixed: Fixed | None) -> tuple[torch.Tensor, ...]:
     """Return int8 codes, scales and int8 zero points of finite numbers, which are overwritten."""
     import torch
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from hal.quant.represent import Fixed
     from hal.quant.scheme import Quantization
 
 __all__ = ["CACHE_ELEMENTS", "in_pieces", "quantize_piece"]
@@ -50,7 +51,7 @@ def in_pieces(
 
 
 def quantize_piece(
-    x: torch.Tensor, format: str, how: Quantization, fixed: torch.Tensor | None = None
+    x: torch.Tensor, format: str, how: Quantization, fixed: Fixed | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Return codes and scales of rows on a CPU, as `represent` does, in few passes."""
     from hal.ops.quantize import quantize_torch

@@ -18,6 +18,7 @@ of other libraries read, and `rows+kernel` names both, one after the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ __all__ = [
     "LAYOUTS",
     "Arguments",
     "Layout",
+    "Rewrite",
     "keeps_memory",
     "kernel_arguments",
     "register_layout",
@@ -45,6 +47,8 @@ __all__ = [
 
 LAYOUTS: dict[str, Layout] = {}
 """Every layout by name."""
+Rewrite = Callable[["torch.Tensor", "torch.Tensor"], bool]
+"""`(codes, target)`, which may be one: writes all of the target, or nothing and says so."""
 PARTS = 16
 """In how many parts the codes of experts are rewritten: each part takes its own memory anew."""
 
@@ -80,7 +84,13 @@ def register_layout(layout: Layout) -> Layout:
 
 
 def to_layout(
-    weight: QTensor, layout: str, platform: Any = None, *, inplace: bool = False, stream: Any = None
+    weight: QTensor,
+    layout: str,
+    platform: Any = None,
+    *,
+    inplace: bool = False,
+    stream: Any = None,
+    rewrite: Rewrite | None = None,
 ) -> QTensor:
     """Return `weight` in another layout; the same object if it is in that layout already.
 
@@ -90,6 +100,7 @@ def to_layout(
         platform: Platform whose ordering primitives to use; None means that of the weight.
         inplace: Rewrite the memory of `weight`, whose tag then says so too.
         stream: Stream to work on; what the caller's stream does next waits for it.
+        rewrite: Brings codes from the one layout into the other in one launch, where it can.
 
     Raises:
         UnknownNameError: If there is no such layout.
@@ -115,7 +126,10 @@ def to_layout(
             tensor = _canonical(weight, name, weight.shape, found[name], here)
             found[name] = _stored(weight, name, weight.shape, tensor, there, layout)
         if "values" in here.parts or "values" in there.parts:
-            found["values"] = _codes(weight, here, there, layout, inplace=inplace)
+            codes = None if rewrite is None else _rewritten(weight, there, rewrite, inplace=inplace)
+            if codes is None:
+                codes = _codes(weight, here, there, layout, inplace=inplace)
+            found["values"] = codes
         for name, old in weight.state_of().items():
             if found[name] is old:
                 # A later step in place must not reach the other weight.
@@ -219,6 +233,20 @@ def _require_memory(weight: QTensor, layout: str, form: Form) -> None:
                 needed="inplace=False",
                 cure=f"the shape of {what} changes",
             )
+
+
+def _rewritten(
+    weight: QTensor, there: Form, rewrite: Rewrite, *, inplace: bool
+) -> torch.Tensor | None:
+    """Return the codes of a weight, in a form that keeps their shape, as `rewrite` brings them."""
+    import torch
+
+    old = weight.values
+    shape = there.stored_shape("values", weight.scheme.weight, weight.shape)
+    if tuple(old.shape) != tuple(shape):
+        return None
+    result = old if inplace else torch.empty_like(old, memory_format=torch.contiguous_format)
+    return result if rewrite(old, result) else None
 
 
 def _codes(weight: QTensor, here: Form, there: Form, layout: str, *, inplace: bool) -> torch.Tensor:

@@ -115,7 +115,7 @@ def _twiddle(tiles: torch.Tensor) -> torch.Tensor:
     """Interleave the bits of every four bytes `[..., 2, 2]` of 4-bit codes."""
     import torch
 
-    words = tiles.contiguous().flatten(-2).view(torch.int32)
+    words = _words_of(tiles.flatten(-2))
     twiddled = torch.zeros_like(words)
     for place, moves in enumerate(_MOVES):
         byte = words >> 8 * place
@@ -129,7 +129,7 @@ def _untwiddle(tiles: torch.Tensor) -> torch.Tensor:
     """Undo `_twiddle`."""
     import torch
 
-    words = tiles.contiguous().flatten(-2).view(torch.int32)
+    words = _words_of(tiles.flatten(-2))
     plain = torch.zeros_like(words)
     for place, moves in enumerate(_MOVES):
         halves = torch.zeros_like(words)
@@ -137,6 +137,14 @@ def _untwiddle(tiles: torch.Tensor) -> torch.Tensor:
             halves |= (words >> shift) & bits * _BOTH
         plain |= ((halves & 0x0F) | ((halves >> 12) & 0xF0)) << 8 * place
     return plain.view(torch.uint8).view(tiles.shape)
+
+
+def _words_of(tiles: torch.Tensor) -> torch.Tensor:
+    """Return bytes `[..., 4]` as words, in new memory where they do not begin at a whole one."""
+    import torch
+
+    tiles = tiles.contiguous()
+    return (tiles.clone() if tiles.storage_offset() % 4 else tiles).view(torch.int32)
 
 
 def _planes(tiles: torch.Tensor) -> torch.Tensor:
@@ -156,7 +164,7 @@ def _swapped(tiles: torch.Tensor, steps: tuple[tuple[int, int], ...]) -> torch.T
     """
     import torch
 
-    words = tiles.contiguous().view(torch.int32)
+    words = _words_of(tiles)
     for shift, mask in steps:
         moved = (words >> shift).bitwise_xor_(words).bitwise_and_(mask)
         words = (words ^ moved).bitwise_xor_(moved.bitwise_left_shift_(shift))

@@ -13,6 +13,8 @@ from hal.quant.scheme import Quantization, group_of
 if TYPE_CHECKING:
     import torch
 
+    Fixed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
 __all__ = ["Coded", "encoding_of", "largest", "numbers", "represent"]
 
 
@@ -50,7 +52,7 @@ def represent(
     encoding: str,
     maximum: torch.Tensor | None = None,
     *,
-    fixed: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
 ) -> Coded:
     """Return `x` `[..., rows, columns]` as codes and scales.
 
@@ -64,7 +66,7 @@ def represent(
             and blocks must be whole in each shard, and take none.
         fixed: What calibration fixed of static activations `[rows, columns]`: float32 `[]`, their
             scale, or second scale where groups have scales; with zero points `[2]`, scale and zero
-            point.
+            point, or these two `[]` apart, of which the latter may be int8.
     """
     if fixed is not None:
         return _static(x, how, encoding, fixed)
@@ -114,10 +116,11 @@ def numbers(coded: Coded, how: Quantization, encoding: str, columns: int) -> tor
     return decode(coded.values, coded.scales, how.granularity)
 
 
-def _static(x: torch.Tensor, how: Quantization, encoding: str, fixed: torch.Tensor) -> Coded:
+def _static(x: torch.Tensor, how: Quantization, encoding: str, fixed: Fixed) -> Coded:
     if how.second != "none":
         from hal.quant.nvfp4 import encode_nvfp4
 
+        assert not isinstance(fixed, tuple)
         second = fixed.new_ones(x.shape[:-1]).mul_(fixed)
         return Coded(*encode_nvfp4(x, per="row", global_scale=second))
     if not how.symmetric:
@@ -125,6 +128,7 @@ def _static(x: torch.Tensor, how: Quantization, encoding: str, fixed: torch.Tens
 
         values, scales, zeros = encode_asymmetric_static(x, fixed[0], fixed[1])
         return Coded(values, scales, zeros=zeros)
+    assert not isinstance(fixed, tuple)
     return Coded(*encode_static(x, encoding, fixed))
 
 

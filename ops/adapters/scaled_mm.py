@@ -5,7 +5,7 @@ Only on GPUs that multiply fp8: on a CPU the same call converts element by eleme
 
 Source: aten/src/ATen/native/cuda/ScaledBlas.cpp: one scale a matrix wherever there is fp8; row-wise
 on sm_89, sm_90, sm_100 and gfx942 or gfx950 with bfloat16 output and K, N multiples of 16; 1x128 by
-128x128 scales on sm_90 only, from torch 2.10 on.
+128x128 scales on sm_90 only, whole blocks of rows and columns, from torch 2.10 on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hal.needs import Needs
 from hal.ops.binding import Binding, Launch, Tensors
 from hal.ops.linear import ALL, LINEAR, fixed_scale, row_scales
 from hal.ops.quantize import quantizer
+from hal.quant.scheme import BLOCK
 from hal.registry import Level
 
 if TYPE_CHECKING:
@@ -114,11 +115,14 @@ def bind_tensorwise(binding: Binding, weight: QTensor, bias: torch.Tensor | None
         Needs.torch("2.10", "torch.nn.functional.scaled_mm with block scales"),
         BFLOAT16,
         Needs.multiple_of("in_features", 128),
-        Needs.multiple_of("out_features", 128),
     ),
 )
 def bind_block128(binding: Binding, weight: QTensor, bias: torch.Tensor | None) -> Bound:
-    """Quantize the input per 1x128 group and call torch's block-wise product."""
+    """Quantize the input per 1x128 group and call torch's block-wise product.
+
+    It takes whole blocks of rows: weights that end within one are padded, in memory of their own.
+    """
+    import torch
     from torch.nn.functional import pad
 
     from hal.torch_compat import (
@@ -129,18 +133,24 @@ def bind_block128(binding: Binding, weight: QTensor, bias: torch.Tensor | None) 
 
     multiply, quantize = scaled_mm_block128_function(), quantizer(binding, weight.shape[1])
     kind, encoding, has_bias = weight.device.type, weight.encoding, bias is not None
-    how = weight.scheme.activation
+    how, rows_out = weight.scheme.activation, weight.shape[0]
     assert weight.scales is not None
-    arranged = block128_weight_scales(weight.scales, kind)
+    arranged, values = block128_weight_scales(weight.scales, kind), weight.values
+    if rows_out % BLOCK:
+        # As bytes: not every torch pads 8-bit floats.
+        raw = pad(values.view(torch.uint8), (0, 0, 0, -rows_out % BLOCK))
+        values = raw.view(values.dtype)
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         rows = x.shape[0]
         if rows % 4:
             # cuBLAS reads columns of the scales, one value a row, at 16-byte steps.
             x = pad(x, (0, 0, 0, -rows % 4))
-        codes, scales = quantize(x, encoding, how)
-        scales = block128_activation_scales(scales, kind)
-        out = multiply(codes, tensors[0].t(), scales, tensors[1], x.dtype)[:rows]
+        codes, scales = quantize(x, encoding, how, None, "mn_major")
+        # In order as they are: the rows are whole steps.
+        scales = block128_activation_scales(scales.t(), kind)
+        out = multiply(codes, tensors[0].t(), scales, tensors[1], x.dtype)
+        out = out[:rows, :rows_out].contiguous()
         return out.add_(tensors[2]) if has_bias else out
 
-    return launch, (weight.values, arranged, *(() if bias is None else (bias,)))
+    return launch, (values, arranged, *(() if bias is None else (bias,)))

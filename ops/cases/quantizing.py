@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def _decoded(parts: Parts, scheme: Scheme, columns: int) -> torch.Tensor:
     return numbers(Coded(codes, scales, second, zeros), how, encoding, columns)
 
 
-def _reference(trial: Trial, rows: torch.Tensor, fixed: torch.Tensor | None = None) -> Parts:
+def _reference(trial: Trial, rows: torch.Tensor, fixed: Any = None) -> Parts:
     """Return what the reference gives, in the encoding of the device."""
     from hal.runtime import platform_of
 
@@ -116,9 +117,7 @@ def _swiglu(
     _compare(trial, found, codes, gated(x, how), fixed_of(**given))
 
 
-def _compare(
-    trial: Trial, found: Findings, codes: Parts, rows: torch.Tensor, fixed: torch.Tensor | None
-) -> None:
+def _compare(trial: Trial, found: Findings, codes: Parts, rows: torch.Tensor, fixed: Any) -> None:
     wanted = _reference(trial, rows, fixed)
     fault, moved = near(codes, wanted, find_scheme(trial.scheme), rows.shape[1])
     found.demand(fault, not fault)

@@ -7,17 +7,11 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.encode import ROUNDER, divide, spoiled
+from hal.ops.kernels.encode import ROUNDER, divide, scale_and_zero, spoiled
 from hal.ops.kernels.row_shapes import MAX_ROW, Lanes, row_parts
 
 WIDEST = 2048
 """Of a part: the two loops over them have much to do between loads and stores."""
-
-
-@triton.jit
-def _round(x):
-    """Round f32 x, |x| < 2^22, half to even: the add itself rounds."""
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -37,25 +31,16 @@ def _asymmetric_kernel(
         highs = x if part == 0 else tl.maximum(highs, x)
     # NaN is what is no number; all others add up to 0.
     broken = tl.sum(spoils, axis=1) != 0.0
-    low = tl.where(broken, 0.0, tl.minimum(tl.min(lows, axis=1), 0.0))
-    high = tl.where(broken, 0.0, tl.maximum(tl.max(highs, axis=1), 0.0))
-    # Halves, since the difference itself may overflow.
-    half = high * 0.5 - low * 0.5
-    scale = tl.maximum(tl.div_rn(half, tl.full(half.shape, 127.5, tl.float32)), scale_floor)
-    zero = _round(-128.0 - tl.div_rn(low, scale))
-    zero = tl.minimum(tl.maximum(zero, -128.0), 127.0)
-    zero = tl.where(half == 0, 0.0, zero)
-    # Rounding both may lead beyond a bound by one.
-    least = (-128.0 - zero + ROUNDER)[:, None]
-    most = (127.0 - zero + ROUNDER)[:, None]
-    least = tl.where(broken[:, None], ROUNDER, least)
-    most = tl.where(broken[:, None], ROUNDER, most)
+    scale, zero, least, most = scale_and_zero(
+        tl.min(lows, axis=1), tl.max(highs, axis=1), broken, scale_floor
+    )
     for part in tl.static_range(PARTS):
         columns = (part * WIDTH + tl.arange(0, WIDTH))[None, :]
         inside = columns < n_columns
         # Loaded once where that is one part, and else from the cache.
         x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        steps = tl.minimum(tl.maximum(divide(x, scale) + ROUNDER, least), most)
+        steps = divide(x, scale) + ROUNDER
+        steps = tl.minimum(tl.maximum(steps, least[:, None]), most[:, None])
         values = steps.to(tl.int32, bitcast=True) + zero.to(tl.int32)[:, None]
         tl.store(values_ptr + row * stride_vm + columns, values.to(tl.int8), mask=inside)
     rows = row + tl.zeros((1,), tl.int32)

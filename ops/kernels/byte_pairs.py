@@ -33,6 +33,24 @@ def four_bytes(a, b, c, d, INTEGER: tl.constexpr):
 
 
 @triton.jit
+def four_shifted(a, b, c, d, least, most, zero, CLAMP: tl.constexpr):
+    """Return four quotients as int8 codes of a zero point [n], f32, in a word, a lowest.
+
+    CLAMP: to least and most [n], which have ROUNDER added; see `scale_and_zero`.
+    """
+    zero = zero[:, None]
+    a, b, c, d = a + ROUNDER, b + ROUNDER, c + ROUNDER, d + ROUNDER
+    if CLAMP:
+        low, high = least[:, None], most[:, None]
+        a, b = tl.minimum(tl.maximum(a, low), high), tl.minimum(tl.maximum(b, low), high)
+        c, d = tl.minimum(tl.maximum(c, low), high), tl.minimum(tl.maximum(d, low), high)
+    # Integers below 2^24: these sums are exact.
+    front = choose_bytes(_bits(a + zero), _bits(b + zero), 0x0040)
+    back = choose_bytes(_bits(c + zero), _bits(d + zero), 0x0040)
+    return choose_bytes(front, back, 0x5410)
+
+
+@triton.jit
 def _bits(x):
     return x.to(tl.int32, bitcast=True)
 
@@ -98,3 +116,30 @@ def _ratio(x, factor, reciprocal, MULTIPLIED: tl.constexpr):
         return x * factor[:, None]
     else:
         return divide_by(x, factor, reciprocal)
+
+
+@triton.jit
+def bounded_word(
+    first, second, scale, reciprocal, least, most, zero,
+    FIXED: tl.constexpr, SHIFTED: tl.constexpr, INTEGER: tl.constexpr,
+):  # fmt: skip
+    """Quantize the four numbers of two words [groups, eighths] to a word of codes.
+
+    scale, reciprocal = 1 / scale, zero: [groups] f32. FIXED: numbers are clamped to least and most,
+    else SHIFTED codes are; see `fixed_scale` and `scale_and_zero`.
+    """
+    a = _bounded_ratio(low_number(first), scale, reciprocal, least, most, FIXED)
+    b = _bounded_ratio(high_number(first), scale, reciprocal, least, most, FIXED)
+    c = _bounded_ratio(low_number(second), scale, reciprocal, least, most, FIXED)
+    d = _bounded_ratio(high_number(second), scale, reciprocal, least, most, FIXED)
+    if SHIFTED:
+        return four_shifted(a, b, c, d, least, most, zero, not FIXED)
+    else:
+        return four_bytes(a, b, c, d, INTEGER)
+
+
+@triton.jit
+def _bounded_ratio(x, scale, reciprocal, least, most, FIXED: tl.constexpr):
+    if FIXED:
+        x = tl.minimum(tl.maximum(x, least[:, None]), most[:, None])
+    return divide_by(x, scale, reciprocal)

@@ -289,6 +289,12 @@ def _shift(target: Target) -> None:
     shift_rows(product, _empty(FEW, k), _empty(n, dtype="float32"), _empty(FEW, n), _empty(n))
 
 
+def _planes(target: Target) -> None:
+    from hal.ops.kernels.planes import write_planes
+
+    write_planes(*(_empty(FEW * HIDDEN // 8, dtype="int32") for _ in range(2)))
+
+
 def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
     from hal.ops.activations import activation_of
     from hal.ops.kernels.swiglu import silu_and_mul
@@ -320,8 +326,9 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
                 residual = x if rows == FEW else None
                 rms_norm_fixed(x, weight, 1e-6, residual, encoding, how, fixed=fixed)
             else:
-                gate_up = _empty(rows, 2 * columns)
-                swiglu_fixed(gate_up, Activation(), encoding, how, fixed=fixed)
+                # Both kernels: words need halves that lie apart.
+                gate_up, gate = _empty(rows, 2 * columns), Activation(interleaved=rows == FEW)
+                swiglu_fixed(gate_up, gate, encoding, how, fixed=fixed)
     elif before == "gate":
         many = _empty(MANY, 2 * INTERMEDIATE)
         launch_triton(many, encoding, how, INTERMEDIATE, gate=Activation())
@@ -456,6 +463,7 @@ CASES: dict[str, Callable[[Target], None]] = {
     "swiglu/gelu_interleaved": lambda _: _gate("gelu", interleaved=True),
     "swiglu/oai_interleaved": lambda _: _gate("swiglu_oai", interleaved=True),
     "swiglu/relu2_alone": lambda _: _gate("relu2", gated=False),
+    "planes": _planes,
     "shift": _shift,
     "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),
     "swiglu/silu_fp8_groups": lambda target: _quantize(target, "fp8", True, True),

@@ -131,6 +131,38 @@ def divide_sizes(x, divisor, reciprocal):
 
 
 @triton.jit
+def scale_and_zero(low, high, broken, scale_floor):
+    """Return what `hal.quant.asymmetric` does of rows [n] of numbers from low to high, f32.
+
+    That is scale and zero point, and what the sums of codes and ROUNDER are at least and at most:
+    rounding both may lead beyond a bound by one. broken: all of it is as of zeros.
+    """
+    low = tl.where(broken, 0.0, tl.minimum(low, 0.0))
+    high = tl.where(broken, 0.0, tl.maximum(high, 0.0))
+    # Halves, since the difference itself may overflow.
+    half = high * 0.5 - low * 0.5
+    scale = tl.maximum(tl.div_rn(half, tl.full(half.shape, 127.5, tl.float32)), scale_floor)
+    zero = (-128.0 - tl.div_rn(low, scale) + ROUNDER) - ROUNDER  # half to even: the add rounds
+    zero = tl.minimum(tl.maximum(zero, -128.0), 127.0)
+    zero = tl.where(half == 0, 0.0, zero)
+    least = tl.where(broken, ROUNDER, -128.0 - zero + ROUNDER)
+    most = tl.where(broken, ROUNDER, 127.0 - zero + ROUNDER)
+    return scale, zero, least, most
+
+
+@triton.jit
+def fixed_scale(scale_ptr, zero_ptr, quant_max, SHIFTED: tl.constexpr):
+    """Return a fixed scale, its zero point, and what numbers are clamped to before division."""
+    one = tl.zeros((1,), tl.int32)
+    scale = tl.load(scale_ptr + one)
+    if SHIFTED:
+        zero = tl.load(zero_ptr + one).to(tl.float32)
+        return scale, zero, scale * (-128.0 - zero), scale * (127.0 - zero)
+    else:
+        return scale, one.to(tl.float32), scale * -quant_max, scale * quant_max
+
+
+@triton.jit
 def encode_e2m1(size, x, factor, PER_WORD: tl.constexpr, CLAMP: tl.constexpr):
     """Encode size * factor with the signs of x, f32 [rows, eighths, 8], as packed e2m1 codes.
 
@@ -159,13 +191,34 @@ def encode_e2m1(size, x, factor, PER_WORD: tl.constexpr, CLAMP: tl.constexpr):
 
 
 @triton.jit
+def whole_steps(x):
+    """Return int32 whose last eight bits are x (f32, from -128 to 127) rounded, ties to even.
+
+    Not the bits of x + ROUNDER as they are: where Triton 3.6 stores their last byte to shared
+    memory, to change a layout, ptxas 12.8 takes the register for a number and converts that to an
+    integer (F2IP.U8). An operation on integers that changes the byte keeps it from doing so.
+    """
+    return (x + (ROUNDER + 128.0)).to(tl.int32, bitcast=True) - 128
+
+
+@triton.jit
+def shifted_steps(x, zero, SHIFTED: tl.constexpr):
+    """Return int32 whose last eight bits are x (f32) [rows, width] rounded, plus zero [rows]."""
+    if SHIFTED:
+        # The sum is an operation on integers: see `whole_steps`.
+        return (x + ROUNDER).to(tl.int32, bitcast=True) + zero.to(tl.int32)[:, None]
+    else:
+        return whole_steps(x)
+
+
+@triton.jit
 def encode_values(x, broken, VALUE_DTYPE: tl.constexpr, ENCODING: tl.constexpr):
     """Encode x [rows, width] f32 in range as fp8 or int8; rows that are broken become zeros."""
     x = tl.where(broken[:, None], 0.0, x)
     if ENCODING != "":
         return encode_fp8(x, ENCODING)
     elif VALUE_DTYPE == tl.int8:
-        return (x + ROUNDER).to(tl.int32, bitcast=True).to(VALUE_DTYPE)
+        return whole_steps(x).to(VALUE_DTYPE)
     else:
         return x.to(VALUE_DTYPE)
 

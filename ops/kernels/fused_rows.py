@@ -15,10 +15,28 @@ import triton.language as tl
 from hal.ops.activations import Activation
 from hal.ops.kernels.asymmetric import WIDEST
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.encode import ROUNDER, divide, encode_fp8, spoiled
-from hal.ops.kernels.quantize import Norm, gate_options, stored_values
-from hal.ops.kernels.row_shapes import MAX_ROW, row_parts
+from hal.ops.kernels.encode import (
+    ROUNDER,
+    divide,
+    encode_fp8,
+    fixed_scale,
+    scale_and_zero,
+    shifted_steps,
+    spoiled,
+)
+from hal.ops.kernels.quantize import (
+    Before,
+    Norm,
+    as_words,
+    gate_options,
+    in_pairs,
+    quantize_words,
+    stored_values,
+)
+from hal.ops.kernels.row_shapes import MAX_ROW, lanes_of, row_parts
+from hal.ops.kernels.scale_order import ScaleOrder
 from hal.ops.kernels.source import gated_tile, normalized_tile, summed_tile
+from hal.ops.kernels.static import fixed_parts
 
 
 @triton.jit
@@ -50,8 +68,8 @@ def _numbers(
 @triton.jit
 def _fused_rows_kernel(
     x_ptr, residual_ptr, total_ptr, weight_ptr, values_ptr, scales_ptr, zeros_ptr, given_ptr,
-    n_columns, stride_xm, stride_rm, stride_tm, stride_vm, quant_max, scale_floor, epsilon,
-    alpha, limit,
+    given_zero_ptr, n_columns, stride_xm, stride_rm, stride_tm, stride_vm,
+    quant_max, scale_floor, epsilon, alpha, limit,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, ENCODING: tl.constexpr,
     FIXED: tl.constexpr, SHIFTED: tl.constexpr, RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
@@ -76,13 +94,7 @@ def _fused_rows_kernel(
         square = tl.sum(tl.sum(squares, axis=1), axis=0)
         root = tl.rsqrt(square / n_columns + epsilon)
     if FIXED:
-        scale = tl.load(given_ptr + one)
-        if SHIFTED:
-            zero = tl.load(given_ptr + 1 + one)
-            least, most = scale * (-128.0 - zero), scale * (127.0 - zero)
-        else:
-            zero = one.to(tl.float32)
-            least, most = scale * -quant_max, scale * quant_max
+        scale, zero, least, most = fixed_scale(given_ptr, given_zero_ptr, quant_max, SHIFTED)
     else:
         lows, highs = spoils, spoils
         for part in tl.static_range(PARTS):
@@ -94,17 +106,9 @@ def _fused_rows_kernel(
             spoils = spoiled(x, spoils)
             lows, highs = tl.minimum(lows, x), tl.maximum(highs, x)
         broken = tl.sum(spoils, axis=1) != 0.0
-        low = tl.where(broken, 0.0, tl.min(lows, axis=1))
-        high = tl.where(broken, 0.0, tl.max(highs, axis=1))
-        # Halves, since the difference itself may overflow.
-        half = high * 0.5 - low * 0.5
-        scale = tl.maximum(tl.div_rn(half, tl.full(half.shape, 127.5, tl.float32)), scale_floor)
-        zero = (-128.0 - tl.div_rn(low, scale) + ROUNDER) - ROUNDER  # half to even: the add rounds
-        zero = tl.minimum(tl.maximum(zero, -128.0), 127.0)
-        zero = tl.where(half == 0, 0.0, zero)
-        # Rounding both may lead beyond a bound by one.
-        least = tl.where(broken, ROUNDER, -128.0 - zero + ROUNDER)
-        most = tl.where(broken, ROUNDER, 127.0 - zero + ROUNDER)
+        scale, zero, least, most = scale_and_zero(
+            tl.min(lows, axis=1), tl.max(highs, axis=1), broken, scale_floor
+        )
     for part in tl.static_range(PARTS):
         columns, inside = _columns(part, n_columns, WIDTH)
         x, total = _numbers(
@@ -119,8 +123,7 @@ def _fused_rows_kernel(
             if ENCODING != "":
                 values = encode_fp8(quotient, ENCODING)
             elif VALUE_DTYPE == tl.int8:
-                steps = (quotient + ROUNDER).to(tl.int32, bitcast=True)
-                values = (steps + zero.to(tl.int32)[:, None]).to(VALUE_DTYPE)
+                values = shifted_steps(quotient, zero, SHIFTED).to(VALUE_DTYPE)
             else:
                 values = quotient.to(VALUE_DTYPE)
         else:
@@ -162,7 +165,7 @@ def quantize_fused(
     *,
     norm: Norm | None = None,
     gate: Activation | None = None,
-    fixed: torch.Tensor | None = None,
+    fixed: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
     zeros: torch.Tensor | None = None,
 ) -> None:
     """Quantize rows to values [rows, columns] (fp8 or int8) with scales [rows] f32.
@@ -175,7 +178,8 @@ def quantize_fused(
         scale_floor: Smallest scale that is found.
         norm: What to do before; or
         gate: the same.
-        fixed: [] f32, the scale; [2], scale and zero point; None finds both for each row.
+        fixed: Scale, with zeros also zero point, as `static.fixed_parts` takes them; None finds
+            both for each row.
         zeros: [rows] int8; None where there is no zero point.
     """
     rows, columns = x.shape[0], x.shape[1] // (gate.products if gate else 1)
@@ -187,21 +191,29 @@ def quantize_fused(
         raise ValueError("quantize_fused: x, values and scales must be contiguous along rows")
     if fixed is None and zeros is None:
         raise ValueError("quantize_fused: a scale alone is found by hal.ops.kernels.quantize")
-    needed = 1 if zeros is None else 2
-    if fixed is not None and (fixed.numel() != needed or fixed.dtype != torch.float32):
-        found = f"{fixed.dtype} {list(fixed.shape)}"
-        raise ValueError(f"quantize_fused: fixed is {found}, needs {needed} of torch.float32")
+    given = None
+    if fixed is not None:
+        given = fixed_parts("quantize_fused", fixed, shifted=zeros is not None)
     if rows == 0 or columns == 0:
         return
+    words, before = as_words(values, columns), Before(norm, gate, None, None)
+    if words is not None and in_pairs(x, values.dtype, "scaled", before):
+        quantize_words(
+            x, words, scales.unsqueeze(-1), (rows, columns), quant_max, scale_floor, before,
+            ScaleOrder("", 1, 1), codec="scaled", group=None, whole=True,
+            integer=values.dtype is torch.int8, given=given, zeros=zeros,
+        )  # fmt: skip
+        return
     values, encoding = stored_values(values)
-    parts, width, warps = row_parts(columns, widest=WIDEST)
+    lanes = None if norm else lanes_of(rows, columns)
+    parts, width, warps = row_parts(columns, lanes, WIDEST)
     residual, total = (norm.residual, norm.total) if norm else (None, None)
     launch(
         _fused_rows_kernel, (rows,),
         x, x if residual is None else residual, x if total is None else total,
         norm.weight if norm else x, values, scales, scales if zeros is None else zeros,
-        scales if fixed is None else fixed,
-        columns, x.stride(0), 0 if residual is None else residual.stride(0),
+        *(given or (scales, scales)), columns, x.stride(0),
+        0 if residual is None else residual.stride(0),
         0 if total is None else total.stride(0), values.stride(0), quant_max, scale_floor,
         norm.epsilon if norm else 0.0, *((gate.alpha, gate.limit) if gate else (1.0, 0.0)),
         PARTS=parts, WIDTH=width, ENCODING=encoding, FIXED=fixed is not None,

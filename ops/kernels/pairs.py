@@ -246,6 +246,33 @@ def smallest_pair(x, y):
 
 
 @triton.jit
+def lowest_pair(x, y):
+    """Return the lower of numbers with signs; of a NaN and another the other."""
+    if INTERPRETED:
+        low = tl.minimum(low_number(x), low_number(y))
+        return round_pair(low, tl.minimum(high_number(x), high_number(y)))
+    return tl.inline_asm_elementwise(
+        "min.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def highest_pair(x, y):
+    """Return the higher of numbers with signs; NaN is higher than any."""
+    if INTERPRETED:
+        low = _higher(low_number(x), low_number(y))
+        return round_pair(low, _higher(high_number(x), high_number(y)))
+    return tl.inline_asm_elementwise(
+        "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _higher(x, y):
+    return tl.where((x != x) | (y != y), float("nan"), tl.maximum(x, y))
+
+
+@triton.jit
 def _chosen_byte(x, y, CHOICE: tl.constexpr):
     """Return byte CHOICE % 8 of x and y, or from 8 on, 255 where its top bit is set, else 0."""
     NUMBER: tl.constexpr = CHOICE % 8

@@ -38,6 +38,7 @@ from hal.ops.kernels.row_shapes import (
     LONG_REGISTERS,
     MOST_PARTS,
     PER_LANE,
+    SHIFTED_LANE,
     WANTED_PARTS,
     are_many,
     fours_shape,
@@ -194,7 +195,7 @@ def quantize_rows(
     scale_floor: float,
 ) -> None:
     """Quantize x [rows, columns] to values (fp8 or int8) with scales [rows] f32."""
-    quantize(x, values, scales, quant_max, scale_floor, group=None)
+    quantize_matrix(x, values, scales, quant_max, scale_floor, group=None)
 
 
 def quantize_groups(
@@ -205,7 +206,7 @@ def quantize_groups(
     scale_floor: float,
 ) -> None:
     """Quantize x [rows, columns] per 1x128; scales [rows, ceil(columns / 128)] f32."""
-    quantize(x, values, scales, quant_max, scale_floor, group=GROUP)
+    quantize_matrix(x, values, scales, quant_max, scale_floor, group=GROUP)
 
 
 def stored_values(values: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -219,7 +220,7 @@ def stored_values(values: torch.Tensor) -> tuple[torch.Tensor, str]:
     return values.view(torch.uint8), str(values.dtype).removeprefix("torch.float8_")
 
 
-def quantize(
+def quantize_matrix(
     x: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
@@ -267,10 +268,10 @@ def quantize(
         scales = scales.view(x.shape[0], -1)
         rows, columns = x.shape
     order = ScaleOrder("", *scales.stride()) if order is None else order
-    before = _Before(norm, gate, counts, fixed)
-    words = _as_words(values, columns)
-    if words is not None and _in_pairs(x, values.dtype, codec, before):
-        _quantize_words(
+    before = Before(norm, gate, counts, fixed)
+    words = as_words(values, columns)
+    if words is not None and in_pairs(x, values.dtype, codec, before):
+        quantize_words(
             x, words, scales, (rows, columns), quant_max, scale_floor, before, order,
             codec=codec, group=group, whole=whole, integer=values.dtype is torch.int8,
             second=second,
@@ -281,7 +282,7 @@ def quantize(
     # By integers everywhere: ptxas 12.8 merges conversions to e4m3, and then errs.
     encoding = "" if second is None else "e4m3fn"
     parts, groups, width, n_groups, warps = group_shape(
-        rows, columns, group, whole=whole, most_parts=before.most_parts
+        rows, columns, group, whole=whole, most_parts=before.most_parts, sums=norm is not None
     )
     per_word = 1
     if packed:
@@ -323,8 +324,8 @@ def row_capacity(rows: int, counts: torch.Tensor | None) -> int:
     return 1 if counts is None else rows // counts.numel()
 
 
-class _Before(NamedTuple):
-    """What comes before codes; see `quantize`."""
+class Before(NamedTuple):
+    """What comes before codes; see `quantize_matrix`."""
 
     norm: Norm | None
     gate: Activation | None
@@ -343,7 +344,9 @@ class _Before(NamedTuple):
             return "gate"
         if self.norm is None:
             return "plain" if self.fixed is None else "fixed"
-        return "norm" if self.norm.residual is None else "residual"
+        if self.norm.residual is not None:
+            return "residual"
+        return "norm" if self.fixed is None else "fixed_norm"
 
     @property
     def most_parts(self) -> int:
@@ -352,28 +355,35 @@ class _Before(NamedTuple):
         return 1 if self.kind == "residual" else MOST_PARTS
 
 
-def _quantize_words(
+def quantize_words(
     x: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
     shape: tuple[int, int],
     quant_max: float,
     scale_floor: float,
-    before: _Before,
+    before: Before,
     order: ScaleOrder,
     *,
     codec: str,
     group: int | None,
     whole: bool,
     integer: bool,
-    second: torch.Tensor | None,
+    second: torch.Tensor | None = None,
+    given: tuple[torch.Tensor, torch.Tensor] | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> None:
-    """Quantize rows two numbers at a time."""
+    """Quantize rows two numbers at a time.
+
+    given, zeros: What `quantize_pairs` calls fixed and zeros; `before.fixed` is of nvfp4.
+    """
     norm, gate, counts, fixed = before
     wanted = WANTED_PARTS.get((codec, before.kind))
     four_bits, many, registers = codec in ("nvfp4", "mxfp4"), are_many(*shape), 0
     if wanted is None:
-        how = group_shape(*shape, group, whole=whole)
+        searches = norm is not None and zeros is not None and given is None
+        lane = SHIFTED_LANE if searches else PER_LANE
+        how = group_shape(*shape, group, whole=whole, lane=lane, sums=norm is not None)
         registers = GATED_REGISTERS if four_bits else 0
     else:
         assert group is not None
@@ -382,7 +392,8 @@ def _quantize_words(
             wanted = 1
         how = fours_shape(*shape, group, whole=whole, wanted=wanted)
         held = how.parts * how.groups // (32 * how.warps)
-        registers = LONG_REGISTERS if held > FEW_PARTS else 0
+        # Groups of mxfp4 are twice as long: so many of them spill under any such bound.
+        registers = LONG_REGISTERS if held > FEW_PARTS and codec == "nvfp4" else 0
     rows = Rows(
         norm, gate_options(gate), *before.activation, counts, row_capacity(shape[0], counts),
         scale_floor, exponent_rule("e2m1" if four_bits else "e4m3fn"), order,
@@ -391,17 +402,17 @@ def _quantize_words(
     if wanted is None:
         quantize_pairs(
             x, words, scales, rows, group=group, width=how.groups * how.width, codec=codec,
-            integer=integer, quant_max=quant_max,
+            integer=integer, quant_max=quant_max, fixed=given, zeros=zeros,
         )  # fmt: skip
     else:
         encoding = "" if second is None or converts_fp8(scales.dtype) else "e4m3fn"
         quantize_fours(
-            x, words, scales, rows, group=how.width, late=many, encoding=encoding, second=second,
-            fixed=fixed,
+            x, words, scales, rows, group=how.width, late=norm is not None and many,
+            encoding=encoding, second=second, fixed=fixed,
         )  # fmt: skip
 
 
-def _in_pairs(x: torch.Tensor, dtype: torch.dtype, codec: str, before: _Before) -> bool:
+def in_pairs(x: torch.Tensor, dtype: torch.dtype, codec: str, before: Before) -> bool:
     """Say whether rows, whose codes are whole words, are taken two numbers at a time."""
     norm, gate = before.norm, before.gate
     taken = (codec, before.kind)
@@ -414,7 +425,7 @@ def _in_pairs(x: torch.Tensor, dtype: torch.dtype, codec: str, before: _Before) 
     return are_words(x, *((norm.weight, norm.residual, norm.total) if norm else ()))
 
 
-def _as_words(values: torch.Tensor, columns: int) -> torch.Tensor | None:
+def as_words(values: torch.Tensor, columns: int) -> torch.Tensor | None:
     """Return codes as int32, or None where a thread's eight of each row are no whole words."""
     aligned = values.data_ptr() % 4 == 0 and values.stride(0) % 4 == 0
     if columns % 8 == 0 and aligned and values.storage_offset() % 4 == 0:

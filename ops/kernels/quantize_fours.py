@@ -281,7 +281,7 @@ def quantize_fours(
     second: torch.Tensor | None,
     fixed: torch.Tensor | None,
 ) -> None:
-    """Launch what `hal.ops.kernels.quantize.quantize` found to be rows of words; see there.
+    """Launch what `hal.ops.kernels.quantize.quantize_matrix` found to be rows of words; see there.
 
     Args:
         x: bf16 [rows, columns], or gate and up beside each other; `are_words` holds for it.

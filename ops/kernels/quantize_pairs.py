@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.byte_pairs import byte_words, reciprocals, scales_of_pairs
+from hal.ops.kernels.byte_pairs import bounded_word, byte_words, reciprocals, scales_of_pairs
 from hal.ops.kernels.common import INTERPRETED, converts_fp8, launch
+from hal.ops.kernels.encode import INFINITY_BITS, fixed_scale, scale_and_zero
 from hal.ops.kernels.mxfp4_pairs import exponent_byte, mxfp4_factors, mxfp4_word
 from hal.ops.kernels.pair_sources import (
     Rows,
@@ -22,7 +23,17 @@ from hal.ops.kernels.pair_sources import (
     normalized,
     store_words,
 )
-from hal.ops.kernels.pairs import four_words, high_number, largest_of_words, low_number
+from hal.ops.kernels.pairs import (
+    SIZES,
+    four_words,
+    high_number,
+    highest_pair,
+    larger_pair,
+    largest_of_pair,
+    largest_of_words,
+    low_number,
+    lowest_pair,
+)
 from hal.ops.kernels.scale_order import scale_of_group, scale_of_row
 from hal.ops.kernels.source import beyond_count
 
@@ -58,7 +69,7 @@ def _loaded(pointers, GROUPS: tl.constexpr, EIGHTHS: tl.constexpr):
 
 @triton.jit
 def _quantize_pairs_kernel(
-    x_ptr, weight_ptr, values_ptr, scales_ptr, counts_ptr,
+    x_ptr, weight_ptr, values_ptr, scales_ptr, zeros_ptr, counts_ptr, given_ptr, given_zero_ptr,
     n_words, n_groups,
     stride_xm, stride_vm, stride_sm, stride_sg,
     quant_max, inverse_max, scale_floor, epsilon, alpha, limit, capacity,
@@ -66,6 +77,7 @@ def _quantize_pairs_kernel(
     NORM: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr, COUNTED: tl.constexpr,
     EXPONENTS: tl.constexpr, FOURS: tl.constexpr, INTEGER: tl.constexpr,
+    FIXED: tl.constexpr, SHIFTED: tl.constexpr,
     ADDEND: tl.constexpr, TOP_EXPONENT: tl.constexpr, FULL: tl.constexpr,
     SIGNED: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +86,8 @@ def _quantize_pairs_kernel(
         if beyond_count(counts_ptr, row, capacity):
             return
     first_group = tl.program_id(1) * GROUPS
+    # Codes of rows that hold a NaN or an infinity: NaN where the format has one.
+    SPOILED: tl.constexpr = 0 if INTEGER else 0x7F7F7F7F
     x_ptr += row * stride_xm
     # All loads come before any store: those behind a store would wait for it.
     words, weights = (), ()
@@ -104,14 +118,32 @@ def _quantize_pairs_kernel(
         words = rows
     scale, broken = 0.0, False
     if WHOLE:
-        tops = 0
-        for part in tl.static_range(PARTS):
-            top = largest_of_words(
-                words[4 * part], words[4 * part + 1], words[4 * part + 2], words[4 * part + 3],
-                SIGNED,
-            )  # fmt: skip
-            tops = top if part == 0 else tl.maximum(tops, top)
-        scale, broken = scales_of_pairs(tl.max(tops, axis=1), quant_max, inverse_max, scale_floor)
+        if SHIFTED and not FIXED:
+            lows, highs = _bounds_of_row(words, PARTS)
+            sizes = larger_pair(lows & SIZES, highs & SIZES, SIGNED)
+            tops = tl.max(largest_of_pair(sizes, SIGNED), axis=1)
+            broken = tops >= INFINITY_BITS
+            low = tl.min(tl.minimum(low_number(lows), high_number(lows)), axis=1)
+            high = tl.max(tl.maximum(low_number(highs), high_number(highs)), axis=1)
+            scale, zero, least, most = scale_and_zero(low, high, broken, scale_floor)
+        else:
+            tops = 0
+            for part in tl.static_range(PARTS):
+                top = largest_of_words(
+                    words[4 * part], words[4 * part + 1], words[4 * part + 2], words[4 * part + 3],
+                    SIGNED,
+                )  # fmt: skip
+                tops = top if part == 0 else tl.maximum(tops, top)
+            tops = tl.max(tops, axis=1)
+            if FIXED:
+                broken = tops >= INFINITY_BITS
+                scale, zero, least, most = fixed_scale(
+                    given_ptr, given_zero_ptr, quant_max, SHIFTED
+                )
+            else:
+                scale, broken = scales_of_pairs(tops, quant_max, inverse_max, scale_floor)
+        if FIXED or SHIFTED:
+            reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     results = ()
     for part in tl.static_range(PARTS):
         w0, w1 = words[4 * part], words[4 * part + 1]  # type: ignore[var-annotated]
@@ -134,6 +166,16 @@ def _quantize_pairs_kernel(
             else:
                 factor = ((254 - byte) << 23).to(tl.float32, bitcast=True)
                 codes, others = byte_words(w0, w1, w2, w3, factor, factor, broken, True, INTEGER)
+        elif FIXED or SHIFTED:
+            scales = tl.where(broken, float("nan"), scale)
+            codes = bounded_word(
+                w0, w1, scale, reciprocal, least, most, zero, FIXED, SHIFTED, INTEGER
+            )
+            others = bounded_word(
+                w2, w3, scale, reciprocal, least, most, zero, FIXED, SHIFTED, INTEGER
+            )
+            codes = tl.where(broken[:, None], SPOILED, codes)  # type: ignore[index]
+            others = tl.where(broken[:, None], SPOILED, others)  # type: ignore[index]
         else:
             scales = tl.where(broken, float("nan"), scale)
             codes, others = byte_words(
@@ -157,6 +199,18 @@ def _quantize_pairs_kernel(
             store_words(target, codes, groups < n_groups, FULL)
     if WHOLE:
         tl.store(scales_ptr + tl.arange(0, 1), results[2])  # type: ignore[misc]
+        if SHIFTED:
+            zero = tl.where(broken, 0.0, zero).to(tl.int8)
+            tl.store(zeros_ptr + row + tl.arange(0, 1), zero)
+
+
+@triton.jit
+def _bounds_of_row(words, PARTS: tl.constexpr):
+    """Return what each thread has lowest and highest in words, as pairs: NaN is the highest."""
+    lows, highs = words[0], words[0]
+    for word in tl.static_range(1, 4 * PARTS):
+        lows, highs = lowest_pair(lows, words[word]), highest_pair(highs, words[word])
+    return lows, highs
 
 
 def quantize_pairs(
@@ -170,8 +224,10 @@ def quantize_pairs(
     codec: str,
     integer: bool,
     quant_max: float,
+    fixed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> None:
-    """Launch what `hal.ops.kernels.quantize.quantize` found to be rows of words; see there.
+    """Launch what `hal.ops.kernels.quantize.quantize_matrix` found to be rows of words; see there.
 
     Args:
         x: bf16 [rows, columns], or gate and up beside each other; `are_words` holds for it.
@@ -184,19 +240,23 @@ def quantize_pairs(
             of four bits, `mxfp4`.
         integer: Whether codes are int8.
         quant_max: Largest code under float32 scales.
+        fixed: Tensors of a scale that is fixed for all rows and of a zero point, which is read
+            where there are zeros; or None.
+        zeros: [rows] int8, for zero points, or None.
     """
     norm, order, fours, exponents = rows.norm, rows.order, codec == "mxfp4", codec != "scaled"
     words, columns = x.view(torch.int32), values.shape[1] * (8 if fours else 4)
     launch(
         _quantize_pairs_kernel, (x.shape[0], rows.programs),
         words, norm.weight.view(torch.int32) if norm else words, values,
-        scales.view(torch.uint8) if exponents else scales,
-        x if rows.counts is None else rows.counts,
+        scales.view(torch.uint8) if exponents else scales, scales if zeros is None else zeros,
+        x if rows.counts is None else rows.counts, *(fixed or (scales, scales)),
         columns // 2, rows.n_groups, words.stride(0), values.stride(0), order.row, order.group,
         quant_max, 1.0 / quant_max if quant_max else 0.0, rows.scale_floor,
         norm.epsilon if norm else 0.0, rows.alpha, rows.limit, rows.capacity,
         EIGHTHS=width // rows.groups // 8, WHOLE=group is None, EXPONENTS=exponents,
-        FOURS=fours, INTEGER=integer, FULL=columns == rows.programs * rows.parts * width,
+        FOURS=fours, INTEGER=integer, FIXED=fixed is not None, SHIFTED=zeros is not None,
+        FULL=columns == rows.programs * rows.parts * width,
         **rows.options(),
     )  # fmt: skip
 

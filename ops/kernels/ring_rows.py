@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import launch, offsets_need_64_bits
+from hal.ops.kernels.common import MAX_OFFSET_32, launch, offsets_need_64_bits
 from hal.ops.kernels.halves import halves_of_bytes, halves_of_nibbles, offset_of
 from hal.ops.kernels.kinds import ALL_KINDS, Weight, decode_options, row_strides, scale_arguments
 from hal.ops.kernels.ptx import (
@@ -340,6 +340,8 @@ def fits(kind: str, a: torch.Tensor, weight: Weight) -> bool:
         and codes.shape[1] % 4 == 0
         and codes.stride(1) == 1
         and codes.stride(0) % 4 == 0
+        # Of the rows of a tile, offsets are counted in 32 bits.
+        and 16 * codes.stride(0) + codes.shape[1] <= MAX_OFFSET_32
         and codes.data_ptr() % 16 == 0
         and a.shape[0] <= MOST_ROWS
         and a.stride(1) == 1

@@ -17,6 +17,8 @@ FEW = 1 << 19
 """Elements up to which pieces are smaller, so that all of a device works on them."""
 PER_LANE = 32
 """Elements that a lane of 32 holds."""
+SHIFTED_LANE = 64
+"""The same where a row's mean square and then its bounds are looked for."""
 PART_LANE = 16
 """The same of a part of a row, where there are few parts; half of it where there are more."""
 FEW_PARTS, MOST_PARTS = 4, 8
@@ -37,6 +39,8 @@ class Lanes(NamedTuple):
     most_parts: int = MOST_PARTS
 
 
+FEW_ROWS = Lanes(8, most_parts=1)
+"""Of rows that leave a device empty: what bounds those is how long one of them takes."""
 IN_PAIRS = {
     *((codec, before) for codec in ("mx", "scaled") for before in ("norm", "gate")),
     ("mxfp4", "gate"),
@@ -46,7 +50,7 @@ compared at sizes of real layers on a GPU (`tests/kernels/test_quantize_fused.py
 WANTED_PARTS = {
     **{("nvfp4", before): 4 for before in ("plain", "norm")},
     ("nvfp4", "residual"): 1,
-    ("nvfp4", "fixed"): 5,
+    **{("nvfp4", before): 5 for before in ("fixed", "fixed_norm")},
     ("nvfp4", "gate"): 3,
     **{("mxfp4", before): 2 for before in ("plain", "norm")},
 }
@@ -72,13 +76,18 @@ class Shape(NamedTuple):
 
 def group_shape(
     rows: int, columns: int, group: int | None, *, whole: bool, most_parts: int = MOST_PARTS,
-    lane: int = PER_LANE,
+    lane: int = PER_LANE, sums: bool = True,
 ) -> Shape:  # fmt: skip
-    """Choose how a program takes a row, or a piece of one unless `whole`."""
+    """Choose how a program takes a row, or a piece of one unless `whole`.
+
+    sums: Whether something is summed over a row, in an order that no other row may change.
+    """
     check_width(columns, whole)
     n_groups = 1 if group is None else triton.cdiv(columns, group)
     if whole:
-        parts, width, warps = row_parts(columns, Lanes(lane, most_parts=most_parts))
+        lanes: Lanes | None = Lanes(lane, most_parts=most_parts)
+        lanes = lanes if sums else lanes_of(rows, columns, lanes)
+        parts, width, warps = row_parts(columns, lanes)
         group = group or width
         return Shape(parts, max(width // group, 1), group, n_groups, warps)
     assert group is not None
@@ -108,7 +117,7 @@ def fours_shape(rows: int, columns: int, group: int, *, whole: bool, wanted: int
 
     def cost(warps: int) -> float:
         parts = triton.cdiv(n_groups, 32 * warps)
-        if parts > MOST_PARTS and warps < MOST_WARPS:
+        if parts > MOST_PARTS:
             return float("inf")
         return parts * 32 * warps / n_groups + WORTH * abs(parts - wanted)
 
@@ -121,6 +130,17 @@ def fours_shape(rows: int, columns: int, group: int, *, whole: bool, wanted: int
         while parts % 2 == 0:
             parts, groups = parts // 2, groups * 2
     return Shape(parts, groups, group, n_groups, warps)
+
+
+def lanes_of(rows: int, columns: int, lanes: Lanes | None = None) -> Lanes | None:
+    """Return what lanes hold where no sum over a row depends on it: less, if there is little to do.
+
+    Args:
+        rows: How many there are.
+        columns: Of a row.
+        lanes: What they hold where there is much; see `row_parts`.
+    """
+    return lanes if are_many(rows, columns) else FEW_ROWS
 
 
 def are_many(rows: int, columns: int) -> bool:

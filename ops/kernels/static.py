@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.encode import ROUNDER, divide, encode_fp8, spoiled
+from hal.ops.kernels.encode import divide, encode_fp8, fixed_scale, shifted_steps, spoiled
 from hal.ops.kernels.quantize import stored_values
-from hal.ops.kernels.row_shapes import MAX_ROW, row_parts
+from hal.ops.kernels.row_shapes import MAX_ROW, lanes_of, row_parts
 
 
 @triton.jit
 def _static_kernel(
-    x_ptr, values_ptr, scales_ptr, zeros_ptr, given_ptr, n_columns, stride_xm, stride_vm, quant_max,
+    x_ptr, values_ptr, scales_ptr, zeros_ptr, given_ptr, given_zero_ptr,
+    n_columns, stride_xm, stride_vm, quant_max,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, ENCODING: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -34,13 +35,7 @@ def _static_kernel(
     values_ptr += row * stride_vm
     one = tl.zeros((1,), tl.int32)
     VALUE_DTYPE: tl.constexpr = values_ptr.dtype.element_ty
-    scale = tl.load(given_ptr + one)
-    if SHIFTED:
-        zero = tl.load(given_ptr + 1 + one)
-        least, most = scale * (-128.0 - zero), scale * (127.0 - zero)
-    else:
-        zero = one.to(tl.float32)
-        least, most = scale * -quant_max, scale * quant_max
+    scale, zero, least, most = fixed_scale(given_ptr, given_zero_ptr, quant_max, SHIFTED)
     spoils = tl.zeros((1, WIDTH), tl.float32)
     for part in tl.static_range(PARTS):
         columns = (part * WIDTH + tl.arange(0, WIDTH))[None, :]
@@ -52,8 +47,7 @@ def _static_kernel(
         if ENCODING != "":
             values = encode_fp8(quotient, ENCODING)
         elif VALUE_DTYPE == tl.int8:
-            steps = (quotient + ROUNDER).to(tl.int32, bitcast=True)
-            values = (steps + zero.to(tl.int32)[:, None]).to(VALUE_DTYPE)
+            values = shifted_steps(quotient, zero, SHIFTED).to(VALUE_DTYPE)
         else:
             values = quotient.to(VALUE_DTYPE)
         tl.store(values_ptr + columns, values, mask=inside)
@@ -77,34 +71,56 @@ def _static_kernel(
     tl.store(scales_ptr + row + one, scale)
 
 
+def fixed_parts(
+    where: str, fixed: torch.Tensor | tuple[torch.Tensor, ...], *, shifted: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tensors whose first numbers are a fixed scale, f32, and a zero point.
+
+    Args:
+        where: Who asks, for messages.
+        fixed: [] f32, a scale; with a zero point [2] f32, or both apart, [] f32 and [] int8.
+        shifted: Whether there is a zero point; else what is returned second means nothing.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    parts = fixed if isinstance(fixed, tuple) else (fixed,)
+    if shifted and not isinstance(fixed, tuple) and fixed.ndim == 1:
+        parts = fixed[:1], fixed[1:]
+    single = len(parts) == 1 + shifted and all(part.numel() == 1 for part in parts)
+    if not single or parts[0].dtype != torch.float32:
+        given = fixed if isinstance(fixed, tuple) else (fixed,)
+        found = " and ".join(f"{part.dtype} {list(part.shape)}" for part in given)
+        needed = f"{1 + shifted} of torch.float32"
+        raise ValueError(f"{where}: what is fixed is {found}, needs {needed}")
+    return parts[0], parts[-1]
+
+
 def quantize_static(
     x: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
-    given: torch.Tensor,
+    given: torch.Tensor | tuple[torch.Tensor, ...],
     quant_max: float,
     zeros: torch.Tensor | None = None,
 ) -> None:
     """Quantize x [rows, columns] to values (fp8 or int8) by given [] f32; scales [rows] f32.
 
-    With zeros [rows] int8, values are int8 and given is [2] f32: scale and zero point.
+    With zeros [rows] int8, values are int8 and given has a zero point too: see `fixed_parts`.
     """
     rows, columns = x.shape
     if columns > MAX_ROW:
         raise ValueError(f"rows of {columns} elements, at most {MAX_ROW} are read in one piece")
     if x.stride(1) != 1 or values.stride(1) != 1 or scales.stride(0) != 1:
         raise ValueError("quantize_static: x, values and scales must be contiguous along rows")
-    needed = 1 if zeros is None else 2
-    if given.numel() != needed or given.dtype != torch.float32:
-        found = f"{given.dtype} {list(given.shape)}"
-        raise ValueError(f"quantize_static: given is {found}, needs {needed} of torch.float32")
+    scale, zero = fixed_parts("quantize_static", given, shifted=zeros is not None)
     if rows == 0 or columns == 0:
         return
     values, encoding = stored_values(values)
-    parts, width, warps = row_parts(columns)
+    parts, width, warps = row_parts(columns, lanes_of(rows, columns))
     launch(
         _static_kernel, (rows,),
-        x, values, scales, scales if zeros is None else zeros, given, columns, x.stride(0),
+        x, values, scales, scales if zeros is None else zeros, scale, zero, columns, x.stride(0),
         values.stride(0), quant_max,
         PARTS=parts, WIDTH=width, ENCODING=encoding, SHIFTED=zeros is not None, num_warps=warps,
     )  # fmt: skip

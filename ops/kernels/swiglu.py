@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hal.ops.activations import ACTIVATIONS, SILU, Activation
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.quantize import gate_options, quantize, row_capacity
+from hal.ops.kernels.quantize import gate_options, quantize_matrix, row_capacity
 from hal.ops.kernels.source import beyond_count, gated_tile, group_columns
 
 
@@ -74,7 +74,7 @@ def silu_and_mul_quantize_rows(
 ) -> None:
     """Write the gated rows as values [rows, width] with scales [rows] f32."""
     _check(gate_up, values, activation)
-    quantize(
+    quantize_matrix(
         gate_up, values, scales, quant_max, scale_floor, group=None, gate=activation, counts=counts
     )
 
@@ -90,7 +90,7 @@ def silu_and_mul_quantize_groups(
 ) -> None:
     """Write the gated rows as values [rows, width], scales [rows, ceil(width / 128)] f32."""
     _check(gate_up, values, activation)
-    quantize(
+    quantize_matrix(
         gate_up, values, scales, quant_max, scale_floor, group=128, gate=activation, counts=counts
     )
 

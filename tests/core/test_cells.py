@@ -119,15 +119,10 @@ def test_every_triton_kernel_that_a_compiled_target_offers_has_compiled() -> Non
     assert missing == [], "run make matrix"
 
 
-AWAITING = {("quantize_rms_norm", "triton_fixed"), ("quantize_swiglu", "triton_fixed")}
-"""Kernels that are chosen on sm_90 and have run nowhere: compiled and interpreted, and said so."""
-
-
 def test_every_native_kernel_that_is_chosen_has_compiled_or_run() -> None:
     """On CUDA and ROCm, with the source as it is now; on sm_90 it has run, if with an earlier one.
 
-    So a kernel may be changed without an H200 at hand, and not without compiling it anew. One that
-    is new is listed until one is.
+    So a kernel may be changed without an H200 at hand, and not without compiling it anew.
     """
     ops = [name for name in op_names() if not find_op(name).collective]
     matrix = build_matrix(ops, platforms=["cuda", "rocm"])
@@ -148,4 +143,4 @@ def test_every_native_kernel_that_is_chosen_has_compiled_or_run() -> None:
         if arch == "sm_90" and not ran:
             not_run.add((kernel.op, kernel.name, scheme))
     assert weaker == set(), "run make matrix"
-    assert {cell[:2] for cell in not_run} == AWAITING, "run hal verify on an H200"
+    assert not_run == set(), "run hal verify on an H200"

@@ -107,6 +107,10 @@ def test_a_name_that_a_function_imports_counts_beside_its_namesake_outside(plugi
     assert len(hashes) == 2
 
 
+OF_LAYOUTS = {("hal.ops.kernels.planes", "_planes_kernel")}
+"""Kernels that bring weights into a layout, which, like `to_layout`, comes before any kernel."""
+
+
 def test_every_kernel_in_triton_is_part_of_the_source_of_some_kernel() -> None:
     used = {
         part
@@ -124,7 +128,7 @@ def test_every_kernel_in_triton_is_part_of_the_source_of_some_kernel() -> None:
         and any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
     }
     assert len(written) > 50
-    assert written <= used
+    assert written - used == OF_LAYOUTS
 
 
 @pytest.mark.parametrize("op", ["quantize", "quantize_rms_norm", "quantize_swiglu"])

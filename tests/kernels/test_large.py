@@ -23,7 +23,7 @@ from hal.ops.kernels.gemv import gemv
 from hal.ops.kernels.grouped_gemm import grouped_gemm
 from hal.ops.kernels.kinds import ALL_KINDS, as_weight
 from hal.ops.kernels.linear import gemm
-from hal.ops.kernels.quantize import Norm, quantize, quantize_groups, quantize_rows
+from hal.ops.kernels.quantize import Norm, quantize_groups, quantize_matrix, quantize_rows
 from hal.ops.kernels.route import route
 from hal.ops.kernels.static import quantize_static
 from hal.ops.kernels.swiglu import silu_and_mul
@@ -221,7 +221,7 @@ def test_packed_experts_that_lie_far_apart(device, generator, kind, far_along):
 
 def norm_of(x, values, scales, **options):
     weight = torch.linspace(0.5, 1.5, values.shape[1], device=x.device).to(x.dtype)
-    quantize(x, values, scales, 127.0, 1e-12, norm=Norm(weight, 1e-6), **options)
+    quantize_matrix(x, values, scales, 127.0, 1e-12, norm=Norm(weight, 1e-6), **options)
 
 
 QUANTIZERS = {
@@ -235,7 +235,7 @@ QUANTIZERS = {
     "fixed, gate": (torch.bfloat16, (0, torch.float32), lambda x, values, scales, *_:
         quantize_fused(x, values, scales, 127.0, 1e-12, gate=Activation(),
                        fixed=torch.full((), 0.03, device=x.device))),
-    "fours": (torch.bfloat16, (8, torch.uint8), lambda x, values, scales, *_: quantize(
+    "fours": (torch.bfloat16, (8, torch.uint8), lambda x, values, scales, *_: quantize_matrix(
         x, values, scales, 6.0, 1e-12, group=32)),
 }  # fmt: skip
 """dtype of x, groups of a row (0: one scale a row) and dtype of the scales, and what is called."""

@@ -156,7 +156,9 @@ def test_codes_that_no_word_can_hold(device, generator, scheme):
     found = torch.empty_like(scales)
     seconds = torch.empty_like(second[0]) if second else None
     group = 16 if second else 32
-    quantize_module.quantize(x, room[:, 1:129], found, 0.0, 1e-12, group=group, second=seconds)
+    quantize_module.quantize_matrix(
+        x, room[:, 1:129], found, 0.0, 1e-12, group=group, second=seconds
+    )
     assert_same((room[:, 1:129].contiguous(), found), (codes, scales))
     assert (room[:, [0, 129, 130]] == 0x55).all()
 

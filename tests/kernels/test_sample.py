@@ -1,4 +1,4 @@
-"""Sixty cells of the cross-compiler: what `make test` compiles for devices that are not here.
+"""Some sixty cells of the cross-compiler: what `make test` compiles for devices that are not here.
 
 Each family of kernels, each kind of product and each Triton kernel of the registry is compiled at
 least once, for both vendors where both have it. All cells of all targets are `make matrix`.
@@ -19,11 +19,11 @@ from hal.ops.kernels.crosscompile import OWN_FORMAT, cell_names, compile_cells
 from hal.ops.triton_since import COMPILES_SINCE
 from hal.registry import find_op, op_names
 
-MOST = 60
+MOST = 61
 SAMPLE = {
     "cuda:sm_80": (
         *("gemm/int8_channel/many", "gemm/int8_channel_decode/few"),
-        *("ring_rows/uint4_group_decode/few", "gemm/fp8_e5m2_decode/few"),
+        *("planes", "gemm/fp8_e5m2_decode/few"),
     ),
     "cuda:sm_89": ("gemm/mxfp8_decode/few", "sums/mxfp8/few", "quantize/fp8_static/norm"),
     "cuda:sm_90": (
@@ -36,7 +36,7 @@ SAMPLE = {
     "rocm:gfx942": (
         *("gemm/fp8_block128/few", "grouped_gemm/mxfp4_decode/few", "expand/nvfp4_decode"),
         *("gemv/int4_group_decode", "align/few", "swiglu/silu_fp8_groups"),
-        *("dispatch_rows/mxfp8/few", "combine_rows/few"),
+        *("dispatch_rows/mxfp8/few", "combine_rows/few", "planes"),
     ),
     "rocm:gfx950": ("scaled/mxfp4_w4a8/few", "quantize/int8_channel_asymmetric/gate"),
     "rocm:gfx1100": ("gemm/int4_group_decode/many", "route/sigmoid_bias", "combine", "shift"),
@@ -117,7 +117,7 @@ def compiling() -> dict[str, bool]:
     return found
 
 
-def test_make_test_compiles_sixty_cells_at_most():
+def test_make_test_compiles_some_sixty_cells_at_most():
     kept = {name for name, left_out in compiling().items() if not left_out}
     assert kept == {*OTHERS, *NO_COMPILER, *COUNTED_ELSEWHERE}
     assert sum(map(len, SAMPLE.values())) + len(CELLS) + sum(OTHERS.values()) <= MOST

@@ -173,14 +173,15 @@ def test_bad_input_is_refused():
         swiglu(x, "mxfp8", activation="relu")
     scale, zero = torch.ones(()), torch.zeros((), dtype=torch.int8)
     for op, call in (
+        ("quantize", lambda scheme, **given: hal.ops.quantize(x, scheme, **given)),
         ("quantize_rms_norm", lambda scheme, **given: norm(x, weight, scheme, **given)),
         ("quantize_swiglu", lambda scheme, **given: swiglu(x, scheme, **given)),
     ):
-        with pytest.raises(ArgumentError, match="quantize under fp8_static: found no input_scale"):
+        with pytest.raises(ArgumentError, match=f"{op} under fp8_static: found no input_scale"):
             call("fp8_static")
-        with pytest.raises(ArgumentError, match="quantize under mxfp8: found input_scale"):
+        with pytest.raises(ArgumentError, match=f"{op} under mxfp8: found input_scale"):
             call("mxfp8", input_scale=scale)
-        with pytest.raises(ArgumentError, match="quantize under int8_static: found input_zero"):
+        with pytest.raises(ArgumentError, match=f"{op} under int8_static: found input_zero"):
             call("int8_static", input_scale=scale, input_zero=zero)
         with pytest.raises(DTypeError, match=f"{op}: input_scale: found float, needed float32"):
             call("fp8_static", input_scale=0.5)
@@ -188,7 +189,7 @@ def test_bad_input_is_refused():
             call("fp8_static", input_scale=scale.clone().requires_grad_())
         with pytest.raises(UnknownNameError, match="int4_w4a16"):
             call("int4_w4a16", input_scale=scale)
-        with pytest.raises(ShapeError, match=r"quantize: input_scale: found \[1\], needed \[\]"):
+        with pytest.raises(ShapeError, match=rf"{op}: input_scale: found \[1\], needed \[\]"):
             call("fp8_static", input_scale=scale[None])
     for epsilon in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ArgumentError, match="epsilon"):

@@ -329,8 +329,10 @@ def test_the_contract_of_rowwise_products(monkeypatch: pytest.MonkeyPatch) -> No
 
 @covers("scaled-mm-block-orientation")
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "scaled_mm"), reason="needs torch 2.10")
-@pytest.mark.parametrize("rows", [1, 3, 4])
-def test_the_contract_of_block_products(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (3, 256), (4, 256), (3, 192), (4, 130)])
+def test_the_contract_of_block_products(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hal.torch_compat import block128_weight_scales, scaled_mm_block128_function
 
     calls: list[Any] = []
@@ -347,8 +349,9 @@ def test_the_contract_of_block_products(rows: int, monkeypatch: pytest.MonkeyPat
     )
     scaled_mm_block128_function.cache_clear()
     try:
-        _, (launch, tensors) = bind("torch_scaled_mm_block128", "fp8_block128", (256, 384))
-        assert launch(torch.ones(rows, 384).bfloat16(), tensors).shape == (rows, 256)
+        _, (launch, tensors) = bind("torch_scaled_mm_block128", "fp8_block128", (columns, 384))
+        out = launch(torch.ones(rows, 384).bfloat16(), tensors)
+        assert (out.shape, out.is_contiguous()) == ((rows, columns), True)
     finally:
         scaled_mm_block128_function.cache_clear()
     a, b, scale_a, kind_a, scale_b, kind_b = calls[0]

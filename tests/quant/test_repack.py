@@ -204,6 +204,19 @@ def test_planes_hold_four_codes_in_low_halves_and_the_next_four_in_high_ones() -
     assert (stored >> 4).tolist() == [[4, 5, 6, 7, 12, 13, 14, 15]]
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "uint8" in CODE_LAYOUTS[name].dtypes])
+def test_codes_may_begin_at_any_byte(name: str) -> None:
+    """As those of a shard of a file do."""
+    layout = CODE_LAYOUTS[name]
+    shape = layout.multiples
+    room = torch.arange(shape[0] * shape[1] + 1, dtype=torch.int32).to(torch.uint8)
+    codes = room[1:].view(shape)
+    stored = layout.forward(codes)
+    assert torch.equal(stored, layout.forward(codes.clone()))
+    odd = torch.cat((stored.flatten()[:1], stored.flatten()))[1:].view(stored.shape)
+    assert torch.equal(layout.inverse(odd, shape), codes)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bit_is_lost_or_moved_onto_another(name: str) -> None:
     """Send single bits: each comes out alone, and no two at one place."""

@@ -1,0 +1,71 @@
+"""The kernel that brings codes into int4_planes, against the layout's own transform."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hal.ops.kernels.planes import BLOCK, rewrite_planes
+from hal.quant import quantize
+from hal.quant.layout import to_layout
+from hal.quant.repack import CODE_LAYOUTS
+
+PLANES = CODE_LAYOUTS["int4_planes"]
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 8), (2, 5, 12), (3, BLOCK // 8, 32), (7, 4 * BLOCK)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_as_the_layout_does(device, generator, shape, in_place):
+    codes = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+    wanted, given = PLANES.forward(codes), codes.clone()
+    target = given if in_place else torch.zeros_like(given)
+    assert rewrite_planes(given, target)
+    assert torch.equal(target, wanted)
+    assert in_place or torch.equal(given, codes)
+
+
+def test_nothing_beside_the_target_is_touched(device, generator):
+    room = torch.randint(0, 256, (24,), generator=generator, device=device, dtype=torch.uint8)
+    before = room.clone()
+    part = room[4:20].view(2, 8)
+    assert rewrite_planes(part, part)
+    assert torch.equal(room[:4], before[:4])
+    assert torch.equal(room[20:], before[20:])
+    assert torch.equal(part, PLANES.forward(before[4:20].view(2, 8)))
+
+
+def test_what_is_not_in_whole_words_is_left_alone(device):
+    for codes in (
+        torch.ones(3, 6, dtype=torch.uint8, device=device),
+        torch.ones(3, 16, dtype=torch.uint8, device=device)[:, :8],
+        torch.ones(9, dtype=torch.uint8, device=device)[1:].view(1, 8),
+        torch.ones(0, 8, dtype=torch.uint8, device=device),
+        torch.ones(2, 8, dtype=torch.uint8, device="meta"),
+    ):
+        before = codes.clone()
+        target = torch.zeros_like(codes, memory_format=torch.contiguous_format)
+        assert not rewrite_planes(codes, target)
+        if codes.device.type != "meta":
+            assert torch.equal(codes, before)
+            assert not target.any()
+
+
+@pytest.mark.parametrize("columns", [256, 130])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_weight_that_is_brought_there(device, generator, columns, inplace):
+    """Codes that end within a word are padded, which `to_layout` does itself."""
+    weight = quantize(torch.randn(5, columns, generator=generator, device=device), "int4_w4a8_fp8")
+    wanted = to_layout(weight, "int4_planes")
+    calls = []
+
+    def rewrite(codes, target):
+        calls.append(rewrite_planes(codes, target))
+        return calls[-1]
+
+    inplace = inplace and columns == 256
+    found = to_layout(weight, "int4_planes", inplace=inplace, rewrite=rewrite)
+    assert calls == ([True] if columns == 256 else [])
+    assert found.layout == "int4_planes"
+    assert torch.equal(found.values, wanted.values)
+    assert (found.values.data_ptr() == weight.values.data_ptr()) == inplace
+    assert torch.equal(to_layout(found, "canonical").dequantize(), found.dequantize())
