@@ -4,10 +4,10 @@ Usage: python benchmarks/quantize.py [--schemes mxfp8,...] [--before plain,norm,
            [--layouts] [--shapes 20480x7168,...] [--small] [--compile formula,reference]
            [--device cuda] [--jobs 16] [--seconds 80] [--pieces] [--out FILE.json]
 
-`of copy`: what `copy_` of as many bytes in all takes, over what the quantizer takes. `x formula`
-and `x reference`: what torch.compile of each (`quantize_cases.py`) takes, over the same: above 1
-hal is faster. `--layouts` adds scales that are stored as a product reads them. `--small`: 1, 16 and
-128 rows of 4096.
+`of copy`: what `copy_` of as many bytes in all, rounded down to 2 MB, takes, over what the
+quantizer takes. `x formula` and `x reference`: what torch.compile of each (`quantize_cases.py`)
+takes, over the same: above 1 hal is faster. `--layouts` adds scales that are stored as a product
+reads them. `--small`: 1, 16 and 128 rows of 4096.
 
 On a GPU, processes compile all at once; what inductor tries out on the GPU, it tries out alone, one
 process at a time. Then one process after the other is timed, by replays of CUDA graphs with a cold

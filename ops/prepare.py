@@ -191,7 +191,7 @@ def require_finite_scales(where: str, weight: QTensor) -> None:
         return part == 255 if exponents else ~part.float().isfinite()
 
     def is_unfit(part: torch.Tensor) -> torch.Tensor:
-        # Few launches, and no memory for each value: most of what binding takes is this.
+        # Few launches, and no memory for each float32: most of what binding takes is this.
         if exponents:
             return part.amax() == 255
         if bytewise:

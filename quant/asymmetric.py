@@ -92,7 +92,7 @@ def encode_asymmetric_static(
     Args:
         x: `[rows, columns]` of any float dtype.
         scale: float32 `[]`, fixed beforehand; finite and above 0.
-        zero: float32 `[]`, an integer from -128 to 127.
+        zero: float32 or int8 `[]`, an integer from -128 to 127.
     """
     import torch
 

@@ -48,7 +48,9 @@ __all__ = [
 LAYOUTS: dict[str, Layout] = {}
 """Every layout by name."""
 Rewrite = Callable[["torch.Tensor", "torch.Tensor"], bool]
-"""`(codes, target)`, which may be one: writes all of the target, or nothing and says so."""
+"""`(codes, target)`, which may be one: writes all of the target, or nothing and says so.
+
+For a layout that changes neither the shape nor the dtype of codes and takes them all."""
 PARTS = 16
 """In how many parts the codes of experts are rewritten: each part takes its own memory anew."""
 
@@ -246,7 +248,11 @@ def _rewritten(
     if tuple(old.shape) != tuple(shape):
         return None
     result = old if inplace else torch.empty_like(old, memory_format=torch.contiguous_format)
-    return result if rewrite(old, result) else None
+    if not rewrite(old, result):
+        return None
+    # torch counts what it writes itself: whoever keeps something of the codes looks at that.
+    result[:0].zero_()
+    return result
 
 
 def _codes(weight: QTensor, here: Form, there: Form, layout: str, *, inplace: bool) -> torch.Tensor:

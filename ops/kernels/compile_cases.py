@@ -320,6 +320,8 @@ def _store(target: Target, scheme: str, before: str = "plain", layout: str = "ca
     if before == "plain":
         quantize_triton(x, encoding, how, fixed, layout)
     elif scheme in FIXED:
+        if fixed is not None and not how.symmetric:
+            fixed = _empty(dtype="float32"), _empty(dtype="int8")  # as the ops are given them
         for rows, columns in ((FEW, HIDDEN), (MANY, ODD)):
             x, weight = _empty(rows, columns), _empty(columns)
             if before == "norm":

@@ -46,7 +46,8 @@ IN_PAIRS = {
     ("mxfp4", "gate"),
 }
 """What is faster by `quantize_pairs` than without, or by `quantize_fours`, on an H200. Each is
-compared at sizes of real layers on a GPU (`tests/kernels/test_quantize_fused.py`)."""
+compared at sizes of real layers on a GPU (`tests/kernels/test_quantize_fused.py`, and
+`test_fused_rows.py` of fixed scales and zero points)."""
 WANTED_PARTS = {
     **{("nvfp4", before): 4 for before in ("plain", "norm")},
     ("nvfp4", "residual"): 1,
@@ -61,7 +62,7 @@ WORTH = 0.05
 GATED_REGISTERS = 48
 """Most registers of a thread that gates what becomes mxfp4."""
 LONG_REGISTERS = 96
-"""Most registers of a thread that has more than FEW_PARTS groups."""
+"""Most registers of a thread that has more than FEW_PARTS groups of nvfp4."""
 
 
 class Shape(NamedTuple):

@@ -82,7 +82,7 @@ def fixed_parts(
         shifted: Whether there is a zero point; else what is returned second means nothing.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If there are more or fewer numbers, or the scale is not float32.
     """
     parts = fixed if isinstance(fixed, tuple) else (fixed,)
     if shifted and not isinstance(fixed, tuple) and fixed.ndim == 1:

@@ -46,6 +46,7 @@ CELLS = (
     "quantize/fp8_groups",
     "quantize/mxfp8/gate",
     "quantize/fp8_channel/norm",
+    "planes",
     "shift",
     "swiglu/silu_int8_rows",
 )

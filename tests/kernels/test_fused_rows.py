@@ -196,13 +196,30 @@ def test_rows_do_not_depend_on_how_many_there_are(device, generator, scheme, enc
         assert_same_bits(one, many)
 
 
+@ways
+@pytest.mark.parametrize("columns", [8, 24, 1032, 2880, 7168])
+def test_rows_of_words_in_parts(device, generator, scheme, encoding, columns, monkeypatch):
+    """Numbers whose squares add up exactly, whatever the order, so that all bits are decided."""
+    monkeypatch.setattr(row_shapes, "FEW", 0)
+    how, fixed = SCHEMES[scheme].activation, given(scheme, device)
+    signs = torch.randint(0, 2, (6, columns), generator=generator, device=device) * 2 - 1
+    x = (signs * torch.tensor([2.0, 2.0, -2.0, 2.0, 0.0, 0.5], device=device)[:, None]).bfloat16()
+    x[1, -1], x[2, 0] = float("nan"), -float("inf")
+    weight = torch.randint(-40, 90, (columns,), generator=generator, device=device).bfloat16() / 32
+    found = rms_norm_fixed(x, weight, 0.0, None, encoding, how, fixed=fixed)
+    rows = rms_norm(x, weight, 0.0, None)[0]
+    assert rows[[1, 2, 4]].isnan().any(1).all()
+    assert_same_bits(found, quantize_reference(rows, encoding, how, fixed))
+
+
 @pytest.mark.parametrize("scheme", ["fp8_static", "int8_channel_asymmetric"])
-@pytest.mark.parametrize("columns", [2048, 4096, 7168, 32768])
-def test_sizes_of_layers_and_the_longest_row(device, generator, scheme, columns):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [2048, 2880, 4096, 7168, 32768])
+def test_sizes_of_layers_and_the_longest_row(device, generator, scheme, columns, dtype):
     how, fixed = SCHEMES[scheme].activation, given(scheme, device)
     rows = 2 if INTERPRETED.value else 300
-    x = (torch.randn(rows, columns, generator=generator, device=device) * 2).half()
-    weight = torch.rand(columns, generator=generator, device=device).half() + 1
+    x = (torch.randn(rows, columns, generator=generator, device=device) * 2).to(dtype)
+    weight = torch.rand(columns, generator=generator, device=device).to(dtype) + 1
     gate_up, case = torch.cat((x, x.flip(1)), 1), (how.format, how)
     found = swiglu_fixed(gate_up, Activation(), *case, fixed=fixed)
     wanted = quantize_reference(gated(gate_up, Activation()), *case, fixed)

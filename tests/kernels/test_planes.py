@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from hal.ops import Routing, fused_moe
+from hal.ops.kernels import planes as planes_module
 from hal.ops.kernels.planes import BLOCK, rewrite_planes
+from hal.ops.prepare import prepare
+from hal.ops.warmup import even_routing
+from hal.platforms.tables import device_spec
 from hal.quant import quantize
 from hal.quant.layout import to_layout
 from hal.quant.repack import CODE_LAYOUTS
+from hal.registry import find_op
+from hal.runtime import platform_of
 
 PLANES = CODE_LAYOUTS["int4_planes"]
 
@@ -69,3 +78,38 @@ def test_a_weight_that_is_brought_there(device, generator, columns, inplace):
     assert torch.equal(found.values, wanted.values)
     assert (found.values.data_ptr() == weight.values.data_ptr()) == inplace
     assert torch.equal(to_layout(found, "canonical").dequantize(), found.dequantize())
+
+
+def test_binding_rewrites_and_kept_bindings_notice(device, generator, monkeypatch):
+    """What is bound in place is no longer what another binding of these weights has read."""
+    kernel = next(kernel for kernel in find_op("fused_moe").kernels if kernel.name == "triton_w4a8")
+    calls = []
+
+    def counted(codes, target):
+        calls.append(rewrite_planes(codes, target))
+        return calls[-1]
+
+    monkeypatch.setattr(planes_module, "rewrite_planes", counted)
+    shapes = ((4, 128, 128), (4, 128, 64))
+    weights = [
+        quantize(torch.randn(shape, generator=generator, device=device), "int4_w4a8_fp8")
+        for shape in shapes
+    ]
+    x = torch.randn(3, 128, generator=generator, device=device).bfloat16()
+    ids, shares = even_routing(3, 2, 4, x.device)
+    routing = Routing(ids=ids, weights=shares)
+    before = fused_moe(x, *weights, routing, force="reference")
+    codes = [weight.values.clone() for weight in weights]
+    spec = device_spec("cuda", "sm_90")
+    for name, weight in zip(("w13", "w2"), weights, strict=True):
+        binding = SimpleNamespace(
+            selection=SimpleNamespace(kernel=kernel), platform=platform_of(weight.device),
+            spec=spec,
+        )  # fmt: skip
+        assert prepare(binding, weight, name, inplace=True) is not None
+        assert weight.layout == "int4_planes"
+    assert calls == [True, True]
+    for weight, old in zip(weights, codes, strict=True):
+        assert torch.equal(weight.values, PLANES.forward(old))
+    after = fused_moe(x, *weights, routing, force="reference")
+    assert torch.equal(after, before)

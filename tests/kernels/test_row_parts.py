@@ -10,12 +10,14 @@ import triton
 
 from hal.ops.activations import Activation
 from hal.ops.kernels import asymmetric as asymmetric_module
+from hal.ops.kernels import fused_rows as fused_module
 from hal.ops.kernels import quantize as quantize_module
 from hal.ops.kernels import row_shapes as shapes_module
 from hal.ops.kernels import static as static_module
 from hal.ops.kernels.quantize import Norm
 from hal.ops.kernels.row_shapes import fours_shape, group_shape, row_parts
 from hal.ops.quantize import launch_triton, quantize_triton
+from hal.ops.quantize_fused import FIXED, rms_norm_fixed, swiglu_fixed
 from hal.quant import SCHEMES
 from hal.quant.calibrate import fixed_arguments
 
@@ -86,20 +88,24 @@ def rows(generator, device, columns):
 @pytest.mark.parametrize("scheme", SCHEMES_OF_ROWS)
 def test_the_same_bits(device, generator, monkeypatch, scheme, before):
     how = SCHEMES[scheme].activation
-    if before != "plain" and not (how.dynamic and how.symmetric):
-        pytest.skip("such rows are quantized as they are alone")
     encoding = "e4m3fn" if how.format == "e4m3fn" else str(how.format)
     x = rows(generator, device, COLUMNS * (2 if before == "gate" else 1))
     weight = torch.randn(COLUMNS, generator=generator, device=device).bfloat16()
     residual = rows(generator, device, COLUMNS).flip(0)
 
+    fixed = [part.to(device) for part in fixed_arguments(scheme, -3.0, 3.0).values()]
+    given = torch.stack([part.float() for part in fixed]).squeeze() if fixed else None
+
     def call():
         if before == "plain":
-            fixed = [part.to(device) for part in fixed_arguments(scheme, -3.0, 3.0).values()]
-            given = torch.stack([part.float() for part in fixed]).squeeze() if fixed else None
             return quantize_triton(x, encoding, how, given)
+        if before == "gate" and scheme in FIXED:
+            return swiglu_fixed(x, Activation(), encoding, how, fixed=given)
         if before == "gate":
             return launch_triton(x, encoding, how, COLUMNS, gate=Activation())
+        if scheme in FIXED:
+            added = residual if before == "residual" else None
+            return rms_norm_fixed(x, weight, 1e-6, added, encoding, how, fixed=given)
         total = torch.empty_like(x) if before == "residual" else None
         norm = Norm(weight, 1e-6, residual if before == "residual" else None, total)
         found = launch_triton(x, encoding, how, COLUMNS, norm=norm)
@@ -107,7 +113,7 @@ def test_the_same_bits(device, generator, monkeypatch, scheme, before):
 
     found = []
     for parts, width in ((1, 1024), (2, 512), (3, 256)):
-        for module in (shapes_module, static_module, asymmetric_module):
+        for module in (shapes_module, static_module, asymmetric_module, fused_module):
             monkeypatch.setattr(module, "row_parts", lambda *_, shape=(parts, width): (*shape, 2))
         monkeypatch.setattr(quantize_module, "fours_shape", partial(fours, wanted_parts=parts))
         found.append(call())

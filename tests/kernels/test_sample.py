@@ -23,7 +23,7 @@ MOST = 61
 SAMPLE = {
     "cuda:sm_80": (
         *("gemm/int8_channel/many", "gemm/int8_channel_decode/few"),
-        *("planes", "gemm/fp8_e5m2_decode/few"),
+        "gemm/fp8_e5m2_decode/few",
     ),
     "cuda:sm_89": ("gemm/mxfp8_decode/few", "sums/mxfp8/few", "quantize/fp8_static/norm"),
     "cuda:sm_90": (

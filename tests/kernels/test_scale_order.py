@@ -98,7 +98,7 @@ def test_scales_in_order_after_a_norm_and_a_gate(
     weight = torch.rand(640, generator=generator, device=device).bfloat16()
     for pairs in (True, False):
         if not pairs:
-            monkeypatch.setattr(quantize_module, "_in_pairs", lambda *_: None)
+            monkeypatch.setattr(quantize_module, "in_pairs", lambda *_: None)
         plain = rms_norm_triton(x, weight, 1e-6, x, encoding, how)
         check(rms_norm_triton(x, weight, 1e-6, x, encoding, how, layout), plain, layout)
         for gate in (Activation(), replace(Activation(), interleaved=not pairs)):

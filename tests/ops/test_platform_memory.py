@@ -151,7 +151,7 @@ def test_triton_quantizes_x_and_h_once_or_not_at_all(monkeypatch, kernel, scheme
         return count
 
     for file, name in (
-        ("quantize", "quantize"),
+        ("quantize", "quantize_matrix"),
         ("swiglu", "silu_and_mul_quantize_rows"),
         ("swiglu", "silu_and_mul_quantize_groups"),
     ):
