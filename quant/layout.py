@@ -247,12 +247,12 @@ def _rewritten(
     shape = there.stored_shape("values", weight.scheme.weight, weight.shape)
     if tuple(old.shape) != tuple(shape):
         return None
+    if inplace:
+        # torch counts what it writes itself, and whoever keeps something of the codes looks at
+        # that; it also refuses what may not be written, before anything is.
+        old[:0].zero_()
     result = old if inplace else torch.empty_like(old, memory_format=torch.contiguous_format)
-    if not rewrite(old, result):
-        return None
-    # torch counts what it writes itself: whoever keeps something of the codes looks at that.
-    result[:0].zero_()
-    return result
+    return result if rewrite(old, result) else None
 
 
 def _codes(weight: QTensor, here: Form, there: Form, layout: str, *, inplace: bool) -> torch.Tensor:

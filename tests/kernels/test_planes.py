@@ -80,6 +80,16 @@ def test_a_weight_that_is_brought_there(device, generator, columns, inplace):
     assert torch.equal(to_layout(found, "canonical").dequantize(), found.dequantize())
 
 
+def test_memory_that_may_not_be_written_is_left_alone(device, generator):
+    with torch.inference_mode():
+        weight = quantize(torch.randn(4, 64, generator=generator, device=device), "int4_w4a8_fp8")
+    before = weight.values.clone()
+    with pytest.raises(RuntimeError, match="inference"):
+        to_layout(weight, "int4_planes", inplace=True, rewrite=rewrite_planes)
+    assert weight.layout == "canonical"
+    assert torch.equal(weight.values, before)
+
+
 def test_binding_rewrites_and_kept_bindings_notice(device, generator, monkeypatch):
     """What is bound in place is no longer what another binding of these weights has read."""
     kernel = next(kernel for kernel in find_op("fused_moe").kernels if kernel.name == "triton_w4a8")

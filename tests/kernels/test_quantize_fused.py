@@ -84,6 +84,20 @@ def assert_same(found, wanted):
             assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
+def assert_alike(found, wanted):
+    assert [part.dtype for part in found] == [part.dtype for part in wanted]
+    assert [part.shape for part in found] == [part.shape for part in wanted]
+
+
+def without_sums(found, wanted, truncates):
+    """Return what comes before the sums with a residual, which are compared."""
+    *found, total = found
+    *wanted, sums = wanted
+    step = 2**-7 if truncates else 0
+    torch.testing.assert_close(total, sums, rtol=step, atol=0, equal_nan=True)
+    return found, wanted
+
+
 def assert_nearly_same(found, wanted):
     """Allow few codes to differ by one: a gate's last bit may decide how bf16 is rounded."""
     for one, other in zip(found, wanted, strict=True):
@@ -272,12 +286,8 @@ def test_norm(device, generator, shape, dtype, with_residual, scheme, encoding):
     found, wanted = rms_norm_triton(*case), rms_norm_reference(*case)
     truncates = INTERPRETED.value and dtype is torch.bfloat16
     if with_residual:
-        *found, total = found
-        *wanted, sums = wanted
-        step = 2**-7 if truncates else 0
-        torch.testing.assert_close(total, sums, rtol=step, atol=0, equal_nan=True)
-    assert [part.dtype for part in found] == [part.dtype for part in wanted]
-    assert [part.shape for part in found] == [part.shape for part in wanted]
+        found, wanted = without_sums(found, wanted, truncates)
+    assert_alike(found, wanted)
     if not shape[0]:
         return
     one, other = (decoded(parts, how, encoding, shape[1]) for parts in (found, wanted))
