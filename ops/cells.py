@@ -139,9 +139,23 @@ def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
 
 
 def _specialized_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
+    from hal.ops.tiles import SPECIALIZED_KINDS
+
     kind = kind_of(kernel, scheme)
-    found = kernel.op == "fused_moe" and kind.startswith("fp8_block128") and "decode" not in kind
+    if kernel.op != "fused_moe":
+        return ()
+    if kind in SPECIALIZED_KINDS:
+        sizes = specialized_sizes(kind)
+        return tuple(f"warp_specialized_packed/{kind}/{size}" for size in sizes)
+    found = kind.startswith("fp8_block128") and "decode" not in kind
     return (f"warp_specialized/{kind}",) if found else ()
+
+
+def specialized_sizes(kind: str) -> tuple[str, ...]:
+    """Return the sizes of which `warp_specialized_packed` has cells: one a sort of tile."""
+    short = () if kind == "fp8_block128_decode" else ("short",)
+    many = ("many",) if kind == "int4_group_fp8" else ()
+    return ("few", "some", "narrow", *short, *many)
 
 
 def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ def bind_few_tokens(
     widths: tuple[int, int],
     *,
     quantizes: bool,
+    specialized: bool = False,
 ) -> FewTokens | None:
     """Return how the layer runs few tokens, or None where these are sorted too.
 
@@ -68,6 +69,7 @@ def bind_few_tokens(
         kinds: What the sorted products are called.
         widths: How many of the tensors belong to each weight.
         quantizes: Whether activations are quantized.
+        specialized: Whether `specialized_experts` has the sorted products of weights decoded.
     """
     if layer.batched or not all(map(serves_few, kinds)):
         return None
@@ -135,4 +137,6 @@ def bind_few_tokens(
             dependent=dependent,
         )
 
-    return FewTokens(few_slots(kinds[0], experts, quantizes=quantizes), run)
+    return FewTokens(
+        few_slots(kinds[0], experts, quantizes=quantizes, specialized=specialized), run
+    )

@@ -35,16 +35,20 @@ def held_elements(kind: str) -> int:
     return int(16 / OPERAND_BYTES[kind][1])
 
 
-def few_slots(kind: str, experts: int, *, quantizes: bool) -> int:
+def few_slots(kind: str, experts: int, *, quantizes: bool, specialized: bool = False) -> int:
     """Return the most slots, tokens times experts of each, for which two launches are faster.
 
     Each slot reads and decodes its expert's weights by itself, from L2 if another one has. Where
     activations are quantized, or weights are bf16, matrix instructions on sorted slots soon win.
     Timed for bf16, int4, and fp8 with and without quantized activations; others go by their bytes.
+    Beside products whose warps specialize they are behind when experts begin to be shared
+    (`specialized`; of 8, 32, 128 and 256 experts on an H200).
     """
     if quantizes:
         return experts // 16
     b_bytes = OPERAND_BYTES[kind][1]
+    if specialized:
+        return experts // 2 if b_bytes < 1 and 16 <= experts <= 128 else experts // 4
     return experts if b_bytes < 1 else experts // 2 if b_bytes == 1 else experts // 4
 
 

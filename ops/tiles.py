@@ -303,12 +303,15 @@ def some_rows(kind: str, k: int) -> int:
     return 64 if kind == "mxfp8_decode" or k <= 2048 else 128
 
 
-def rows_before_expanding(kind: str) -> int:
+def rows_before_expanding(kind: str, *, specialized: bool = False) -> int:
     """Return the most rows an expert for which its weights are decoded in the loop of a product.
 
-    Float32 scales of groups, which apply to sums, are dearest in the loop. Measured on an H200
-    (benchmarks/moe.py), and taken elsewhere for want of better.
+    Float32 scales of groups, which apply to sums, are dearest in the loop, but where warps
+    specialize: there 4-bit floats are. Measured on an H200 (benchmarks/moe.py), and taken
+    elsewhere for want of better.
     """
+    if specialized:
+        return 256 if kind in ("mxfp4_decode", "nvfp4_decode") else 512
     return 256 if kind in GROUP_SUMS else 512
 
 
@@ -316,6 +319,46 @@ WARP_SPECIALIZED = Tile(128, 256, 128, 4, 4, group_m=16)
 """The tile of `kernels.warp_specialized`; warps are those of each role."""
 ROWS_BEFORE_SPECIALIZING = 256
 """Up to so many rows an expert `kernels.grouped_gemm` is faster (H200): its tiles are smaller."""
+SPECIALIZED_KINDS = PACKED_KINDS - {"uint4_group_decode", "fp8_e5m2_decode"}
+"""What `kernels.warp_specialized_packed` decodes."""
+
+
+@lru_cache(maxsize=1024)
+def specialized_tile(
+    kind: str,
+    rows: int,
+    n: int,
+    step: int,
+    *,
+    matrices: int,
+    compute_units: int,
+    shared_memory_bytes: int,
+) -> Tile:
+    """Choose the tile of `kernels.warp_specialized_packed` for `rows` rows an expert.
+
+    Experts get unlike numbers of rows, so that with an average of 16 half of them would need a
+    second tile of 16. As measured on an H200 for the shapes of benchmarks/moe.py.
+
+    Args:
+        step: Elements along k of a step.
+        matrices: Experts with rows.
+        compute_units: Programs that run at once.
+        shared_memory_bytes: The most that one may use.
+    """
+    a_bytes, b_bytes = OPERAND_BYTES[kind]
+    block_m = 16 if rows <= 10 else 32 if rows <= 20 else 64
+    if a_bytes == 1 and rows > 80:
+        block_m = 128
+    block_n = 256 if -(-n // 256) * matrices * 2 > compute_units else 128
+    # Scales of groups take up to 8 bytes a channel and step.
+    held = int(step * (block_m * a_bytes + block_n * b_bytes)) + 8 * block_n
+    # More are no faster.
+    stages = min((shared_memory_bytes - SPECIALIZED_RESERVE) // held, 6 if step > 64 else 12)
+    return Tile(block_m, block_n, step, 4, stages, 16)
+
+
+SPECIALIZED_RESERVE = 8192
+"""Bytes beside the ring: what sums are exchanged through, places of rows, barriers."""
 
 
 def specializes_warps(platform: str, arch: str) -> bool:

@@ -186,11 +186,11 @@ def bind_products(
     from hal.ops.align import align_triton
     from hal.ops.expanded_experts import expanded_product
     from hal.ops.few_experts import bind_few_tokens
-    from hal.ops.kernels.common import MAX_OFFSET_32
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
-    from hal.ops.tiles import ROWS_BEFORE_SPECIALIZING, WARP_SPECIALIZED, rows_before_expanding
+    from hal.ops.specialized_experts import specialized_products
+    from hal.ops.tiles import rows_before_expanding
 
     experts, columns, hidden = w13.shape
     intermediate = w2.shape[2]
@@ -209,7 +209,11 @@ def bind_products(
     wide13 = TileChoice(binding, "bf16", columns, hidden)
     wide2 = TileChoice(binding, "bf16", hidden, intermediate)
     decodes = kind.endswith("_decode") and binding.problem("dtype", "bfloat16") == "bfloat16"
-    specialized = _specialized_product(binding, kind, read13[0], read2[0])
+    specialized = specialized_products(
+        binding, (kind, kind2), (hidden, intermediate), read13, read2
+    )
+    decoding = specialized is not None and specialized.decodes
+    most_rows = rows_before_expanding(kind, specialized=decoding)
     fnuz = w13.encoding == "e4m3fnuz"
     dynamic = quantizes and not static
     invariant = binding.selection.options.batch_invariant
@@ -225,13 +229,13 @@ def bind_products(
         """Return `[slots, hidden]`; rows of absent slots hold anything."""
         top_k, slots = ids.shape[1], ids.numel()
         rows, matrices = sorted_sizes(slots, experts, invariant=invariant)
-        expands = decodes and rows > rows_before_expanding(kind)
-        if (
-            specialized is not None
-            and rows > ROWS_BEFORE_SPECIALIZING
-            and max(x.numel(), slots * intermediate) <= MAX_OFFSET_32
-        ):
-            multiply, tile13, tile2 = specialized, WARP_SPECIALIZED, WARP_SPECIALIZED
+        expands = decodes and rows > most_rows
+        special = None
+        if specialized is not None and not expands:
+            special = specialized.tiles(rows, matrices, max(x.numel(), slots * intermediate))
+        if specialized is not None and special is not None:
+            multiply, (tile13, tile2) = specialized.multiply, special
+            x = specialized.aligned(x)
         else:
             multiply = expanded_product if expands else grouped_gemm
             tile13 = (wide13 if expands else tiles13)(rows, matrices)
@@ -291,7 +295,10 @@ def bind_products(
     few = None
     if not invariant:
         widths = width, len(read2)
-        few = bind_few_tokens(binding, w13, w2, layer, (kind, kind2), widths, quantizes=quantizes)
+        few = bind_few_tokens(
+            binding, w13, w2, layer, (kind, kind2), widths, quantizes=quantizes,
+            specialized=decoding,
+        )  # fmt: skip
     return enter_and_combine(layer, experts, hidden, products, few), (*read13, *read2)
 
 
@@ -304,24 +311,6 @@ def sorted_sizes(slots: int, experts: int, *, invariant: bool) -> tuple[int, int
     if invariant:
         return INVARIANT_ROWS, experts
     return -(-slots // experts), min(experts, slots)
-
-
-def _specialized_product(
-    binding: Binding, kind: str, *weights: torch.Tensor
-) -> Callable[..., None] | None:
-    """Return the product for many rows whose warps specialize, if it can run and read these."""
-    from hal.ops.kernels.common import has_gluon
-    from hal.ops.tiles import specializes_warps
-
-    spec = binding.spec
-    if not specializes_warps(spec.platform, spec.arch.name) or not has_gluon():
-        return None
-    # Imported late: older Tritons have no such language.
-    from hal.ops.kernels.warp_specialized import fits, warp_specialized_gemm
-
-    if not all(fits(kind, weight) for weight in weights):
-        return None
-    return partial(warp_specialized_gemm, programs=spec.compute_units or 64)
 
 
 def enter_and_combine(

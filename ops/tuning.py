@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from hal.device import version_at_least
 from hal.errors import ArgumentError
 from hal.ops import tiles
 from hal.ops.linear import product_kind
@@ -126,6 +127,8 @@ def candidates(
         apart: In how many respects a tile may differ from the rules' one.
     """
     default = default_tile(sizes, spec, block_m)
+    if _runs_specialized(sizes, spec):
+        return (default,)  # which is not used: `tiles.specialized_tile` is
     found = dict.fromkeys([default] if fits(default, sizes, spec) else [])
     rows = (block_m,) if block_m else _row_choices(sizes.rows)
     group_m = 1 if sizes.rows <= 64 else 8
@@ -139,6 +142,12 @@ def candidates(
                 if near and _sensible(tried, sizes, spec):
                     found[tried] = None
     return tuple(found)
+
+
+def _runs_specialized(sizes: ProductSizes, spec: DeviceSpec) -> bool:
+    special = sizes.matrices > 1 and sizes.kind in tiles.SPECIALIZED_KINDS
+    newer = version_at_least(spec.software.triton or "3.6", "3.6")
+    return special and newer and tiles.specializes_warps(spec.platform, spec.arch.name)
 
 
 def _differences(one: Tile, other: Tile) -> int:

@@ -236,6 +236,10 @@ class _Launches:
                 key.append(arg.bit_length() if position in self.unspecialized else arg)
             elif type(arg) is float:
                 key.append(None)
+            elif hasattr(arg, "block_shape"):
+                # A descriptor of tiles: what of it its type has.
+                key.extend((arg.base.dtype, len(arg.shape), *arg.block_shape))
+                key.append(getattr(arg, "layout", None))
             else:
                 return None
         return tuple(key)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hal.ops.cells import SCALE_ORDERS
+from hal.ops.cells import SCALE_ORDERS, specialized_sizes
 from hal.ops.few_experts import serves_few
-from hal.ops.tiles import streams_rows
+from hal.ops.tiles import SPECIALIZED_KINDS, streams_rows
 
 if TYPE_CHECKING:
     from hal.ops.kernels.crosscompile import Target
@@ -120,6 +120,42 @@ def _specialized(target: Target, *, kind: str) -> None:
         _empty(1, dtype="int32"), top_k_divisor=TOP_K, kind=kind, tile=TILE,
         a_scales=_empty(MANY, k // 128, dtype=stored), programs=target.compute_units,
         b_scales=_empty(EXPERTS, n // 128, k // 128, dtype=stored),
+    )  # fmt: skip
+
+
+def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
+    from hal.ops.kernels.kinds import ALL_KINDS, as_weight
+    from hal.ops.kernels.warp_specialized_packed import step_of, warp_specialized_packed_gemm
+    from hal.ops.tiles import specialized_tile
+
+    spec = ALL_KINDS[kind]
+    rows, experts = {"some": (64, EXPERTS), "many": (512, EXPERTS)}.get(size, (2, EXPERTS))
+    experts = 2 if size == "narrow" else experts
+    n, k, group = 2 * INTERMEDIATE, HIDDEN, spec.groups[0] if spec.groups else 0
+    if size == "short":
+        # Steps of 64: groups of 64, or no multiple of 128.
+        group, k = (64, k) if spec.scale_format == "float32" and group else (group, k + 64)
+    b = _empty(experts, n, k // spec.per_byte, dtype="uint8")
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
+    if group:
+        scales = _empty(experts, k // group, -(-n // spec.scale_rows), dtype=stored).mT
+    else:
+        scales = _empty(experts, n, dtype="float32")
+    second = _empty(experts, dtype="float32") if spec.second else None
+    weight = as_weight(kind, k, b, scales, None, second)
+    tile = specialized_tile(
+        kind, rows, n, step_of(kind, weight), matrices=experts,
+        compute_units=target.compute_units, shared_memory_bytes=target.shared_memory_bytes,
+    )  # fmt: skip
+    slots = rows * experts
+    padded = (slots + experts * (tile.block_m - 1)) // tile.block_m * tile.block_m
+    low = f"float8_{target.fp8}" if spec.a_scaled else "bfloat16"
+    warp_specialized_packed_gemm(
+        _empty(slots // TOP_K, k, dtype=low), b, _empty(slots, n),
+        _empty(padded, dtype="int32"), _empty(padded // tile.block_m, dtype="int32"),
+        _empty(1, dtype="int32"), top_k_divisor=TOP_K, kind=kind, tile=tile,
+        a_scales=_empty(slots // TOP_K, dtype="float32") if spec.a_scaled else None,
+        b_scales=scales, b_second=second, programs=target.compute_units,
     )  # fmt: skip
 
 
@@ -429,6 +465,11 @@ CASES: dict[str, Callable[[Target], None]] = {
     **{
         f"warp_specialized/{kind}": partial(_specialized, kind=kind)
         for kind in ("fp8_block128", "fp8_block128_ue8m0")
+    },
+    **{
+        f"warp_specialized_packed/{kind}/{size}": partial(_specialized_packed, kind=kind, size=size)
+        for kind in sorted(SPECIALIZED_KINDS)
+        for size in specialized_sizes(kind)
     },
     "align/few": lambda _: _align(FEW),
     "align/many": lambda _: _align(MANY),

@@ -46,7 +46,7 @@ MULTIPLYING_REGISTERS, COPYING_REGISTERS, REGISTERS = 224, 56, 168
 
 
 @gluon.jit
-def _tile_of(tile, n_blocks, column_tiles, GROUP_M: gl.constexpr):
+def tile_of(tile, n_blocks, column_tiles, GROUP_M: gl.constexpr):
     """Map a number to (block of rows, tile of columns), as `common.program_tile` does."""
     in_group = GROUP_M * column_tiles
     first = tile // in_group * GROUP_M
@@ -56,7 +56,7 @@ def _tile_of(tile, n_blocks, column_tiles, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _next_stage(stage, phase, STAGES: gl.constexpr):
+def next_stage(stage, phase, STAGES: gl.constexpr):
     stage += 1
     last = stage == STAGES
     return gl.where(last, 0, stage), gl.where(last, phase ^ 1, phase)
@@ -91,7 +91,7 @@ def _copy(
     stage = 0
     phase = 1  # an empty ring counts as read
     for tile in range(gl.program_id(0), n_blocks * column_tiles, gl.num_programs(0)):
-        block, column_tile = _tile_of(tile, n_blocks, column_tiles, GROUP_M)
+        block, column_tile = tile_of(tile, n_blocks, column_tiles, GROUP_M)
         expert = gl.load(block_experts_ptr + block)
         slots_ptr = sorted_slots_ptr + block * BLOCK_M
         # Padding reads row 0, and is not written.
@@ -114,7 +114,7 @@ def _copy(
                 a_ring.index(2 * stage + 1), a_ptr + (lower[:, None] + inner[None, :] + k)
             )
             async_copy.mbarrier_arrive(arrived, increment_count=False)
-            stage, phase = _next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -155,7 +155,7 @@ def _multiply(
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), n_blocks * column_tiles, gl.num_programs(0)):
-        block, column_tile = _tile_of(tile, n_blocks, column_tiles, GROUP_M)
+        block, column_tile = tile_of(tile, n_blocks, column_tiles, GROUP_M)
         expert = gl.load(block_experts_ptr + block)
         slots_ptr = sorted_slots_ptr + block * BLOCK_M + GROUP * GROUP_ROWS
         slots = gl.load(slots_ptr + row)
@@ -192,7 +192,7 @@ def _multiply(
             part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
             mbarrier.arrive(empty.index(stage), count=1)
             right += part * right_factor[:, None]
-            stage, phase = _next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         if expert >= 0:
             bias_row = bias_ptr + expert.to(gl.int64) * stride_biase
             _write(

@@ -38,6 +38,7 @@ CELLS = (
     "grouped_gemm/int8_channel/few",
     "grouped_gemm/bf16/biased",
     "warp_specialized/fp8_block128",
+    "warp_specialized_packed/nvfp4_decode/narrow",
     "align/few",
     "combine/shared",
     "dispatch_rows/mxfp8/few",
@@ -54,7 +55,7 @@ CELLS = (
 # What this Triton cannot compile: `tl.gather` is of 3.3, Gluon's loads of 3.6.
 TOO_NEW = {
     *(() if hasattr(tl, "gather") else ("align/few",)),
-    *(() if common.has_gluon() else ("warp_specialized/fp8_block128",)),
+    *(() if common.has_gluon() else (cell for cell in CELLS if cell.startswith("warp_spec"))),
 }
 
 

@@ -111,7 +111,7 @@ def test_many_rows_of_a_layer_take_it(hopper, generator, monkeypatch):
     """More rows an expert than it begins at, through `FusedMoE`, against the ordinary product."""
     import hal
     from hal.ops import FusedMoE, Routing
-    from hal.ops import triton_experts as module
+    from hal.ops import specialized_experts as module
 
     hidden, intermediate, experts = 512, 256, 2
     w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator, device=hopper)
@@ -121,6 +121,6 @@ def test_many_rows_of_a_layer_take_it(hopper, generator, monkeypatch):
     ids = torch.randint(0, experts, (700, 1), generator=generator, device=hopper)
     routing = Routing(ids=ids, weights=torch.ones(700, 1, device=hopper))
     special = FusedMoE(*layer, force="triton_fp8")(x, routing)
-    monkeypatch.setattr(module, "_specialized_product", lambda *_: None)
+    monkeypatch.setattr(module, "specialized_products", lambda *_: None)
     plain = FusedMoE(*layer, force="triton_fp8")(x, routing)
     assert torch.equal(special, plain)

@@ -20,7 +20,7 @@ from hal.ops.few_tiles import FewTile, few_slots, few_tiles, held_elements
 from hal.ops.fused_moe import FUSED_MOE, activate
 from hal.ops.linear import fixed_scale
 from hal.ops.quantize import fake_quantize
-from hal.ops.tiles import OPERAND_BYTES
+from hal.ops.tiles import OPERAND_BYTES, SPECIALIZED_KINDS
 from hal.quant import to_layout
 from hal.quant.uint4 import encode_uint4
 from hal.registry import Level
@@ -257,6 +257,12 @@ class TestTiles:
         for kind in OPERAND_BYTES:
             for quantizes in (False, True):
                 assert 1 <= few_slots(kind, 128, quantizes=quantizes) <= 128
+
+    @pytest.mark.parametrize("experts", [4, 8, 32, 128, 256])
+    def test_fewer_are_beside_products_whose_warps_specialize(self, experts):
+        for kind in SPECIALIZED_KINDS - {"int4_group_fp8"}:
+            ordinary = few_slots(kind, experts, quantizes=False)
+            assert 1 <= few_slots(kind, experts, quantizes=False, specialized=True) < ordinary
 
 
 # Of 64 experts, so that no scheme sorts them.

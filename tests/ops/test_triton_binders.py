@@ -85,7 +85,7 @@ def test_experts_against_float64(
     monkeypatch, kernel, scheme, tokens, hidden, intermediate, expanded
 ):
     if expanded:  # two experts at a time
-        monkeypatch.setattr(tiles, "rows_before_expanding", lambda kind: 0)
+        monkeypatch.setattr(tiles, "rows_before_expanding", lambda *_, **__: 0)
         monkeypatch.setattr(expanded_experts, "EXPANDED_BYTES", 2 * 2 * 2 * intermediate * hidden)
     generator = torch.Generator().manual_seed(tokens)
     experts, top_k = 4, 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hal.errors import ArgumentError
-from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES
+from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES, SPECIALIZED_KINDS
 from hal.ops.tuned import ProductSizes
 from hal.ops.tuning import (
     ACCUMULATOR_REGISTERS,
@@ -105,3 +107,13 @@ def test_what_has_no_tiles_is_refused() -> None:
         products_of("route", "none", "triton", {}, 1)
     with pytest.raises(ArgumentError, match="no top_k, hidden"):
         products_of("fused_moe", "bf16", "triton", {"experts": 8, "intermediate": 8}, 1)
+
+
+def test_products_whose_warps_specialize_have_one_tile() -> None:
+    """Which is not theirs: `hal tune` has nothing to choose there."""
+    for kind in OPERAND_BYTES:
+        sizes = ProductSizes(kind, 4096, 2048, 32, 8)
+        tried = {device: candidates(sizes, device_spec(*device.split(":"))) for device in DEVICES}
+        assert (len(tried["cuda:h200"]) == 1) == (kind in SPECIALIZED_KINDS)
+        assert len(tried["cuda:a100"]) > 1
+        assert len(candidates(replace(sizes, matrices=1), device_spec("cuda", "h200"))) > 1

@@ -39,7 +39,7 @@ def test_planned_products_are_asked_for(op, kernel, scheme, expands, monkeypatch
     if expands and (op is LINEAR or kernel not in ("triton_decode", "triton_packed")):
         pytest.skip("needs weights that are expanded for many rows")
     if expands:
-        monkeypatch.setattr("hal.ops.tiles.rows_before_expanding", lambda kind: 4)
+        monkeypatch.setattr("hal.ops.tiles.rows_before_expanding", lambda *_, **__: 4)
     moe = op is FUSED_MOE
     problem = {"experts": N_EXPERTS, "top_k": 2, "hidden": HIDDEN, "intermediate": INTERMEDIATE}
     if not moe:

@@ -1,0 +1,119 @@
+"""Say when products of experts run with warps that specialize, and with which tiles.
+
+Their kernels are Gluon's, for Hopper: `warp_specialized` for 8-bit floats under 128x128 scales and
+many rows an expert, `warp_specialized_packed` for weights that are decoded. Elsewhere, and for
+what those do not read, `grouped_gemm` does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hal.ops.linear import scale_names
+
+if TYPE_CHECKING:
+    from hal.ops.binding import Binding
+    from hal.ops.tiles import Tile
+
+__all__ = ["SpecializedProducts", "specialized_products"]
+
+
+@dataclass(frozen=True)
+class SpecializedProducts:
+    """Hold the kernel of both products.
+
+    Attributes:
+        multiply: Takes the arguments of `grouped_gemm`.
+        tiles: Returns the tiles of both for (rows an expert, experts with rows, elements of the
+            larger operand), or None where the ordinary product runs: it gives the same numbers.
+        decodes: Whether rows are those that come, of 16 bits, beside weights that are decoded.
+    """
+
+    multiply: Callable[..., None]
+    tiles: Callable[[int, int, int], tuple[Tile, Tile] | None]
+    decodes: bool
+
+    def aligned(self, x: torch.Tensor) -> torch.Tensor:
+        """Return activations as the kernel copies them: rows of whole 16 bytes."""
+        whole = x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+        return x if whole or not self.decodes else x.clone(memory_format=torch.contiguous_format)
+
+
+def specialized_products(
+    binding: Binding,
+    kinds: tuple[str, str],
+    inner: tuple[int, int],
+    first: Sequence[torch.Tensor],
+    second: Sequence[torch.Tensor],
+) -> SpecializedProducts | None:
+    """Return what multiplies both weights, or None where no such kernel runs or reads them.
+
+    Args:
+        binding: What is bound.
+        kinds: Of both products.
+        inner: Elements along k of both.
+        first: Codes of w13, and the tensors that `scale_names` names.
+        second: Those of w2.
+    """
+    from hal.ops.kernels.common import MAX_OFFSET_32, has_gluon
+    from hal.ops.tiles import (
+        ROWS_BEFORE_SPECIALIZING,
+        SPECIALIZED_KINDS,
+        WARP_SPECIALIZED,
+        specialized_tile,
+        specializes_warps,
+    )
+
+    spec = binding.spec
+    if not specializes_warps(spec.platform, spec.arch.name) or not has_gluon():
+        return None
+    # Imported late: older Tritons have no such language.
+    from hal.ops.kernels import warp_specialized, warp_specialized_packed
+    from hal.ops.kernels.kinds import as_weight
+
+    units = spec.compute_units or 64
+    if all(
+        warp_specialized.fits(kind, part[0])
+        for kind, part in zip(kinds, (first, second), strict=True)
+    ):
+
+        def both(rows: int, matrices: int, elements: int) -> tuple[Tile, Tile] | None:
+            if rows <= ROWS_BEFORE_SPECIALIZING or elements > MAX_OFFSET_32:
+                return None
+            return WARP_SPECIALIZED, WARP_SPECIALIZED
+
+        multiply = partial(warp_specialized.warp_specialized_gemm, programs=units)
+        return SpecializedProducts(multiply, both, decodes=False)
+    if not SPECIALIZED_KINDS.issuperset(kinds):
+        return None
+    decodes = kinds[0].endswith("_decode")
+    if decodes and binding.problem("dtype", "bfloat16") != "bfloat16":
+        return None
+    weights = []
+    for kind, k, (codes, *scales) in zip(kinds, inner, (first, second), strict=True):
+        named: dict[str, Any] = dict(zip(scale_names(kind), scales, strict=False))
+        weights.append(as_weight(kind, k, codes, **named))
+        if not warp_specialized_packed.fits(kind, weights[-1]):
+            return None
+    sizes = [
+        (kind, weight.codes.shape[1], warp_specialized_packed.step_of(kind, weight))
+        for kind, weight in zip(kinds, weights, strict=True)
+    ]
+
+    def tiles(rows: int, matrices: int, elements: int) -> tuple[Tile, Tile]:
+        one, other = (
+            specialized_tile(
+                kind, rows, n, step, matrices=matrices, compute_units=units,
+                shared_memory_bytes=spec.shared_memory_bytes or 0,
+            )
+            for kind, n, step in sizes
+        )  # fmt: skip
+        return one, other
+
+    multiply = partial(warp_specialized_packed.warp_specialized_packed_gemm, programs=units)
+    return SpecializedProducts(multiply, tiles, decodes)
