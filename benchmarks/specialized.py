@@ -41,17 +41,31 @@ class Operands(NamedTuple):
     scales: dict[str, torch.Tensor]
     row_scales: torch.Tensor | None
 
-    def product(self, launch: Any, ids: torch.Tensor, divisor: int, tile: Tile, out: Any) -> Any:
-        """Return the call of a launcher, with slots aligned for its tile."""
+    def product(self, special: bool, ids: torch.Tensor, divisor: int, tile: Tile, out: Any) -> Any:
+        """Return the call of one of the kernels, with slots aligned for its tile."""
         slots = ids.shape[0] if divisor > 1 else ids.numel()
         places = align_triton(ids, self.codes.shape[0], tile.block_m)
-        scales = dict(self.scales)
-        if self.row_scales is not None:
-            scales["a_scales"] = self.row_scales[:slots]
+        rows, scales = self.rows[:slots], self.row_scales
+        a_scales = None if scales is None else scales[:slots]
+        shared = {"top_k_divisor": divisor, "tile": tile, "a_scales": a_scales}
+        if not special:
+            return partial(
+                grouped_gemm,
+                rows,
+                self.codes,
+                out,
+                *places,
+                kind=self.kind,
+                **self.scales,
+                **shared,
+            )
+        from hal.ops.kernels.warp_specialized_packed import Coded, warp_specialized_packed_gemm
+
+        coded = Coded(self.kind, rows.shape[1], self.codes, **self.scales)
+        units = DEVICE["compute_units"]
         return partial(
-            launch, self.rows[:slots], self.codes, out, *places,
-            top_k_divisor=divisor, kind=self.kind, tile=tile, **scales,
-        )  # fmt: skip
+            warp_specialized_packed_gemm, rows, coded, out, *places, programs=units, **shared
+        )
 
 
 def operands(kind: str, experts: int, n: int, k: int, group: int, rows: int) -> Operands:
@@ -94,13 +108,6 @@ def group_of(kind: str, shape: str) -> int:
     return 64 if shape == "gptoss" and kind.startswith("int4") else 128
 
 
-def special() -> Any:
-    """Return the launcher, with a program a multiprocessor."""
-    from hal.ops.kernels.warp_specialized_packed import warp_specialized_packed_gemm
-
-    return partial(warp_specialized_packed_gemm, programs=DEVICE["compute_units"])
-
-
 def compile_one(job: tuple[str, Tile, int, int, int]) -> str:
     """Compile a tile's kernel by a small call; return what went wrong."""
     kind, tile, divisor, group, k = job
@@ -108,7 +115,7 @@ def compile_one(job: tuple[str, Tile, int, int, int]) -> str:
         given = operands(kind, 4, 512, k, group, 64)
         ids = torch.randint(4, (64, divisor), device="cuda").int()
         out = torch.empty(ids.numel(), 512, device="cuda", dtype=torch.bfloat16)
-        given.product(special(), ids, divisor, tile, out)()
+        given.product(True, ids, divisor, tile, out)()
         torch.cuda.synchronize()
     except Exception as problem:
         return f"{job}: {type(problem).__name__}: {problem}"
@@ -188,7 +195,7 @@ def time_case(given: Operands, shape: str, tokens: int, divisor: int, step: int)
     ordinary = choose_tile(given.kind, rows, n, k, matrices=min(experts, ids.numel()), **DEVICE)
     expected = torch.empty(ids.numel(), n, device="cuda", dtype=torch.bfloat16)
     found = torch.empty_like(expected)
-    base = time_graph(given.product(grouped_gemm, ids, divisor, ordinary, expected), replays=9)
+    base = time_graph(given.product(False, ids, divisor, ordinary, expected), replays=9)
     weights = (given.codes, *given.scales.values())
     moved = len(ids.unique()) * sum(part[0].nbytes for part in weights) + expected.nbytes
     moved += given.rows[: ids.shape[0] if divisor > 1 else ids.numel()].nbytes
@@ -196,7 +203,7 @@ def time_case(given: Operands, shape: str, tokens: int, divisor: int, step: int)
     for tile in tiles(given.kind, step):
         if not tile.block_m / 4 <= max(rows, 6) <= 6 * tile.block_m:
             continue
-        call = given.product(special(), ids, divisor, tile, found)
+        call = given.product(True, ids, divisor, tile, found)
         call()
         error = ((found - expected).float().norm() / expected.float().norm()).item()
         wrong = "" if error < TOLERANCE else f" (error {error:.1e})"

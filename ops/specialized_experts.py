@@ -18,6 +18,7 @@ from hal.ops.linear import scale_names
 
 if TYPE_CHECKING:
     from hal.ops.binding import Binding
+    from hal.ops.kernels.warp_specialized_packed import Coded
     from hal.ops.tiles import Tile
 
 __all__ = ["SpecializedProducts", "specialized_products"]
@@ -94,16 +95,13 @@ def specialized_products(
     decodes = kinds[0].endswith("_decode")
     if decodes and binding.problem("dtype", "bfloat16") != "bfloat16":
         return None
-    weights = []
+    sizes = []
     for kind, k, (codes, *scales) in zip(kinds, inner, (first, second), strict=True):
         named: dict[str, Any] = dict(zip(scale_names(kind), scales, strict=False))
-        weights.append(as_weight(kind, k, codes, **named))
-        if not warp_specialized_packed.fits(kind, weights[-1]):
+        weight = as_weight(kind, k, codes, **named)
+        if not warp_specialized_packed.fits(kind, weight):
             return None
-    sizes = [
-        (kind, weight.codes.shape[1], warp_specialized_packed.step_of(kind, weight))
-        for kind, weight in zip(kinds, weights, strict=True)
-    ]
+        sizes.append((kind, codes.shape[1], warp_specialized_packed.step_of(kind, weight)))
 
     def tiles(rows: int, matrices: int, elements: int) -> tuple[Tile, Tile]:
         one, other = (
@@ -115,5 +113,42 @@ def specialized_products(
         )  # fmt: skip
         return one, other
 
-    multiply = partial(warp_specialized_packed.warp_specialized_packed_gemm, programs=units)
-    return SpecializedProducts(multiply, tiles, decodes)
+    return SpecializedProducts(_Held(units), tiles, decodes)
+
+
+class _Held:
+    """Multiply weights that stay the same from call to call, which are described once.
+
+    Args:
+        programs: How many run at once.
+    """
+
+    __slots__ = ("_coded", "_programs")
+    # Of both products.
+    MOST = 2
+
+    def __init__(self, programs: int) -> None:
+        self._programs = programs
+        self._coded: dict[int, tuple[torch.Tensor, torch.Tensor, Coded]] = {}
+
+    def __call__(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        *places: torch.Tensor,
+        kind: str,
+        b_scales: torch.Tensor,
+        b_second: torch.Tensor | None = None,
+        fnuz: bool = False,
+        **options: Any,
+    ) -> None:
+        from hal.ops.kernels.warp_specialized_packed import Coded, warp_specialized_packed_gemm
+
+        found = self._coded.get(id(b))
+        if found is None or found[0] is not b or found[1] is not b_scales:
+            if len(self._coded) >= self.MOST:
+                self._coded.clear()
+            coded = Coded(kind, a.shape[-1], b, b_scales, b_second, fnuz=fnuz)
+            found = self._coded[id(b)] = b, b_scales, coded
+        warp_specialized_packed_gemm(a, found[2], out, *places, programs=self._programs, **options)

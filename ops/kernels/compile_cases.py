@@ -124,8 +124,8 @@ def _specialized(target: Target, *, kind: str) -> None:
 
 
 def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
-    from hal.ops.kernels.kinds import ALL_KINDS, as_weight
-    from hal.ops.kernels.warp_specialized_packed import step_of, warp_specialized_packed_gemm
+    from hal.ops.kernels.kinds import ALL_KINDS
+    from hal.ops.kernels.warp_specialized_packed import Coded, warp_specialized_packed_gemm
     from hal.ops.tiles import specialized_tile
 
     spec = ALL_KINDS[kind]
@@ -142,20 +142,20 @@ def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
     else:
         scales = _empty(experts, n, dtype="float32")
     second = _empty(experts, dtype="float32") if spec.second else None
-    weight = as_weight(kind, k, b, scales, None, second)
+    coded = Coded(kind, k, b, scales, second)
     tile = specialized_tile(
-        kind, rows, n, step_of(kind, weight), matrices=experts,
+        kind, rows, n, coded.step, matrices=experts,
         compute_units=target.compute_units, shared_memory_bytes=target.shared_memory_bytes,
     )  # fmt: skip
     slots = rows * experts
     padded = (slots + experts * (tile.block_m - 1)) // tile.block_m * tile.block_m
     low = f"float8_{target.fp8}" if spec.a_scaled else "bfloat16"
     warp_specialized_packed_gemm(
-        _empty(slots // TOP_K, k, dtype=low), b, _empty(slots, n),
+        _empty(slots // TOP_K, k, dtype=low), coded, _empty(slots, n),
         _empty(padded, dtype="int32"), _empty(padded // tile.block_m, dtype="int32"),
-        _empty(1, dtype="int32"), top_k_divisor=TOP_K, kind=kind, tile=tile,
+        _empty(1, dtype="int32"), top_k_divisor=TOP_K, tile=tile,
         a_scales=_empty(slots // TOP_K, dtype="float32") if spec.a_scaled else None,
-        b_scales=scales, b_second=second, programs=target.compute_units,
+        programs=target.compute_units,
     )  # fmt: skip
 
 

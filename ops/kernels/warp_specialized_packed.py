@@ -483,58 +483,107 @@ def _warp_specialized_packed_kernel(
     ], [4, 4], [MULTIPLYING, COPYING])  # fmt: skip
 
 
+class Coded:
+    """A weight of experts as the kernel copies it, described once for each shape of tiles.
+
+    Args:
+        kind: Of `SPECIALIZED_KINDS`.
+        k: Elements along k.
+        b: `[experts, n, bytes]` or its int32 words, contiguous, at a multiple of 16 bytes.
+        b_scales: As `grouped_gemm` takes them; of groups, those of neighbouring channels lie side
+            by side, in whole 16 bytes.
+        b_second: As `grouped_gemm` takes it.
+        fnuz: False: there is no such device.
+
+    Raises:
+        ValueError: If the weight is none that the kernel reads.
+    """
+
+    __slots__ = ("_described", "codes", "kind", "step", "weight")
+
+    def __init__(
+        self,
+        kind: str,
+        k: int,
+        b: torch.Tensor,
+        b_scales: torch.Tensor,
+        b_second: torch.Tensor | None = None,
+        *,
+        fnuz: bool = False,
+    ) -> None:
+        weight = as_weight(kind, k, b, b_scales, None, b_second, fnuz=fnuz)
+        if not fits(kind, weight):
+            raise ValueError(
+                f"warp_specialized_packed_gemm: {kind}, b {b.dtype} {list(b.shape)} with strides "
+                f"{list(b.stride())}, scales {list(b_scales.shape)} with strides "
+                f"{list(b_scales.stride())}; needs k a multiple of 64 and of its groups, "
+                f"contiguous experts at a multiple of 16 bytes, and scales of channels side by "
+                f"side in whole 16 bytes"
+            )
+        self.kind, self.weight, self.step = kind, weight, step_of(kind, weight)
+        self.codes = weight.codes.view(torch.uint8).view(b.shape[0] * b.shape[1], -1)
+        self._described: dict[int, tuple[TensorDescriptor, TensorDescriptor]] = {}
+
+    @property
+    def groups(self) -> int:
+        """Return how many groups of scales a step has, 0 of a weight without."""
+        weight = self.weight
+        return 0 if weight.scales is None else max(self.step // weight.group, 1)
+
+    def described(self, block_n: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Return descriptors of codes and of scales, in tiles of so many channels and a step."""
+        found = self._described.get(block_n)
+        if found is None:
+            weight, scales = self.weight, self.weight.scales
+            codes = _tiles_of(self.codes, [block_n, self.step // weight.per_byte])
+            if scales is None or ALL_KINDS[self.kind].scale_rows > 1:
+                found = codes, _tiles_of(self.codes, [16, 16])  # which is not read
+            else:
+                found = codes, _tiles_of(scales.mT, [1, self.groups, block_n])
+            self._described[block_n] = found
+        return found
+
+
 def warp_specialized_packed_gemm(
     a: torch.Tensor,
-    b: torch.Tensor,
+    b: Coded,
     out: torch.Tensor,
     sorted_slots: torch.Tensor,
     block_experts: torch.Tensor,
     n_padded: torch.Tensor,
     *,
     top_k_divisor: int,
-    b_scales: torch.Tensor,
-    kind: str,
     tile: Tile,
     programs: int,
     a_scales: torch.Tensor | None = None,
-    b_second: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    fnuz: bool = False,
 ) -> None:
-    """Do what `kernels.grouped_gemm` does, of the same arguments, for weights that `fits`.
+    """Do what `kernels.grouped_gemm` does, of such arguments.
 
     Args:
         a: `[rows, k]` e4m3fn (int4_group_fp8) or bf16; rows contiguous, at multiples of 16 bytes.
-        b: `[experts, n, bytes]` or its int32 words, contiguous, at a multiple of 16 bytes.
+        b: The weight.
         out: `[slots, n]` bf16 or fp16, rows contiguous.
-        b_scales: As `grouped_gemm` takes them; of groups, those of neighbouring channels lie side
-            by side, in whole 16 bytes.
-        tile: Rows, channels (128 or 256), elements along k (see `step_of`).
+        tile: Rows, channels (128 or 256), `Coded.step`.
         programs: How many run at once: one a multiprocessor.
-        fnuz: False: there is no such device.
 
     Raises:
         ValueError: If an operand is none that the kernel reads.
     """
-    weight = as_weight(kind, a.shape[-1], b, b_scales, None, b_second, fnuz=fnuz)
+    kind, weight = b.kind, b.weight
     check_operands(kind, a, a_scales, weight, tile)
     spec, k = ALL_KINDS[kind], weight.k
-    if not fits(kind, weight) or a.dtype != (
-        torch.float8_e4m3fn if spec.a_scaled else torch.bfloat16
-    ):
+    if a.dtype != (torch.float8_e4m3fn if spec.a_scaled else torch.bfloat16):
         raise ValueError(
-            f"warp_specialized_packed_gemm: {kind}, a {a.dtype}, b {b.dtype} {list(b.shape)} with "
-            f"strides {list(b.stride())}, scales {list(b_scales.shape)} with strides "
-            f"{list(b_scales.stride())}; needs bf16 (int4_group_fp8: e4m3fn), k a multiple of 64 "
-            f"and of its groups, contiguous experts at a multiple of 16 bytes, and scales of "
-            f"channels side by side in whole 16 bytes"
+            f"warp_specialized_packed_gemm: {kind}, a is {a.dtype}; needs bf16 (int4_group_fp8: "
+            f"e4m3fn)"
         )
-    if tile.block_k != step_of(kind, weight) or tile.block_n not in (128, 256):
+    if tile.block_k != b.step or tile.block_n not in (128, 256):
         raise ValueError(
             f"warp_specialized_packed_gemm: {kind}, {k} along k in groups of {weight.group} and "
-            f"{tile}; needs block_k = {step_of(kind, weight)}, and block_n of 128 or 256"
+            f"{tile}; needs block_k = {b.step}, and block_n of 128 or 256"
         )
-    experts, n = b.shape[:2]
+    experts, n = weight.codes.shape[:2]
     if a.stride(1) != 1 or a.stride(0) * a.itemsize % 16 or not aligned(a):
         raise ValueError(
             f"warp_specialized_packed_gemm: a {list(a.shape)} has strides {list(a.stride())} and "
@@ -554,17 +603,12 @@ def warp_specialized_packed_gemm(
     if out.shape[0] == 0 or n == 0 or block_experts.numel() == 0:
         return
     scales, second = weight.scales, weight.second
-    groups = 0 if scales is None else max(tile.block_k // weight.group, 1)
-    scale_rows = 2 if scales is None else spec.scale_rows
-    codes = weight.codes.view(torch.uint8).view(experts * n, -1)
+    codes_in_tiles, scales_in_tiles = b.described(tile.block_n)
     most = block_experts.numel() * -(-n // tile.block_n)
     unused = out  # what is not read must still be something
     launch(
         _warp_specialized_packed_kernel, (min(programs, most),),
-        a, _tiles_of(codes, [tile.block_n, tile.block_k // weight.per_byte]), out,
-        unused if a_scales is None else a_scales,
-        _tiles_of(codes, [16, 16]) if scales is None or scale_rows > 1
-        else _tiles_of(scales.mT, [1, groups, tile.block_n]),
+        a, codes_in_tiles, out, unused if a_scales is None else a_scales, scales_in_tiles,
         unused if scales is None else scales, unused if second is None else second,
         unused if bias is None else bias,
         sorted_slots, block_experts, n_padded, out.shape[0], n, k,
@@ -576,8 +620,8 @@ def warp_specialized_packed_gemm(
         TOP_K=top_k_divisor, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         STAGES=tile.stages, GROUP_M=tile.group_m, HAS_BIAS=bias is not None,
         CODES="planes" if spec.planes else spec.decode,
-        FORMAT="" if scales is None else spec.scale_format, GROUPS=groups,
-        SCALE_ROWS=scale_rows, SECOND=second is not None,
+        FORMAT="" if scales is None else spec.scale_format, GROUPS=b.groups,
+        SCALE_ROWS=2 if scales is None else spec.scale_rows, SECOND=second is not None,
         ARRIVALS=COPYING_THREADS + 1, MULTIPLYING=MULTIPLYING_REGISTERS,
         COPYING=COPYING_REGISTERS, num_warps=tile.warps, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -104,3 +104,34 @@ def test_weights_are_expanded_later_beside_it_but_those_of_4_bit_floats():
     for kind in SPECIALIZED_KINDS - {"int4_group_fp8"}:
         later, before = rows_before_expanding(kind, specialized=True), rows_before_expanding(kind)
         assert later >= before or kind in ("mxfp4_decode", "nvfp4_decode")
+
+
+def test_weights_are_described_once(monkeypatch):
+    """As long as calls bring the same tensors: others may lie anywhere."""
+    from hal.ops.kernels import warp_specialized_packed as kernels
+
+    launched = []
+    monkeypatch.setattr(
+        kernels,
+        "warp_specialized_packed_gemm",
+        lambda a, coded, out, *places, **options: launched.append((coded, options)),
+    )
+    multiply = ask("mxfp4_decode").multiply
+    x = torch.zeros(3, HIDDEN).bfloat16()
+    codes, scales = weight("mxfp4_decode", 128, HIDDEN)
+    options = {"kind": "mxfp4_decode", "tile": None, "top_k_divisor": 2}
+    for b, own in (
+        (codes, scales),
+        (codes, scales),
+        (codes.clone(), scales),
+        (codes, scales.mT.mT),
+    ):
+        multiply(x, b, x, b_scales=own, fnuz=False, **options)
+    first, again, moved, rescaled = (coded for coded, _ in launched)
+    assert first is again
+    assert len({first, moved, rescaled}) == 3
+    assert moved.codes.data_ptr() != first.codes.data_ptr()
+    assert first.described(128) is first.described(128)
+    assert first.described(128)[0].block_shape == [128, 64]
+    assert first.described(256)[1].block_shape == [1, 4, 256]
+    assert all(kept["programs"] == 132 for _, kept in launched)
