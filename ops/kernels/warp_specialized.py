@@ -292,16 +292,7 @@ def warp_specialized_gemm(
             f"warp_specialized_gemm: a {list(a.shape)} has strides {list(a.stride())}; rows must "
             f"be contiguous, whole 16 bytes apart, and end before 2^31 elements"
         )
-    if out.dtype.itemsize != 2 or out.stride(1) != 1 or tuple(out.shape[1:]) != (n,):
-        raise ValueError(
-            f"warp_specialized_gemm: out is {out.dtype} {list(out.shape)} with strides "
-            f"{list(out.stride())}; needs 16-bit numbers in contiguous rows of {n}"
-        )
-    if sorted_slots.numel() != block_experts.numel() * tile.block_m:
-        raise ValueError(
-            f"warp_specialized_gemm: {sorted_slots.numel()} sorted slots in "
-            f"{block_experts.numel()} blocks, but the tile has block_m = {tile.block_m}"
-        )
+    check_slots("warp_specialized_gemm", out, n, sorted_slots, block_experts, tile)
     if out.shape[0] == 0 or n == 0 or block_experts.numel() == 0:
         return
     shape = [tile.block_n, tile.block_k]
@@ -321,6 +312,27 @@ def warp_specialized_gemm(
         MULTIPLYING=MULTIPLYING_REGISTERS, COPYING=COPYING_REGISTERS,
         num_warps=tile.warps, maxnreg=REGISTERS,
     )  # fmt: skip
+
+
+def check_slots(
+    name: str,
+    out: torch.Tensor,
+    n: int,
+    sorted_slots: torch.Tensor,
+    block_experts: torch.Tensor,
+    tile: Tile,
+) -> None:
+    """Raise ValueError in the name of a launcher if out or the blocks of slots do not suit it."""
+    if out.dtype.itemsize != 2 or out.stride(1) != 1 or tuple(out.shape[1:]) != (n,):
+        raise ValueError(
+            f"{name}: out is {out.dtype} {list(out.shape)} with strides {list(out.stride())}; "
+            f"needs 16-bit numbers in contiguous rows of {n}"
+        )
+    if sorted_slots.numel() != block_experts.numel() * tile.block_m:
+        raise ValueError(
+            f"{name}: {sorted_slots.numel()} sorted slots in {block_experts.numel()} blocks, but "
+            f"the tile has block_m = {tile.block_m}"
+        )
 
 
 def fits(kind: str, b: torch.Tensor) -> bool:

@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hal.ops.kernels.accumulate import ALL_KINDS, as_weight, check_operands
 from hal.ops.kernels.common import launch
 from hal.ops.kernels.kinds import Weight
-from hal.ops.kernels.warp_specialized import next_stage, tile_of
+from hal.ops.kernels.warp_specialized import check_slots, next_stage, tile_of
 from hal.ops.tiles import SPECIALIZED_KINDS, Tile
 
 CHANNELS = gl.constexpr(64)  # of one matrix instruction
@@ -458,6 +458,7 @@ def _warp_specialized_packed_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     n_blocks = gl.load(n_padded_ptr) // BLOCK_M
+    # Literally twice: constants in a tuple that has a name would become arguments.
     gl.warp_specialize([
         (_multiply, (
             out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr, bias_ptr,
@@ -590,16 +591,7 @@ def warp_specialized_packed_gemm(
             f"begins {a.data_ptr() % 16} bytes past a multiple of 16; rows must be contiguous, and "
             f"begin at such multiples"
         )
-    if out.dtype.itemsize != 2 or out.stride(1) != 1 or tuple(out.shape[1:]) != (n,):
-        raise ValueError(
-            f"warp_specialized_packed_gemm: out is {out.dtype} {list(out.shape)} with strides "
-            f"{list(out.stride())}; needs 16-bit numbers in contiguous rows of {n}"
-        )
-    if sorted_slots.numel() != block_experts.numel() * tile.block_m:
-        raise ValueError(
-            f"warp_specialized_packed_gemm: {sorted_slots.numel()} sorted slots in "
-            f"{block_experts.numel()} blocks, but the tile has block_m = {tile.block_m}"
-        )
+    check_slots("warp_specialized_packed_gemm", out, n, sorted_slots, block_experts, tile)
     if out.shape[0] == 0 or n == 0 or block_experts.numel() == 0:
         return
     scales, second = weight.scales, weight.second

@@ -34,6 +34,18 @@ def device() -> str:
 
 
 @pytest.fixture
+def hopper(device: str) -> str:
+    """Name the device where it runs kernels whose warps specialize, which no interpreter knows."""
+    import torch
+
+    from hal.ops.kernels.common import has_gluon
+
+    if not has_gluon() or device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90 and Triton 3.6")
+    return device
+
+
+@pytest.fixture
 def generator(device: str):
     """Return a seeded random generator on the device."""
     import torch

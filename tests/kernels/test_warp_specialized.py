@@ -10,19 +10,11 @@ import torch
 from test_gemm import operands, run_grouped
 
 from hal.ops.align import align_triton
-from hal.ops.kernels.common import has_gluon
 from hal.ops.tiles import WARP_SPECIALIZED, Tile
 
 KINDS = ("fp8_block128", "fp8_block128_ue8m0")
 ORDINARY = Tile(64, 128, 128, 4, 4)
 UNWRITTEN = 12345.0
-
-
-@pytest.fixture
-def hopper(device):
-    if not has_gluon() or device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90 and Triton 3.6")
-    return device
 
 
 def multiply(a, b, ids, kind, divisor, *, bias=None, programs=132, a_scales=None):

@@ -24,13 +24,6 @@ BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 UNWRITTEN = 12345.0
 
 
-@pytest.fixture
-def hopper(device):
-    if not has_gluon() or device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90 and Triton 3.6")
-    return device
-
-
 def rows(kind, shape, generator, device):
     """Return (rows, their scales or None, exact float64 value)."""
     x = torch.randn(shape, generator=generator, device=device)
