@@ -91,7 +91,8 @@ def cells_of(
     if kernel.op == "route":
         return ("route/softmax", "route/sigmoid_bias")
     if kernel.op == "align":
-        return tuple(f"align/{size}" for size in ("few", "many", "one_expert", "most_experts"))
+        sizes = "few", "many", "one_expert", "most_experts", "few_of_most"
+        return tuple(f"align/{size}" for size in sizes)
     return _quantizing_cells(kernel.op, find_scheme(scheme))
 
 
@@ -131,8 +132,10 @@ def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
 
     kind = kind_of(kernel, scheme)
     sizes = (("one", 1), ("few", 8), ("sixteen", 16))
-    decodes = kernel.op == "linear" and kind.endswith("_decode")
-    if not decodes or not streams_rows(kind, 4096, 4096, 8):
+    if kernel.op == "fused_moe":
+        streamed = kind != "bf16" and not kernel.name.startswith("triton_scaled")
+        return (f"ring_experts/{kind}",) if streamed and serves_few(kind) else ()
+    if not kind.endswith("_decode") or not streams_rows(kind, 4096, 4096, 8):
         return ()
     found = [size for size, rows in sizes if streams_rows(kind, 4096, 4096, rows)]
     return tuple(f"ring_rows/{kind}/{size}" for size in found)
@@ -146,7 +149,8 @@ def _specialized_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
         return ()
     if kind in SPECIALIZED_KINDS:
         sizes = specialized_sizes(kind)
-        return tuple(f"warp_specialized_packed/{kind}/{size}" for size in sizes)
+        orders = ("step_order/rows", "step_order/gate") if kind.endswith("_decode") else ()
+        return (*(f"warp_specialized_packed/{kind}/{size}" for size in sizes), *orders)
     found = kind.startswith("fp8_block128") and "decode" not in kind
     return (f"warp_specialized/{kind}",) if found else ()
 
@@ -154,8 +158,8 @@ def _specialized_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
 def specialized_sizes(kind: str) -> tuple[str, ...]:
     """Return the sizes of which `warp_specialized_packed` has cells: one a sort of tile."""
     short = () if kind == "fp8_block128_decode" else ("short",)
-    many = ("many",) if kind == "int4_group_fp8" else ()
-    return ("few", "some", "narrow", *short, *many)
+    ordered = ("ordered",) if kind.endswith("_decode") else ()
+    return ("few", *ordered, "some", "many", "narrow", *short)
 
 
 def _quantizing_cells(op: str, scheme: Scheme) -> tuple[str, ...]:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["SpecializedProducts", "specialized_products"]
 
 
+IN_ORDER: dict[str, Any] = {"ordered": True}
+ROWS_IN_ORDER = 32
+"""From tiles of so many rows on, bringing rows into order pays (H200)."""
+
+
 @dataclass(frozen=True)
 class SpecializedProducts:
     """Hold the kernel of both products.
@@ -39,10 +44,24 @@ class SpecializedProducts:
     tiles: Callable[[int, int, int], tuple[Tile, Tile] | None]
     decodes: bool
 
-    def aligned(self, x: torch.Tensor) -> torch.Tensor:
-        """Return activations as the kernel copies them: rows of whole 16 bytes."""
+    def arranged(self, x: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return activations as the kernel copies them, and the option that says how they lie.
+
+        Rows are whole 16 bytes. Where tiles have many of them, each of which is copied for every
+        tile of channels, they are brought into the order of codes: a launch more.
+        """
+        if not self.decodes:
+            return x, {}
+        if tile.block_m >= ROWS_IN_ORDER:
+            from hal.ops.kernels.step_order import order_rows
+
+            return order_rows(x if x.stride(-1) == 1 else x.contiguous(), tile.block_k), IN_ORDER
         whole = x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-        return x if whole or not self.decodes else x.clone(memory_format=torch.contiguous_format)
+        return x if whole else x.clone(memory_format=torch.contiguous_format), {}
+
+    def step_of_gate(self, tile: Tile) -> int:
+        """Return the order in which a gate writes its rows: `step` of `silu_and_mul`."""
+        return tile.block_k if self.decodes else 0
 
 
 def specialized_products(

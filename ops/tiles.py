@@ -307,11 +307,11 @@ def rows_before_expanding(kind: str, *, specialized: bool = False) -> int:
     """Return the most rows an expert for which its weights are decoded in the loop of a product.
 
     Float32 scales of groups, which apply to sums, are dearest in the loop, but where warps
-    specialize: there 4-bit floats are. Measured on an H200 (benchmarks/moe.py), and taken
-    elsewhere for want of better.
+    specialize: there all but one float32 scale a block of channels are. Measured on an H200
+    (benchmarks/moe.py), and taken elsewhere for want of better.
     """
     if specialized:
-        return 256 if kind in ("mxfp4_decode", "nvfp4_decode") else 512
+        return 1024 if kind in ("fp8_channel_decode", "fp8_block128_decode") else 768
     return 256 if kind in GROUP_SUMS else 512
 
 
@@ -347,9 +347,11 @@ def specialized_tile(
     """
     a_bytes, b_bytes = OPERAND_BYTES[kind]
     block_m = 16 if rows <= 10 else 32 if rows <= 20 else 64
-    if a_bytes == 1 and rows > 80:
+    if rows > (320 if kind == "int4_group_decode" else 160):
         block_m = 128
-    block_n = 256 if -(-n // 256) * matrices * 2 > compute_units else 128
+    # Two tiles of 128 x 128 beside rows of 16 bits do not fit.
+    wide = -(-n // 256) * matrices * 2 > compute_units and block_m * a_bytes < 256
+    block_n = 256 if wide else 128
     # Scales of groups take up to 8 bytes a channel and step.
     held = int(step * (block_m * a_bytes + block_n * b_bytes)) + 8 * block_n
     # More are no faster.

@@ -189,7 +189,7 @@ def bind_products(
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
-    from hal.ops.specialized_experts import specialized_products
+    from hal.ops.specialized_experts import IN_ORDER, specialized_products
     from hal.ops.tiles import rows_before_expanding
 
     experts, columns, hidden = w13.shape
@@ -230,12 +230,13 @@ def bind_products(
         top_k, slots = ids.shape[1], ids.numel()
         rows, matrices = sorted_sizes(slots, experts, invariant=invariant)
         expands = decodes and rows > most_rows
-        special = None
+        special, step = None, 0
         if specialized is not None and not expands:
             special = specialized.tiles(rows, matrices, max(x.numel(), slots * intermediate))
         if specialized is not None and special is not None:
             multiply, (tile13, tile2) = specialized.multiply, special
-            x = specialized.aligned(x)
+            # Of what adds to both products by itself, rows stay as they are.
+            step = 0 if updates is not None else specialized.step_of_gate(tile2)
         else:
             multiply = expanded_product if expands else grouped_gemm
             tile13 = (wide13 if expands else tiles13)(rows, matrices)
@@ -249,6 +250,9 @@ def bind_products(
             a, a_scales = quantize_triton(x, encoding, how, s13[-1])
         elif quantizes:
             a, a_scales = launch_triton(x, encoding, how, hidden, counts=counts)
+        lies13: dict[str, Any] = {}
+        if specialized is not None and special is not None:
+            a, lies13 = specialized.arranged(a, tile13)
         gate_up = x.new_empty(slots, columns)
         multiply(
             a,
@@ -262,6 +266,7 @@ def bind_products(
             tile=tile13,
             fnuz=fnuz,
             **dict(zip(names13, s13, strict=False)),
+            **lies13,
         )
         wide = h_scales = None
         if updates is not None:
@@ -270,7 +275,7 @@ def bind_products(
             h, h_scales = gate(gate_up, counts)
         else:
             h = wide = x.new_empty(slots, intermediate)
-            silu_and_mul(gate_up, h, activation, counts)
+            silu_and_mul(gate_up, h, activation, counts, step=step)
             if quantizes:
                 h, h_scales = quantize_triton(h, encoding, how, s2[-1] if static else None)
         y = x.new_empty(slots, hidden)
@@ -286,6 +291,7 @@ def bind_products(
             tile=tile2,
             fnuz=fnuz,
             **dict(zip(names2, s2, strict=False)),
+            **(IN_ORDER if step else {}),
         )
         if updates is not None:
             assert wide is not None

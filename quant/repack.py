@@ -21,9 +21,11 @@ weight, whatever the width. A padded code is 0 and not the value 0 where the for
 
 Stored 4-bit codes are counted in bytes. Marlin's kernels take the bytes as int32 words, of shape
 `[K/16, 16 N / codes a word]`; `_a8` is the order for activations of 8 bits. In int4_planes the low
-halves of four bytes are consecutive codes, the high halves the next four. In hopper_mxfp4 the
-bits of four bytes are interleaved, so that few instructions decode eight codes to bf16; recent
-triton_kernels pad to (256, 128) first: pad the weight so, and the bytes are the same.
+halves of four bytes are consecutive codes, the high halves the next four, and a code is its sign
+in the lowest bit and above it what is left: v where it is not negative, else -1 - v, so that three
+instructions make four of them numbers of an 8-bit float. In hopper_mxfp4 the bits of four bytes
+are interleaved, so that few instructions decode eight codes to bf16; recent triton_kernels pad to
+(256, 128) first: pad the weight so, and the bytes are the same.
 
 Source: with each row of `CODE_LAYOUTS`.
 """
@@ -148,13 +150,29 @@ def _words_of(tiles: torch.Tensor) -> torch.Tensor:
 
 
 def _planes(tiles: torch.Tensor) -> torch.Tensor:
-    """Bring codes 0 to 3 of every four bytes into their low halves, 4 to 7 into the high ones."""
-    return _swapped(tiles, ((8, 0x0000FF00), (4, 0x00F000F0)))
+    """Bring codes 0 to 3 of every four bytes into their low halves, 4 to 7 into the high ones.
+
+    A code s m2 m1 m0 of two's complement becomes (m2 m1 m0 xor s s s) s.
+    """
+    import torch
+
+    words = _swapped(tiles, ((8, 0x0000FF00), (4, 0x00F000F0))).view(torch.int32)
+    signs = (words >> 3).bitwise_and_(0x11111111)
+    words = words.bitwise_and_(0x77777777).bitwise_xor_(signs * 7)
+    words = words.bitwise_left_shift_(1).bitwise_or_(signs)
+    return words.reshape(-1).view(torch.uint8).view(tiles.shape)
 
 
 def _from_planes(tiles: torch.Tensor) -> torch.Tensor:
     """Undo `_planes`."""
-    return _swapped(tiles, ((4, 0x00F000F0), (8, 0x0000FF00)))
+    import torch
+
+    words = _words_of(tiles)
+    signs = words & 0x11111111
+    words = (words >> 1).bitwise_and_(0x77777777).bitwise_xor_(signs * 7)
+    words = words.bitwise_or_(signs.bitwise_left_shift_(3))
+    whole = words.reshape(-1).view(torch.uint8).view(tiles.shape)
+    return _swapped(whole, ((4, 0x00F000F0), (8, 0x0000FF00)))
 
 
 def _swapped(tiles: torch.Tensor, steps: tuple[tuple[int, int], ...]) -> torch.Tensor:

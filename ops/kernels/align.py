@@ -4,7 +4,7 @@ Slot s = token * k + j. `sorted_slots` lists slots by expert, ascending within a
 expert's run padded with the value `slots`; `block_experts` names the expert of each block, -1
 after the last; `n_padded` is the length in use. Ids below 0 or at least `experts` are absent.
 Nothing depends on the order in which programs run: the result is deterministic, without a host
-synchronisation.
+synchronisation. NVIDIA devices do all of it in one launch (`align_warps`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hal.ops.kernels import align_warps
 from hal.ops.kernels.common import launch
 
 # Slots that one program ranks. Ranking compares all pairs, so larger chunks cost quadratically,
@@ -235,6 +236,9 @@ def align(
         n_padded.zero_()
         sorted_slots.zero_()
         block_experts.fill_(-1)
+        return
+    if align_warps.serves(slots, experts):
+        align_warps.align_warps(ids, experts, block, sorted_slots, block_experts, n_padded)
         return
     if slots <= ONE_PROGRAM:
         _align_one(ids, experts, block, sorted_slots, block_experts, n_padded)

@@ -126,6 +126,7 @@ def _specialized(target: Target, *, kind: str) -> None:
 def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
     from hal.ops.kernels.kinds import ALL_KINDS
     from hal.ops.kernels.warp_specialized_packed import Coded, warp_specialized_packed_gemm
+    from hal.ops.specialized_experts import ROWS_IN_ORDER
     from hal.ops.tiles import specialized_tile
 
     spec = ALL_KINDS[kind]
@@ -156,6 +157,7 @@ def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
         _empty(1, dtype="int32"), top_k_divisor=TOP_K, tile=tile,
         a_scales=_empty(slots // TOP_K, dtype="float32") if spec.a_scaled else None,
         programs=target.compute_units,
+        ordered=not spec.a_scaled and (size == "ordered" or tile.block_m >= ROWS_IN_ORDER),
     )  # fmt: skip
 
 
@@ -232,6 +234,53 @@ def _rows(target: Target, *, kind: str, tokens: int) -> None:
     assert fits(kind, a, weight)
     ring = ring_of(kind, n, k, tokens, target.compute_units, group=weight.group)
     ring_rows(a, weight, _empty(tokens, n), kind=kind, ring=ring)
+
+
+def _ring_experts(target: Target, *, kind: str) -> None:
+    from hal.ops.few_experts import DECODED
+    from hal.ops.few_tiles import ring_tiles
+    from hal.ops.kernels.common import starts_dependent
+    from hal.ops.kernels.few_launch import rounding
+    from hal.ops.kernels.kinds import ALL_KINDS, as_weight
+    from hal.ops.kernels.ring_experts import ring_experts, ring_weight
+
+    spec, how = ALL_KINDS[kind], None
+    grouped = spec.scales == "block128"
+    if spec.a_scaled:
+        codec = "int8" if spec.integer else target.fp8
+        how = rounding("group" if grouped else "row", codec, 1e-12)
+    kind = {**DECODED, "int4_group_fp8": "int4_group_decode"}.get(kind, kind)
+    held = []
+    for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
+        given: dict[str, Any] = {}
+        if ALL_KINDS[kind].packed:
+            b, given = _packed_weight(kind, (EXPERTS,), n, k)
+        else:
+            b = _empty(EXPERTS, n, k, dtype="int8")
+            given["b_scales"] = _empty(EXPERTS, n, dtype="float32")
+        if ALL_KINDS[kind].scales == "group" and ALL_KINDS[kind].scale_rows == 1:
+            given = {
+                name: one.mT.contiguous().mT if one.dim() == 3 else one
+                for name, one in given.items()
+            }
+        held.append(ring_weight(kind, as_weight(kind, k, b, **given), planes=spec.planes))
+    ring_experts(
+        _empty(1, HIDDEN), held[0], held[1], _empty(1, HIDDEN), _empty(1, TOP_K, dtype="int32"),
+        _empty(1, TOP_K, dtype="float32"),
+        rings=ring_tiles((kind, kind), HIDDEN, INTERMEDIATE, TOP_K, grouped=grouped),
+        rounding=how,
+        dependent=starts_dependent(target.platform, target.arch),
+    )  # fmt: skip
+
+
+def _step_order(_: Target, *, gate: bool) -> None:
+    from hal.ops.kernels.step_order import order_rows
+    from hal.ops.kernels.swiglu import silu_and_mul
+
+    if gate:
+        silu_and_mul(_empty(FEW, 2 * INTERMEDIATE), _empty(FEW, INTERMEDIATE), step=128)
+    else:
+        order_rows(_empty(FEW, HIDDEN), 128)
 
 
 def _scaled(
@@ -434,6 +483,13 @@ CASES: dict[str, Callable[[Target], None]] = {
         if streams_rows(kind, 2 * INTERMEDIATE, HIDDEN, tokens)
     },
     **{
+        f"ring_experts/{kind}": partial(_ring_experts, kind=kind)
+        for kind in OWN_FORMAT
+        if kind != "bf16" and serves_few(kind)
+    },
+    "step_order/rows": partial(_step_order, gate=False),
+    "step_order/gate": partial(_step_order, gate=True),
+    **{
         f"{op}/{kind}/{size}": partial(
             _scaled,
             kind=kind,
@@ -475,6 +531,7 @@ CASES: dict[str, Callable[[Target], None]] = {
     "align/many": lambda _: _align(MANY),
     "align/one_expert": lambda _: _align(FEW, 1),
     "align/most_experts": lambda _: _align(MANY, 1025),
+    "align/few_of_most": lambda _: _align(FEW, 1025),
     "combine": lambda _: _combine("float32"),
     "combine/shared": lambda _: _combine("float32", shared=True),
     "route/softmax": lambda _: _route(EXPERTS, "softmax", False),

@@ -110,10 +110,20 @@ def cell_names(
     names += [f"gemm/{kind}/shifted" for kind in kinds if kind.startswith("int8")]
     if "bf16" in kinds:
         names += ["grouped_gemm/bf16/wide", "grouped_gemm/bf16/biased"]
-    names += [f"few_experts/{kind}" for kind in kinds if f"few_experts/{kind}" in CASES]
+    few = ("few_experts", "ring_experts") if ptx else ("few_experts",)
+    names += [f"{op}/{kind}" for op in few for kind in kinds if f"{op}/{kind}" in CASES]
     ring = () if ptx else ("ring_rows",)
-    special = () if specialized else ("warp_specialized",)
-    others = ("grouped_gemm", "gemm", "scaled", "sums", "few_experts", *ring, *special)
+    special = () if specialized else ("warp_specialized", "step_order")
+    others = (
+        "grouped_gemm",
+        "gemm",
+        "scaled",
+        "sums",
+        "few_experts",
+        "ring_experts",
+        *ring,
+        *special,
+    )
     return names + [name for name in CASES if not name.startswith(others)]
 
 

@@ -33,6 +33,7 @@ from hal.ops.kernels.lane_rows import (
     top_of_group,
     top_of_lanes,
 )
+from hal.ops.kernels.packed import twos_complement
 from hal.ops.kernels.source import activate, gate_numbers
 
 # As many steps along k are written out, so that loads of one overlap products of another.
@@ -215,6 +216,8 @@ def _add_first(
     x0, x1, x2, x3 = rounded_lanes(
         x0, x1, x2, x3, scale, quant_max, HELD, CODEC, CONVERTS, STATIC, PLANES
     )
+    if PLANES:
+        gate_codes, up_codes = twos_complement(gate_codes), twos_complement(up_codes)
     zero_ptrs = zeros_ptr + tl.where(first_k < k_size, first_k // GROUP, 0) * stride_sk
     gate = lane_products(
         gate_codes, gate_scale, first_row, n_rows, zero_ptrs, stride_sn * STEP, x0, x1, x2, x3,
@@ -391,6 +394,8 @@ def _second_products(
     x0, x1, x2, x3 = rounded_lanes(
         x0, x1, x2, x3, scale, quant_max, HELD, CODEC, CONVERTS, STATIC, PLANES
     )
+    if PLANES:
+        codes = twos_complement(codes)
     group = tl.where(present & (first_k < k_size), first_k // GROUP, 0)
     part = lane_products(
         codes, w_scale, first_row, n_rows, zero_ptrs + group * stride_sk, stride_sn, x0, x1, x2, x3,

@@ -35,7 +35,7 @@ class Rounding(NamedTuple):
     converts: bool = False
 
 
-_PLAIN = Rounding("", "", 1.0, 0.0)
+PLAIN = Rounding("", "", 1.0, 0.0)
 
 
 def rounding(granularity: str, codec: str, scale_floor: float, unit: float = 1.0) -> Rounding:
@@ -130,7 +130,7 @@ def few_experts(
     tokens, top_k = ids.shape
     if not ids.numel() or not out.shape[1]:
         return
-    how = rounding or _PLAIN
+    how = rounding or PLAIN
     h = x.new_empty(tokens * top_k, w2.k)
     tops = first_product(
         x, w13, h, ids, tile=tiles[0], activation=activation, bias=biases[0], how=how,

@@ -15,9 +15,26 @@ from hal.ops.kernels.packed import scale_number
 
 
 @triton.jit
-def halves_of_bytes(word, CODES: tl.constexpr, BF16: tl.constexpr):
-    """Return the four codes of a word as pairs of numbers (k, k + 2)."""
-    if CODES == "int8":
+def halves_of_bytes(word, CODES: tl.constexpr, BF16: tl.constexpr, CONVERTS: tl.constexpr):
+    """Return the four codes of a word as pairs of numbers (k, k + 2).
+
+    CONVERTS: of e4m3 as pairs (k, k + 1), by the instruction for it (sm_89).
+    """
+    if CONVERTS:
+        tl.static_assert(CODES == "e4m3", "of other codes there is no instruction")
+        if BF16:
+            STEPS: tl.constexpr = """
+            .reg .b16 l, u; .reg .f32 x, y;
+            mov.b32 {l, u}, $2; cvt.rn.f16x2.e4m3x2 f, l; cvt.rn.f16x2.e4m3x2 g, u;
+            mov.b32 {l, u}, f; cvt.f32.f16 x, l; cvt.f32.f16 y, u; cvt.rn.bf16x2.f32 $0, y, x;
+            mov.b32 {l, u}, g; cvt.f32.f16 x, l; cvt.f32.f16 y, u; cvt.rn.bf16x2.f32 $1, y, x;
+            """
+        else:
+            STEPS: tl.constexpr = """
+            .reg .b16 l, u;
+            mov.b32 {l, u}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, u;
+            """
+    elif CODES == "int8":
         if BF16:
             # The upper four bits count sixteens; each half is the low bits of 128.
             STEPS: tl.constexpr = """

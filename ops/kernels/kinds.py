@@ -30,7 +30,7 @@ class Kind:
     scale_rows: how many neighbours along n share it too.
     second: whether a float32 factor of the matrix (or of its channels) follows.
     planes: whether four bytes hold four consecutive codes in their low halves and the next four in
-    their high halves (layout int4_planes); rows are whole words then.
+    their high halves, signs lowest (layout int4_planes); rows are whole words then.
     """
 
     scales: str = ""
@@ -82,8 +82,8 @@ MIXED_KINDS = {
         "group", decode="int4", a_scaled=True, groups=_FLOAT_GROUPS, planes=True
     ),
 }
-FP8_UNITS = {"e4m3fn": 2.0**9, "e4m3fnuz": 2.0**10}
-"""What scales of such int4 weights are multiplied by: codes count the encoding's least steps."""
+FP8_UNITS = {"e4m3fn": 2.0**8, "e4m3fnuz": 2.0**9}
+"""What scales of such int4 weights are multiplied by: codes count two of the encoding's steps."""
 ALL_KINDS = {**KINDS, **WEIGHT_ONLY_KINDS, **MIXED_KINDS}
 
 

@@ -153,13 +153,19 @@ def _rounded(
     elif CONVERTS:
         return x.to(tl.float8e4b8 if CODEC == "e4m3fnuz" else tl.float8e4nv).to(tl.float32)
     else:
-        LEAST_NORMAL: tl.constexpr = 2.0**-7 if CODEC == "e4m3fnuz" else 2.0**-6
-        # Added to a subnormal, this leaves no bits below the least step.
-        MAGIC: tl.constexpr = LEAST_NORMAL * 1.5 * 2.0**20
-        bits = x.to(tl.int32, bitcast=True)
-        normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        normal = normal.to(tl.float32, bitcast=True)
-        return tl.where(tl.abs(x) < LEAST_NORMAL, (x + MAGIC) - MAGIC, normal)
+        return round_to_e4m3(x, CODEC == "e4m3fnuz")
+
+
+@triton.jit
+def round_to_e4m3(x, FNUZ: tl.constexpr):
+    """Return numbers of at most e4m3's largest, f32, as the nearest that have codes."""
+    LEAST_NORMAL: tl.constexpr = 2.0**-7 if FNUZ else 2.0**-6
+    # Added to a subnormal, this leaves no bits below the least step.
+    MAGIC: tl.constexpr = LEAST_NORMAL * 1.5 * 2.0**20
+    bits = x.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    normal = normal.to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < LEAST_NORMAL, (x + MAGIC) - MAGIC, normal)
 
 
 @triton.jit

@@ -143,14 +143,20 @@ def unpack_int8(words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def place_as_fp8(words):
-    """Turn the int4 code in the low half of each byte of int32 words into e4m3: code * 2^-9.
+    """Turn the int4 code in the low half of each byte of int4_planes into e4m3: code * 2^-8.
 
-    e4m3's magnitudes up to 16 steps are integers, but for a factor: see `kinds.FP8_UNITS`.
+    e4m3's magnitudes up to 16 steps are integers, but for a factor: see `kinds.FP8_UNITS`. Twice
+    the magnitude is what is stored, and for negative codes 2 more.
     """
-    codes = words & 0x0F0F0F0F
-    negative = (codes >> 3) & 0x01010101
-    # 16 - code, byte by byte, where the code is negative; at most 8, so that nothing is carried.
-    return ((codes ^ (negative * 15)) + negative) | (negative << 7)
+    # At most 16 and a sign, so that nothing is carried.
+    return (words & 0x0E0E0E0E) + (words & 0x01010101) * 0x82
+
+
+@triton.jit
+def twos_complement(words):
+    """Return words of int4_planes as words of two's complement, in the order in which they are."""
+    signs = words & 0x11111111
+    return (((words >> 1) & 0x77777777) ^ (signs * 7)) | (signs << 3)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Bring codes of four bits into the layout int4_planes in one pass, in place if asked.
 
-The order is that of `hal.quant.repack`: codes 0 to 3 of each word of eight go to the low halves of
-its four bytes, 4 to 7 to the high ones. torch takes twelve passes, a part of the weight at a time.
+The order and the form of codes are those of `hal.quant.repack`: codes 0 to 3 of each word of eight
+go to the low halves of its four bytes, 4 to 7 to the high ones, their signs lowest. torch takes
+twelve passes and more, a part of the weight at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def _planes_kernel(source_ptr, target_ptr, n_words, BLOCK: tl.constexpr):
     words = words ^ moved ^ (moved << 8)
     moved = ((words >> 4) ^ words) & 0x00F000F0
     words = words ^ moved ^ (moved << 4)
+    signs = (words >> 3) & 0x11111111
+    words = ((words & 0x77777777) ^ (signs * 7)) << 1 | signs
     tl.store(target_ptr + at, words, mask=inside)
 
 

@@ -245,6 +245,65 @@ def pairs_of_eight(x0, x1, x2, x3):
 
 
 @triton.jit
+def equal_lanes(number):
+    """Return which lanes of the warp have the same int32 number, a bit each (sm_70)."""
+    return tl.inline_asm_elementwise(
+        "match.any.sync.b32 $0, $1, 0xffffffff;", "=r,r", [number], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def count_bits(word):
+    """Return how many bits of words are set."""
+    return tl.inline_asm_elementwise(
+        "popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def largest_of_warp(number):
+    """Return the largest of the warp's int32 numbers (sm_80)."""
+    return tl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [number], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def pack_halves(low, high, BF16: tl.constexpr):
+    """Return two float32 numbers as a word of halves, rounded to nearest."""
+    HALF: tl.constexpr = "bf16x2" if BF16 else "f16x2"
+    return tl.inline_asm_elementwise(
+        "cvt.rn." + HALF + ".f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def halves_of_e4m3(low, high, BF16: tl.constexpr):
+    """Return two float32 numbers, rounded to e4m3, as a word of halves (sm_89).
+
+    Each alone: of two conversions at once, ptxas 12.8 merges results with others, and takes some
+    from the wrong register where they are decoded again.
+    """
+    if BF16:
+        END: tl.constexpr = """
+            mov.b32 {l, u}, f; cvt.f32.f16 x, l; mov.b32 {l, u}, g; cvt.f32.f16 y, l;
+            cvt.rn.bf16x2.f32 $0, y, x; }
+            """
+    else:
+        END: tl.constexpr = "prmt.b32 $0, f, g, 0x5410; }"
+    return tl.inline_asm_elementwise(
+        """{ .reg .b16 l, u; .reg .b32 f, g; .reg .f32 x, y, no; mov.f32 no, 0f00000000;
+        cvt.rn.satfinite.e4m3x2.f32 l, no, $1; cvt.rn.f16x2.e4m3x2 f, l;
+        cvt.rn.satfinite.e4m3x2.f32 u, no, $2; cvt.rn.f16x2.e4m3x2 g, u;
+        """ + END,
+        "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def multiply(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, BF16: tl.constexpr):
     """Return c + a [16, 16] @ b [16, 8], of pairs of halves, as a warp's lanes hold them.
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hal.ops.kernels.encode import ROUNDER, divide_sizes, magnitude_bits
 from hal.ops.kernels.halves import scale_bits
+from hal.ops.kernels.lane_rows import round_to_e4m3, scale_of
 from hal.ops.kernels.ptx import (
     copy_4,
     copy_16,
     copy_whole_16,
-    end_group,
+    halves_of_e4m3,
+    largest_of_warp,
     load_four,
     load_four_if,
     load_two,
     load_two_if,
     meet_warp,
+    pack_halves,
     pairs_of_eight,
     pairs_of_four,
     read_four,
@@ -39,14 +43,13 @@ def _begin(target, source, exists, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def issue(
+def issue_weights(
     slot, codes, row_step, rows_left, chunk, lane, n_chunks, row_words, scales, zeros, stride_sk,
-    n_groups, x, BYTES: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
+    n_groups, BYTES: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr, ZEROS: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE: tl.constexpr, ONE: tl.constexpr, X_AT: tl.constexpr,
-    HELD: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Begin to copy a chunk: BYTES bytes of 16 rows, the scales of its groups, and its part of x.
+    """Begin to copy a chunk: BYTES bytes of 16 rows, and the scales of its groups.
 
     Pieces lie where eight rows of `ldmatrix` meet in no bank. Behind the end come zeros; rows that
     do not exist are read as the last one.
@@ -86,14 +89,21 @@ def issue(
             at = zeros + tl.minimum(group, n_groups - 1) * stride_sk
             wanted = exists & (lane < GROUPS)
             _begin(target + (TOTAL + lane) * 16, at, wanted, group < n_groups, False)
-    if ONE:
-        EIGHTS: tl.constexpr = BYTES * HELD // 32
-        for i in tl.static_range((EIGHTS + 31) // 32):
-            part = lane + 32 * i
-            k = (chunk * EIGHTS + part) * 8
-            wanted = exists if EIGHTS % 32 == 0 else exists & (part < EIGHTS)
-            _begin(slot + (X_AT + part * 16), x + k, wanted, k < row_words * HELD, EVEN)
-    end_group(lane)
+
+
+@triton.jit
+def issue_x(
+    target, x, chunk, lane, n_chunks, row_words, BYTES: tl.constexpr, EVEN: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Begin to copy what a chunk meets of x."""
+    EIGHTS: tl.constexpr = BYTES * HELD // 32
+    exists = chunk < n_chunks if EVEN else chunk >= 0
+    for i in tl.static_range((EIGHTS + 31) // 32):
+        part = lane + 32 * i
+        k = (chunk * EIGHTS + part) * 8
+        wanted = exists if EIGHTS % 32 == 0 else exists & (part < EIGHTS)
+        _begin(target + part * 16, x + k, wanted, k < row_words * HELD, EVEN)
 
 
 @triton.jit
@@ -112,24 +122,104 @@ def convert_scales(
 
 
 @triton.jit
-def pair_x(at, lane, HELD: tl.constexpr, EIGHTS: tl.constexpr):
-    """Bring a chunk's part of x into the order of the codes, where it lies."""
+def prepare_x(
+    at, lane, scale, quant_max, scale_floor, EIGHTS: tl.constexpr, HELD: tl.constexpr,
+    ORDER: tl.constexpr, BF16: tl.constexpr, QUANT: tl.constexpr, CODEC: tl.constexpr,
+    ROUNDS: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    """Bring a chunk's part of x into the ORDER of the codes, where it lies; return its factor.
+
+    QUANT: halves become the codes of CODEC, which halves hold exactly, under `scale`, or, if it is
+    "group", under a scale of their own, which is the factor (NaN if one is no number).
+    """
+    factor = 1.0
     for i in tl.static_range((EIGHTS + 31) // 32):
         here = at + (lane % EIGHTS + 32 * i) * 16
         x0, x1, x2, x3 = read_four(here)
         if EIGHTS < 32:
             meet_warp(lane)  # several lanes do the same
-        if HELD == 8:
+        if QUANT == "group":
+            top = largest_of_warp(top_of_eight(x0, x1, x2, x3, BF16))
+            scale, factor = scale_of(top, quant_max, scale_floor)
+        if QUANT != "":
+            reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+            x0 = _as_codes(x0, scale, reciprocal, quant_max, BF16, CODEC, ROUNDS, STATIC)
+            x1 = _as_codes(x1, scale, reciprocal, quant_max, BF16, CODEC, ROUNDS, STATIC)
+            x2 = _as_codes(x2, scale, reciprocal, quant_max, BF16, CODEC, ROUNDS, STATIC)
+            x3 = _as_codes(x3, scale, reciprocal, quant_max, BF16, CODEC, ROUNDS, STATIC)
+        if ORDER == "planes":
+            # Low halves of bytes, 0 to 3, lie before high ones, 4 to 7.
+            low, next_low = pairs_of_four(x0, x1)
+            x1, x3 = pairs_of_four(x2, x3)
+            x0, x2 = low, next_low
+        elif ORDER == "pairs" and HELD == 8:
             x0, x1, x2, x3 = pairs_of_eight(x0, x1, x2, x3)
-        else:
+        elif ORDER == "pairs":
             x0, x1 = pairs_of_four(x0, x1)
             x2, x3 = pairs_of_four(x2, x3)
         write_four(here, x0, x1, x2, x3)
+    return factor
+
+
+@triton.jit
+def _floats(word, BF16: tl.constexpr):
+    """Return both halves of words as float32."""
+    if BF16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(
+            tl.float32, bitcast=True
+        )
+    else:
+        low = word.to(tl.int16).to(tl.float16, bitcast=True)
+        high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def top_of_eight(x0, x1, x2, x3, BF16: tl.constexpr):
+    """Return the largest `magnitude_bits` of the halves of four words."""
+    return tl.maximum(
+        tl.maximum(_top_of_two(x0, BF16), _top_of_two(x1, BF16)),
+        tl.maximum(_top_of_two(x2, BF16), _top_of_two(x3, BF16)),
+    )
+
+
+@triton.jit
+def _top_of_two(word, BF16: tl.constexpr):
+    low, high = _floats(word, BF16)
+    return tl.maximum(magnitude_bits(low), magnitude_bits(high))
+
+
+@triton.jit
+def _as_codes(
+    word, scale, reciprocal, quant_max, BF16: tl.constexpr, CODEC: tl.constexpr,
+    ROUNDS: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    """Return halves as codes under a scale, which halves hold; `ROUNDS`: by the instruction."""
+    low, high = _floats(word, BF16)
+    low = _quotient(low, scale, reciprocal, quant_max, STATIC)
+    high = _quotient(high, scale, reciprocal, quant_max, STATIC)
+    if CODEC == "int8":
+        return pack_halves((low + ROUNDER) - ROUNDER, (high + ROUNDER) - ROUNDER, BF16)
+    elif ROUNDS:
+        return halves_of_e4m3(low, high, BF16)
+    else:
+        return pack_halves(round_to_e4m3(low, False), round_to_e4m3(high, False), BF16)
+
+
+@triton.jit
+def _quotient(x, scale, reciprocal, quant_max, STATIC: tl.constexpr):
+    if STATIC:
+        bound = scale * (2 * quant_max)
+        x = tl.minimum(tl.maximum(x, -bound), bound)
+    x = divide_sizes(x, scale, reciprocal)
+    if STATIC:
+        x = tl.minimum(tl.maximum(x, -quant_max), quant_max)
+    return x
 
 
 @triton.jit
 def x_held(at, HELD: tl.constexpr):
-    """Return a lane's part of x for a piece, four words of pairs or two, from shared memory."""
+    """Return a lane's part of x for a piece, four words or two, from shared memory."""
     if HELD == 8:
         return read_four(at)
     else:
@@ -138,8 +228,8 @@ def x_held(at, HELD: tl.constexpr):
 
 
 @triton.jit
-def x_loaded(at, inside, HELD: tl.constexpr, EVEN: tl.constexpr):
-    """Return the same from where a lies."""
+def x_loaded(at, inside, HELD: tl.constexpr, EVEN: tl.constexpr, PAIRED: tl.constexpr):
+    """Return the same from where a lies, PAIRED as codes are."""
     if HELD == 8:
         if EVEN:
             x0, x1, x2, x3 = load_four(at)
@@ -151,5 +241,6 @@ def x_loaded(at, inside, HELD: tl.constexpr, EVEN: tl.constexpr):
             x0, x1 = load_two(at)
         else:
             x0, x1 = load_two_if(at, inside)
-        x0, x1 = pairs_of_four(x0, x1)
+        if PAIRED:
+            x0, x1 = pairs_of_four(x0, x1)
         return x0, x1, x0, x1

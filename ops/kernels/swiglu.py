@@ -16,6 +16,7 @@ from hal.ops.activations import ACTIVATIONS, SILU, Activation
 from hal.ops.kernels.common import launch
 from hal.ops.kernels.quantize import gate_options, quantize_matrix, row_capacity
 from hal.ops.kernels.source import beyond_count, gated_tile, group_columns
+from hal.ops.kernels.step_order import in_step_order
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def _gate_kernel(
     gate_up_ptr, out_ptr, counts_ptr, width, stride_gm, stride_om, alpha, limit, capacity,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
-    INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
@@ -34,7 +35,7 @@ def _gate_kernel(
         gate_up_ptr + row * stride_gm, columns, inside, width, alpha, limit,
         GROUPS, WIDTH, ACTIVATION, GATED, CLAMPED, INTERLEAVED,
     )  # fmt: skip
-    gated = gated.to(out_ptr.dtype.element_ty)
+    gated = in_step_order(gated.to(out_ptr.dtype.element_ty), STEP)
     tl.store(out_ptr + row * stride_om + columns, gated, mask=inside)
 
 
@@ -43,13 +44,18 @@ def silu_and_mul(
     out: torch.Tensor,
     activation: Activation = SILU,
     counts: torch.Tensor | None = None,
+    *,
+    step: int = 0,
 ) -> None:
     """Write activation(gate) * up of gate_up [rows, 2 * width] to out [rows, width].
 
     Without a gate: activation(gate_up) of [rows, width]. counts [experts]: rows are [experts *
-    capacity], of which those beyond an expert's count are neither read nor written.
+    capacity], of which those beyond an expert's count are neither read nor written. step: columns
+    are written in the order of `step_order`, which takes whole steps.
     """
     rows, width = _check(gate_up, out, activation)
+    if step and width % step:
+        raise ValueError(f"swiglu: {width} columns in steps of {step}; needs whole ones")
     if rows == 0 or width == 0:
         return
     columns = min(max(triton.next_power_of_2(width), 16), 1024)
@@ -58,7 +64,7 @@ def silu_and_mul(
         gate_up, out, gate_up if counts is None else counts, width,
         gate_up.stride(0), out.stride(0), activation.alpha, activation.limit,
         row_capacity(rows, counts),
-        GROUPS=1, WIDTH=columns, COUNTED=counts is not None, **gate_options(activation),
+        GROUPS=1, WIDTH=columns, COUNTED=counts is not None, STEP=step, **gate_options(activation),
         num_warps=4 if columns == 1024 else 1,
     )  # fmt: skip
 

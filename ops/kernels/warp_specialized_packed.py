@@ -4,24 +4,18 @@ The product is that of `grouped_gemm` for kinds with scales of groups, turned ov
 the left operand, which a matrix instruction takes from registers, so that codes go from shared
 memory to the thread that decodes them and from there to the instruction. One group of warps copies
 (weights and scales by TMA, rows by `cp.async`, since experts gather them) into a ring of STAGES
-steps, and two decode and multiply. Scales come the same way as codes: loaded by those who need
-them, each step would wait for memory. A step is one group of float32 scales, or 128 codes.
+steps, and two or four decode and multiply. Scales come the same way as codes: loaded by those who
+need them, each step would wait for memory. A step is one group of float32 scales, or 128 codes.
 
 Programs are as many as multiprocessors, and each takes one tile after the other, so that the copies
 of the next begin before this one is written.
 
-int4 beside rows of 8 bits (CODES "planes"): an instruction wants the codes 0 to 3 and 16 to 19 of
-each 32 in one thread, 4 to 7 and 20 to 23 in the next; int4_planes has 0 to 3 and 4 to 7 in one
-word. So two neighbours load the same words, and one takes the low halves of their bytes, the other
-the high ones. Results are those of `grouped_gemm` with steps as long, bit for bit.
-
-Codes beside rows of 16 bits: of each step, thread t of four takes the t-th quarter of a row's
-codes, which it loads 16 bytes at a time, and rows are copied in that order, two numbers at a time.
+How codes become operands is told in `register_operands`. Beside rows of 16 bits these have another
+order along k than rows, which are copied two numbers at a time, or come so (`step_order`).
 
 Written in Gluon, like `warp_specialized`.
 
-Source: PTX ISA 8.7, wgmma (fragments of registers) and cp.async.bulk.tensor; OCP Microscaling
-Formats 1.0, section 5.3; H200, benchmarks/LOG.md.
+Source: PTX ISA 8.7, wgmma and cp.async.bulk.tensor; H200, benchmarks/LOG.md.
 """
 
 from __future__ import annotations
@@ -44,38 +38,43 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hal.ops.kernels.accumulate import ALL_KINDS, as_weight, check_operands
 from hal.ops.kernels.common import launch
 from hal.ops.kernels.kinds import Weight
+from hal.ops.kernels.register_operands import CHANNELS, INT4_UNIT, decode
 from hal.ops.kernels.warp_specialized import check_slots, next_stage, tile_of
 from hal.ops.tiles import SPECIALIZED_KINDS, Tile
 
-CHANNELS = gl.constexpr(64)  # of one matrix instruction
 COPYING_THREADS = 128
-# Of 64512 registers the launch has, 168 a thread, those who multiply take from those who copy.
-MULTIPLYING_REGISTERS, COPYING_REGISTERS, REGISTERS = 232, 40, 168
+# By how many groups multiply: the registers of their threads, which take them from those who copy,
+# of those, and of all as they are launched (65536 in all).
+REGISTERS = {2: (232, 40, 168), 4: (104, 64, 96)}
 
 
 @gluon.jit
 def _copy_rows(
-    a_ptr, a, rows, stride_am, k, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, PLANES: gl.constexpr
+    a_ptr, a, rows, stride_am, k, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, WHOLE: gl.constexpr
 ):
     """Copy a step of the rows that `rows` numbers to a `[BLOCK_M, BLOCK_K]`."""
-    if PLANES:
-        LANES: gl.constexpr = BLOCK_K // 16  # threads that copy a row of a step, 16 bytes each
+    if WHOLE:
+        HELD: gl.constexpr = 128 // a.dtype.primitive_bitwidth  # of 16 bytes
+        LANES: gl.constexpr = BLOCK_K // HELD  # threads that copy a row of a step
         PIECE: gl.constexpr = BLOCK_M if BLOCK_M < 64 else 64
-        layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // LANES, LANES], [4, 1], [1, 0])
+        layout: gl.constexpr = gl.BlockedLayout([1, HELD], [32 // LANES, LANES], [4, 1], [1, 0])
         inner = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     else:
         PIECE: gl.constexpr = 16
         layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
         place = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-        # Places 16 i + 8 h + 2 t + e hold k = t * BLOCK_K / 4 + 4 i + 2 h + e.
+        # As `step_order` has them.
         inner = place // 2 % 4 * (BLOCK_K // 4) + place // 16 * 4 + place // 8 % 2 * 2 + place % 2
         inner = gl.max_contiguous(gl.multiple_of(k + inner, 2), 2)
     for first in gl.static_range(0, BLOCK_M, PIECE):
         # Rows are whole 16 bytes apart, which the compiler has to be told of what it loads.
         row = rows.slice(first, PIECE, 0).load(gl.SliceLayout(1, layout))
-        offset = gl.multiple_of(row.to(gl.int64) * stride_am, 16 if PLANES else 8)
+        offset = gl.multiple_of(row.to(gl.int64) * stride_am, 16 if WHOLE else 8)
+        # Padding is not read: its sums are not written.
         async_copy.async_copy_global_to_shared(
-            a.slice(first, PIECE, 0), a_ptr + (offset[:, None] + inner[None, :])
+            a.slice(first, PIECE, 0),
+            a_ptr + (offset[:, None] + inner[None, :]),
+            mask=gl.broadcast((row >= 0)[:, None], inner[None, :])[0],
         )
 
 
@@ -86,7 +85,7 @@ def _copy(
     n_blocks, n_slots, n_columns, k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
     TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, GROUPS: gl.constexpr, SCALE_ROWS: gl.constexpr,
-    PLANES: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
 ):  # fmt: skip
     """Copy the rows, weights and scales of each step into the ring as it becomes empty."""
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -102,8 +101,7 @@ def _copy(
         block, column_tile = tile_of(tile, n_blocks, column_tiles, GROUP_M)
         expert = gl.load(block_experts_ptr + block)
         slots = gl.load(sorted_slots_ptr + block * BLOCK_M + row)
-        # Padding reads row 0, and is not written.
-        rows.store(gl.where(slots < n_slots, slots, 0) // TOP_K)
+        rows.store(gl.where(slots < n_slots, slots // TOP_K, -1))
         first_column = column_tile * BLOCK_N
         if SCALE_ROWS > 1:
             # Of channels past the last one nothing is written.
@@ -136,155 +134,10 @@ def _copy(
                 step * BLOCK_K,
                 BLOCK_M,
                 BLOCK_K,
-                PLANES,
+                WHOLE_ROWS,
             )
             async_copy.mbarrier_arrive(arrived, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def _decode_planes(codes, BLOCK_K: gl.constexpr, operand: gl.constexpr):
-    """Load int4_planes `[CHANNELS, BLOCK_K / 2]` from shared memory as e4m3 `[CHANNELS, BLOCK_K]`.
-
-    A factor is missing: e4m3's magnitudes up to 16 steps are integers (see `kinds.FP8_UNITS`).
-    """
-    more: gl.constexpr = [[0, 8, 0, 0]] if BLOCK_K == 128 else []
-    halves: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2], [8, 0, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]] + more,  # noqa: RUF005
-        lane_bases=[[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
-        warp_bases=[[16, 0, 0, 0], [32, 0, 0, 0]], block_bases=[],
-        shape=[CHANNELS, BLOCK_K // 8, 2, 4],
-    )  # fmt: skip
-    far: gl.constexpr = [[0, 32]] if BLOCK_K == 128 else []
-    both: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 8], [0, 16]] + far,  # noqa: RUF005
-        lane_bases=[[0, 0], [0, 4], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[CHANNELS, BLOCK_K // 2],
-    )  # fmt: skip
-    packed = codes.load(both).reshape((CHANNELS, BLOCK_K // 8, 4))
-    packed = gl.convert_layout(packed, gl.SliceLayout(2, halves), assert_trivial=True)
-    half = gl.arange(
-        0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, halves)))
-    ).to(gl.int8)  # fmt: skip
-    shift = (half * 4)[None, None, :, None]
-    packed, shift = gl.broadcast(packed.expand_dims(2), shift)
-    # 8 less the magnitude stands in three bits where a code is negative; nothing is carried.
-    numbers = gl.inline_asm_elementwise(
-        """{ .reg .b32 w, n, m, s;
-        and.b32 s, $2, 4; shr.u32 w, $1, s;
-        shr.u32 n, w, 3; and.b32 n, n, 0x01010101; mul.lo.u32 m, n, 0x87;
-        lop3.b32 m, w, 0x07070707, m, 0x6A; add.u32 $0, m, n; }""",
-        "=r,r,r", [packed, shift], dtype=gl.float8e4nv, is_pure=True, pack=4,
-    )  # fmt: skip
-    return gl.convert_layout(numbers.reshape((CHANNELS, BLOCK_K)), operand, assert_trivial=True)
-
-
-@gluon.jit
-def _scale_pairs(scales, FORMAT: gl.constexpr):
-    """Return scales of bytes as bf16, twice in each int32."""
-    wide = scales.to(gl.int32)
-    if FORMAT == "e8m0":
-        half = gl.where(wide == 0, 0x0040, gl.where(wide == 255, 0x7FC0, wide << 7))
-    else:
-        number = ((wide & 0x7F) << 20).to(gl.float32, bitcast=True) * 2.0**120
-        number = gl.where((wide & 0x7F) == 0x7F, float("nan"), number)
-        half = (number.to(gl.int32, bitcast=True) >> 16) & 0xFFFF | (wide & 0x80) << 8
-    return half | half << 16
-
-
-@gluon.jit
-def _halves_of_words(packed, factor, CODES: gl.constexpr, SCALED: gl.constexpr):
-    """Return the codes of int8 words of four as bf16: one tensor of bytes' codes, or two halves.
-
-    factor: int32, pairs of bf16 that numbers are multiplied by.
-    """
-    if CODES == "e4m3":
-        BODY: gl.constexpr = """
-        mov.b32 {l, m}, $2;
-        cvt.rn.f16x2.e4m3x2 p, l; cvt.rn.f16x2.e4m3x2 q, m;
-        mov.b32 {l, m}, p; cvt.f32.f16 f, l; cvt.f32.f16 g, m; cvt.rn.bf16x2.f32 $0, g, f;
-        mov.b32 {l, m}, q; cvt.f32.f16 f, l; cvt.f32.f16 g, m; cvt.rn.bf16x2.f32 $1, g, f;
-        """
-        TIMES: gl.constexpr = "mul.rn.bf16x2 $0, $0, $3; mul.rn.bf16x2 $1, $1, $3;"
-        DECLARED: gl.constexpr = "{ .reg .b16 l, m; .reg .b32 p, q; .reg .f32 f, g; "
-        return gl.inline_asm_elementwise(
-            DECLARED + BODY + (TIMES if SCALED else "") + "}",
-            "=&r,=&r,r,r,r,r,r", [packed, factor], dtype=gl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        if CODES == "int4":
-            BODY: gl.constexpr = """
-            mov.b32 one, 0x3F803F80; mov.b32 off, 0xC308C308;
-            lop3.b32 p, $4, 0x000F000F, 0x43084308, 0x6A;
-            shr.u32 h, $4, 4; lop3.b32 q, h, 0x000F000F, 0x43084308, 0x6A;
-            shr.u32 h, $4, 8; lop3.b32 r, h, 0x000F000F, 0x43084308, 0x6A;
-            shr.u32 h, $4, 12; lop3.b32 s, h, 0x000F000F, 0x43084308, 0x6A;
-            fma.rn.bf16x2 p, p, one, off; fma.rn.bf16x2 q, q, one, off;
-            fma.rn.bf16x2 r, r, one, off; fma.rn.bf16x2 s, s, one, off;
-            """
-        else:
-            # One product moves the sign and the magnitude of two codes to where they belong.
-            BODY: gl.constexpr = """
-            mov.b32 one, 0x7E807E80; shr.u32 h, $4, 8;
-            and.b32 p, $4, 0x000F000F; mul.lo.u32 p, p, 0x1040; and.b32 p, p, 0x81C081C0;
-            and.b32 q, $4, 0x00F000F0; mul.lo.u32 q, q, 0x104; and.b32 q, q, 0x81C081C0;
-            and.b32 r, h, 0x000F000F; mul.lo.u32 r, r, 0x1040; and.b32 r, r, 0x81C081C0;
-            and.b32 s, h, 0x00F000F0; mul.lo.u32 s, s, 0x104; and.b32 s, s, 0x81C081C0;
-            mul.rn.bf16x2 p, p, one; mul.rn.bf16x2 q, q, one;
-            mul.rn.bf16x2 r, r, one; mul.rn.bf16x2 s, s, one;
-            """
-        TIMES: gl.constexpr = """
-            mul.rn.bf16x2 p, p, $5; mul.rn.bf16x2 q, q, $5;
-            mul.rn.bf16x2 r, r, $5; mul.rn.bf16x2 s, s, $5;
-            """
-        # From pairs (k, k + 4) to (k, k + 1).
-        ORDER: gl.constexpr = """
-            prmt.b32 $0, p, q, 0x5410; prmt.b32 $1, r, s, 0x5410;
-            prmt.b32 $2, p, q, 0x7632; prmt.b32 $3, r, s, 0x7632; }
-            """
-        return gl.inline_asm_elementwise(
-            "{ .reg .b32 h, p, q, r, s, one, off; " + BODY + (TIMES if SCALED else "") + ORDER,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r", [packed, factor], dtype=(gl.bfloat16, gl.bfloat16),
-            is_pure=True, pack=4,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _decode_halves(
-    codes, scales, BLOCK_K: gl.constexpr, CODES: gl.constexpr, FORMAT: gl.constexpr,
-    GROUPS: gl.constexpr, operand: gl.constexpr,
-):  # fmt: skip
-    """Load codes `[CHANNELS, bytes]` as bf16 `[CHANNELS, BLOCK_K]`, in the order of rows.
-
-    scales: bytes `[GROUPS, CHANNELS]`, which are applied; not read if FORMAT is "" or "float32".
-    """
-    BYTES: gl.constexpr = codes.shape[1]
-    wide: gl.constexpr = [[0, 8]] if BYTES >= 64 else []
-    wider: gl.constexpr = [[0, 16]] if BYTES >= 128 else []
-    quarters: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4]] + wide + wider + [[8, 0]],  # noqa: RUF005
-        lane_bases=[[0, BYTES // 4], [0, BYTES // 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[CHANNELS, BYTES],
-    )  # fmt: skip
-    packed = codes.load(quarters)
-    SCALED: gl.constexpr = FORMAT == "e8m0" or FORMAT == "e4m3fn"
-    if SCALED:
-        packed = packed.reshape((CHANNELS, GROUPS, BYTES // GROUPS))
-        by_group: gl.constexpr = gl.SliceLayout(2, packed.type.layout)
-        factor = _scale_pairs(scales.permute((1, 0)).load(by_group), FORMAT).expand_dims(2)
-        packed, factor = gl.broadcast(packed, factor)
-    else:
-        factor = gl.full(packed.shape, 0, gl.int32, quarters)
-    # k = t * BLOCK_K / 4 + 4 i + 2 h + e  to  place 16 i + 8 h + 2 t + e
-    if CODES == "e4m3":
-        both = _halves_of_words(packed, factor, CODES, SCALED)
-        both = both.reshape((CHANNELS, 4, BYTES // 16, 2, 2)).permute((0, 2, 3, 1, 4))
-    else:
-        low, high = _halves_of_words(packed, factor, CODES, SCALED)
-        both = gl.join(low, high).reshape((CHANNELS, 4, BYTES // 16, 2, 2, 2))
-        both = both.permute((0, 2, 5, 3, 1, 4))
-    both = both.reshape((CHANNELS, BLOCK_K))
-    return gl.convert_layout(both, operand, assert_trivial=True)
 
 
 @gluon.jit
@@ -316,18 +169,6 @@ def _write(
 
 
 @gluon.jit
-def _decode(
-    codes, scales, BLOCK_K: gl.constexpr, CODES: gl.constexpr, FORMAT: gl.constexpr,
-    GROUPS: gl.constexpr, operand: gl.constexpr,
-):  # fmt: skip
-    """Load CHANNELS of a step's weights as an operand."""
-    if CODES == "planes":
-        return _decode_planes(codes, BLOCK_K, operand)
-    else:
-        return _decode_halves(codes, scales, BLOCK_K, CODES, FORMAT, GROUPS, operand)
-
-
-@gluon.jit
 def _scales_of(scales_ring, stage, FIRST: gl.constexpr, SUMS: gl.constexpr, GROUPS: gl.constexpr):
     """Return where scales of CHANNELS of a step are: `[CHANNELS]`, or, of bytes, a line a group."""
     if GROUPS == 0:
@@ -337,10 +178,11 @@ def _scales_of(scales_ring, stage, FIRST: gl.constexpr, SUMS: gl.constexpr, GROU
 
 
 @gluon.jit
-def _add_part(acc, part, scales, SUMS: gl.constexpr):
-    """Add a step's sums, which SUMS have to be scaled first."""
+def _add_part(acc, part, scales, SUMS: gl.constexpr, UNIT: gl.constexpr):
+    """Add a step's sums, which SUMS have to be scaled first, of codes counted in parts of UNIT."""
     if SUMS:
-        return acc + part * scales.load(gl.SliceLayout(1, acc.type.layout))[:, None]
+        scales = scales.load(gl.SliceLayout(1, acc.type.layout)) * UNIT
+        return acc + part * scales[:, None]
     else:
         return part
 
@@ -353,14 +195,15 @@ def _multiply(
     TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, HAS_BIAS: gl.constexpr, CODES: gl.constexpr,
     FORMAT: gl.constexpr, GROUPS: gl.constexpr, SCALE_ROWS: gl.constexpr, SECOND: gl.constexpr,
-    GROUP: gl.constexpr,
+    MULTIPLIERS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Multiply the channels of one GROUP of warps, and write them."""
-    TWO: gl.constexpr = BLOCK_N == 4 * CHANNELS
-    FIRST: gl.constexpr = GROUP * (BLOCK_N // 2)
+    """Multiply the channels of one GROUP of warps, of as many as there are MULTIPLIERS."""
+    TWO: gl.constexpr = BLOCK_N // MULTIPLIERS == 2 * CHANNELS
+    FIRST: gl.constexpr = GROUP * (BLOCK_N // MULTIPLIERS)
     OTHERS: gl.constexpr = FIRST + CHANNELS
     SUMS: gl.constexpr = FORMAT == "float32"
     A_SCALED: gl.constexpr = CODES == "planes"
+    UNIT: gl.constexpr = INT4_UNIT if CODES == "int4" else 1.0
     WIDTH: gl.constexpr = 1 if A_SCALED else 2  # bytes of an element
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32 // WIDTH])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 4 // WIDTH)
@@ -379,20 +222,20 @@ def _multiply(
             a, b = a_ring.index(stage).permute((1, 0)), b_ring.index(stage)
             scales = _scales_of(scales_ring, stage, FIRST, SUMS, GROUPS)
             codes = b.slice(FIRST, CHANNELS, 0)
-            codes = _decode(codes, scales, BLOCK_K, CODES, FORMAT, GROUPS, operand)
+            codes = decode(codes, scales, BLOCK_K, CODES, FORMAT, GROUPS, operand)
             part = warpgroup_mma(codes, a, zero if SUMS else left, use_acc=not SUMS, is_async=True)
             if TWO:
                 others = _scales_of(scales_ring, stage, OTHERS, SUMS, GROUPS)
                 codes = b.slice(OTHERS, CHANNELS, 0)
-                codes = _decode(codes, others, BLOCK_K, CODES, FORMAT, GROUPS, operand)
+                codes = decode(codes, others, BLOCK_K, CODES, FORMAT, GROUPS, operand)
             part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
-            left = _add_part(left, part, scales, SUMS)
+            left = _add_part(left, part, scales, SUMS, UNIT)
             if TWO:
                 part = warpgroup_mma(
                     codes, a, zero if SUMS else right, use_acc=not SUMS, is_async=True
                 )
                 part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
-                right = _add_part(right, part, others, SUMS)
+                right = _add_part(right, part, others, SUMS, UNIT)
             if SUMS:
                 # The scales that sums wait for may be on their way yet, and what is copied next
                 # must not overtake them; codes have long been used.
@@ -427,7 +270,8 @@ def _warp_specialized_packed_kernel(
     TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, HAS_BIAS: gl.constexpr, CODES: gl.constexpr,
     FORMAT: gl.constexpr, GROUPS: gl.constexpr, SCALE_ROWS: gl.constexpr, SECOND: gl.constexpr,
-    ARRIVALS: gl.constexpr, MULTIPLYING: gl.constexpr, COPYING: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr, ARRIVALS: gl.constexpr, MULTIPLIERS: gl.constexpr,
+    MULTIPLYING: gl.constexpr, COPYING: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], dtype)
@@ -455,33 +299,72 @@ def _warp_specialized_packed_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=ARRIVALS)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=MULTIPLIERS)
     fence_async_shared()
     n_blocks = gl.load(n_padded_ptr) // BLOCK_M
-    # Literally twice: constants in a tuple that has a name would become arguments.
-    gl.warp_specialize([
-        (_multiply, (
-            out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr, bias_ptr,
-            sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns, k_size,
-            stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
-            TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-            SCALE_ROWS, SECOND, 0,
-        )),
-        (_multiply, (
-            out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr, bias_ptr,
-            sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns, k_size,
-            stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
-            TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-            SCALE_ROWS, SECOND, 1,
-        )),
-        (_copy, (
-            a_ptr, b_desc, scales_desc, a_ring, b_ring, copied_ring, rows, full, empty,
-            sorted_slots_ptr, block_experts_ptr, b_scales_ptr, n_blocks, n_slots, n_columns,
-            k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
-            TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, GROUPS, SCALE_ROWS,
-            CODES == "planes",
-        )),
-    ], [4, 4], [MULTIPLYING, COPYING])  # fmt: skip
+    # Literally: constants in a tuple that has a name would become arguments.
+    if MULTIPLIERS == 4:
+        gl.warp_specialize([
+            (_multiply, (
+                out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
+                bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
+                SCALE_ROWS, SECOND, MULTIPLIERS, 0,
+            )),
+            (_multiply, (
+                out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
+                bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
+                SCALE_ROWS, SECOND, MULTIPLIERS, 1,
+            )),
+            (_multiply, (
+                out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
+                bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
+                SCALE_ROWS, SECOND, MULTIPLIERS, 2,
+            )),
+            (_multiply, (
+                out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
+                bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
+                SCALE_ROWS, SECOND, MULTIPLIERS, 3,
+            )),
+            (_copy, (
+                a_ptr, b_desc, scales_desc, a_ring, b_ring, copied_ring, rows, full, empty,
+                sorted_slots_ptr, block_experts_ptr, b_scales_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, GROUPS, SCALE_ROWS,
+                WHOLE_ROWS,
+            )),
+        ], [4, 4, 4, 4], [MULTIPLYING, MULTIPLYING, MULTIPLYING, COPYING])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_multiply, (
+                out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
+                bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
+                SCALE_ROWS, SECOND, MULTIPLIERS, 0,
+            )),
+            (_multiply, (
+                out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
+                bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
+                SCALE_ROWS, SECOND, MULTIPLIERS, 1,
+            )),
+            (_copy, (
+                a_ptr, b_desc, scales_desc, a_ring, b_ring, copied_ring, rows, full, empty,
+                sorted_slots_ptr, block_experts_ptr, b_scales_ptr, n_blocks, n_slots, n_columns,
+                k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, GROUPS, SCALE_ROWS,
+                WHOLE_ROWS,
+            )),
+        ], [4, 4], [MULTIPLYING, COPYING])  # fmt: skip
 
 
 class Coded:
@@ -556,6 +439,7 @@ def warp_specialized_packed_gemm(
     top_k_divisor: int,
     tile: Tile,
     programs: int,
+    ordered: bool = False,
     a_scales: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> None:
@@ -567,6 +451,7 @@ def warp_specialized_packed_gemm(
         out: `[slots, n]` bf16 or fp16, rows contiguous.
         tile: Rows, channels (128 or 256), `Coded.step`.
         programs: How many run at once: one a multiprocessor.
+        ordered: Whether rows of bf16 are in the order that `step_order` brings them into.
 
     Raises:
         ValueError: If an operand is none that the kernel reads.
@@ -595,6 +480,10 @@ def warp_specialized_packed_gemm(
     if out.shape[0] == 0 or n == 0 or block_experts.numel() == 0:
         return
     scales, second = weight.scales, weight.second
+    # More of them hide more of what each waits for; of many rows the sums need the registers.
+    many = 64 if b.step > 64 else 16 if spec.a_scaled else 32
+    multipliers = 4 if tile.block_n == 256 and tile.block_m <= many else 2
+    multiplying, copying, registers = REGISTERS[multipliers]
     codes_in_tiles, scales_in_tiles = b.described(tile.block_n)
     most = block_experts.numel() * -(-n // tile.block_n)
     unused = out  # what is not read must still be something
@@ -614,8 +503,8 @@ def warp_specialized_packed_gemm(
         CODES="planes" if spec.planes else spec.decode,
         FORMAT="" if scales is None else spec.scale_format, GROUPS=b.groups,
         SCALE_ROWS=2 if scales is None else spec.scale_rows, SECOND=second is not None,
-        ARRIVALS=COPYING_THREADS + 1, MULTIPLYING=MULTIPLYING_REGISTERS,
-        COPYING=COPYING_REGISTERS, num_warps=tile.warps, maxnreg=REGISTERS,
+        WHOLE_ROWS=ordered or spec.planes, ARRIVALS=COPYING_THREADS + 1, MULTIPLIERS=multipliers,
+        MULTIPLYING=multiplying, COPYING=copying, num_warps=tile.warps, maxnreg=registers,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -98,6 +99,8 @@ def _get(regs: Regs, operand: str, threads: int) -> np.ndarray:
     operand = operand.strip("[] ")
     if operand in regs:
         return regs[operand]
+    if operand.startswith("0f"):
+        operand = "0x" + operand[2:]
     number = 0 if operand == "hal_shared" else int(operand, 0) & 0xFFFFFFFF
     return np.full(threads, number, np.uint32)
 
@@ -149,8 +152,23 @@ def _instruction(
         for i, out in enumerate(outs):
             words = data[:, 4 * i : 4 * i + 4].copy().view(np.uint32).reshape(-1)
             regs[out] = np.where(active, words, regs.get(out, words))
+    elif name.startswith("match.any.sync"):
+        numbers = _get(regs, operands[1], threads).reshape(-1, WARP)
+        equal = numbers[:, :, None] == numbers[:, None]
+        bits = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
+        regs[operands[0]] = (equal * bits).sum(-1).astype(np.uint32).reshape(-1)
+    elif name.startswith("popc"):
+        words = _get(regs, operands[1], threads)
+        regs[operands[0]] = np.array([int(word).bit_count() for word in words], np.uint32)
+    elif name.startswith("redux.sync.max.s32"):
+        numbers = _get(regs, operands[1], threads).view(np.int32).reshape(-1, WARP)
+        regs[operands[0]] = np.repeat(numbers.max(1), WARP).view(np.uint32)
     elif name.startswith("mma"):
         _mma(name, operands, regs)
+    elif name.startswith("mov") and operands[0].startswith("{"):
+        word = _get(regs, operands[1], threads)
+        for i, out in enumerate(_list(operands[0])):
+            regs[out] = word >> (16 * i) & 0xFFFF
     else:
         step = next(step for prefix, step in _STEPS.items() if name.startswith(prefix))
         values = [_get(regs, one, threads) for one in operands[1:]]
@@ -256,6 +274,20 @@ def _fma(name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         return _words(_halves(a, name) * _halves(b, name) + _halves(c, name), name)
 
 
+def _from_e4m3(name: str, pair: np.ndarray) -> np.ndarray:
+    codes = np.stack([pair & 0xFF, pair >> 8 & 0xFF], -1).astype(np.int64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    numbers = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    numbers = np.where(codes & 0x7F == 0x7F, np.nan, numbers)
+    return _words(np.where(codes & 0x80, -numbers, numbers), name)
+
+
+def _to_e4m3(number: np.ndarray) -> np.ndarray:
+    codes = torch.from_numpy(number.view(np.float32).copy()).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8).numpy().astype(np.uint32)
+
+
 _STEPS: dict[str, Callable[..., np.ndarray]] = {
     "mov": lambda _, a: a.copy(),
     "cvt.u32.u16": lambda _, a: a.copy(),
@@ -270,4 +302,15 @@ _STEPS: dict[str, Callable[..., np.ndarray]] = {
     "lop3": _lop3,
     "prmt": _prmt,
     "fma.rn": _fma,
+    "cvt.rn.f16x2.e4m3x2": _from_e4m3,
+    "cvt.f32.f16": lambda _, a: (
+        a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    ),
+    "cvt.rn.satfinite.e4m3x2.f32": lambda _, a, b: _to_e4m3(b) | _to_e4m3(a) << 8,
+    "cvt.rn.f16x2.f32": lambda name, a, b: _words(
+        np.stack([b.view(np.float32), a.view(np.float32)], -1).astype(np.float64), name
+    ),
+    "cvt.rn.bf16x2.f32": lambda name, a, b: _words(
+        np.stack([b.view(np.float32), a.view(np.float32)], -1).astype(np.float64), name
+    ),
 }

@@ -34,6 +34,8 @@ CELLS = (
     "gemv/int4_group_decode",
     "expand/nvfp4_decode",
     "ring_rows/int4_group_decode/one",
+    "ring_experts/int4_group_decode",
+    "step_order/rows",
     "few_experts/int4_group_decode",
     "grouped_gemm/int8_channel/few",
     "grouped_gemm/bf16/biased",

@@ -41,12 +41,14 @@ LIMITS = {
     ),
     "inline PTX does not exist": (
         "`ring_rows`, which `triton_packed` and `triton_decode` launch for few rows on NVIDIA "
-        "devices, is interpreted by hal's own `tests/kernels/ptx_interpreter.py`, all threads in "
+        "devices, `ring_experts` (few tokens of experts) and `align_warps` (up to 4096 slots) are "
+        "interpreted by hal's own `tests/kernels/ptx_interpreter.py`, all threads in "
         "step; `interpreted` rows are of the other launches"
     ),
     "Gluon has none": (
-        "`warp_specialized`, which `triton_fp8` of `fused_moe` launches for many rows on sm_90, is "
-        "compiled, and has run on an H200; `interpreted` rows are of the other launches"
+        "`warp_specialized`, which `triton_fp8` of `fused_moe` launches for many rows on sm_90, "
+        "and `warp_specialized_packed` are compiled, and have run on an H200; `interpreted` rows "
+        "are of the other launches"
     ),
     "programs run one after the other": (
         "races, missing barriers and programs that wait for each other are not seen: kernels "

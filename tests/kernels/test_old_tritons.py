@@ -12,6 +12,11 @@ import hal.ops.kernels
 FILES = sorted(Path(hal.ops.kernels.__file__).parent.glob("*.py"))
 
 
+def is_gluon(path: Path) -> bool:
+    """Say whether a file is in the language that Triton has from 3.6 on, and imported late."""
+    return "triton.experimental" in path.read_text(encoding="utf-8")
+
+
 def jitted(path: Path) -> list[ast.FunctionDef]:
     """Return the functions of a file that Triton compiles."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -35,8 +40,8 @@ def test_what_triton_before_3_5_cannot_read(path: Path) -> None:
                 # 3.2 wants parentheses
                 assert len(node.values) == 2, f"{where}: {ast.unparse(node)}"
             if isinstance(node, ast.Attribute):
-                # 3.2 keeps a dtype in a constexpr, which has none
-                assert node.attr != "primitive_bitwidth", where
+                # 3.2 keeps a dtype in a constexpr, which has none, and does not know Gluon at all
+                assert is_gluon(path) or node.attr != "primitive_bitwidth", where
                 owner = ast.unparse(node.value)
                 assert not (owner.isupper() and node.attr.startswith("is_")), f"{where}: {owner}"
 

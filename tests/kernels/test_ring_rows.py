@@ -157,6 +157,29 @@ def test_every_byte_of_a_float(device, kind, dtype, half):
     torch.testing.assert_close(out[0].cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("half", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 11])
+def test_with_and_without_the_instruction_for_codes(monkeypatch, device, generator, half, m):
+    """That of sm_89, which a GPU otherwise takes or not, and the interpreter never."""
+    kind = "fp8_channel_decode"
+    codes = torch.randint(0, 256, (32, 224), generator=generator, device=device, dtype=torch.uint8)
+    codes[:, 160:] &= 0x77  # NaN in some rows
+    codes[::3] &= 0x77
+    held = by_row(kind, as_weight(kind, 224, codes, torch.ones((), device=device)))
+    a = activations((m, 224), half, generator, device)
+    results = []
+    for converts in (False, True):
+        if converts and not INTERPRETED.value and torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("needs sm_89")
+        monkeypatch.setattr(module, "converts_fp8", lambda *_, found=converts: found)
+        results.append(torch.empty(m, 32, device=device))
+        ring_rows(a, held, results[-1], kind=kind, ring=Ring(2, 2, 64))
+    assert not results[0][:, ::3].isnan().any()
+    assert results[0].isnan().any()
+    atol = 1e-5 * results[0].nan_to_num().abs().max().item()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=atol, equal_nan=True)
+
+
 @pytest.mark.parametrize("kind", ["mxfp4_decode", "nvfp4_decode"])
 @pytest.mark.parametrize("half", [BF16, torch.float16], ids=str)
 def test_every_scale_of_a_byte(device, kind, half):

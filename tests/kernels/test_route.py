@@ -19,8 +19,11 @@ from routing_oracle import (
     map_of_rank,
 )
 
+from hal.ops.kernels import align_warps
 from hal.ops.kernels.align import CHUNK, ONE_PROGRAM, align, capacity, workspace_size
+from hal.ops.kernels.align_warps import MOST_EXPERTS, MOST_SLOTS
 from hal.ops.kernels.combine import combine
+from hal.ops.kernels.common import INTERPRETED
 from hal.ops.kernels.route import route
 
 
@@ -200,6 +203,30 @@ def test_route_refuses_more_choices_than_experts(device):
         run_route(logits, 1, bias=torch.zeros(12, device=device)[::2])
 
 
+@pytest.fixture(params=[False, True], ids=["chunks", "warps"])
+def by_warps(request, device, monkeypatch):
+    """Align with and without the kernel in PTX, which is interpreted by `ptx_interpreter`."""
+    if request.param and device == "cuda" and torch.version.hip:
+        pytest.skip("PTX: needs an NVIDIA GPU")
+    monkeypatch.setattr(align_warps, "serves", lambda *_: request.param)
+    if request.param and INTERPRETED.value:
+        from ptx_interpreter import ptx
+
+        with ptx():
+            yield
+    else:
+        yield
+
+
+@pytest.mark.parametrize("slots", [1, 31, 700, 1024, 1025, MOST_SLOTS])
+@pytest.mark.parametrize("experts", [1, 8, 31, 32, 128, 256, 320, MOST_EXPERTS])
+def test_warps_have_a_thread_an_expert_and_a_row_of_the_table(slots, experts):
+    warps = align_warps.warps_of(slots, experts)
+    assert warps in (4, 8, 16, 32)
+    assert experts <= 32 * warps
+    assert (warps + 2) * (experts + 1) <= align_warps.WORDS
+
+
 def check_align(ids, experts, block):
     device, length = ids.device, capacity(ids.numel(), experts, block)
     sorted_slots = torch.full((length,), -7, dtype=torch.int32, device=device)
@@ -219,28 +246,33 @@ def check_align(ids, experts, block):
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"),
-    [(1, 1, 1), (1, 8, 256), (5, 3, 7), (40, 6, 60), (128, 8, 8), (180, 8, 33), (300, 8, 1025)],
+    [(1, 1, 1), (1, 8, 256), (5, 3, 7), (40, 6, 60), (128, 8, 8), (180, 8, 33), (300, 8, 512)],
 )
-def test_align(device, generator, tokens, top_k, experts, block, dtype):
+def test_align(by_warps, device, generator, tokens, top_k, experts, block, dtype):
     ids = torch.randint(
         -1, experts + 1, (tokens, top_k), generator=generator, device=device, dtype=dtype
     )
     check_align(ids, experts, block)
 
 
+def test_align_more_experts_than_warps_have_threads(device, generator):
+    ids = torch.randint(-1, 1026, (300, 8), generator=generator, device=device)
+    check_align(ids, 1025, 16)
+
+
 @pytest.mark.parametrize("tokens", [3, CHUNK + 1, ONE_PROGRAM, ONE_PROGRAM + 1])
 @pytest.mark.parametrize("chosen", [0, 4, -1, 5, 2**31 - 1, -(2**31)])
-def test_align_one_expert_takes_all(device, tokens, chosen):
+def test_align_one_expert_takes_all(by_warps, device, tokens, chosen):
     check_align(torch.full((tokens, 1), chosen, dtype=torch.int32, device=device), 5, 16)
 
 
-def test_align_ids_that_differ_above_bit_31(device):
+def test_align_ids_that_differ_above_bit_31(by_warps, device):
     ids = torch.tensor([[2**32 + 1, 1], [2**40, 0]], device=device)
     check_align(ids, 3, 16)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(257, 16), (160, 6), (3, 3)])
-def test_align_what_route_mapped(device, experts, top_k):
+def test_align_what_route_mapped(by_warps, device, experts, top_k):
     """Slots of other ranks' experts are in no block."""
     logits, _ = clear_logits(9, experts)
     mine = map_of_rank(experts)

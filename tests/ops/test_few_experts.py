@@ -257,12 +257,15 @@ class TestTiles:
         for kind in OPERAND_BYTES:
             for quantizes in (False, True):
                 assert 1 <= few_slots(kind, 128, quantizes=quantizes) <= 128
+            for experts in (2, 8, 64, 256):
+                found = few_slots(kind, experts, quantizes=True, streamed=True)
+                assert max(2, experts // 16) <= found <= max(2, experts // 2)
 
     @pytest.mark.parametrize("experts", [4, 8, 32, 128, 256])
-    def test_fewer_are_beside_products_whose_warps_specialize(self, experts):
+    def test_a_slot_an_expert_at_most_beside_products_whose_warps_specialize(self, experts):
         for kind in SPECIALIZED_KINDS - {"int4_group_fp8"}:
-            ordinary = few_slots(kind, experts, quantizes=False)
-            assert 1 <= few_slots(kind, experts, quantizes=False, specialized=True) < ordinary
+            found = few_slots(kind, experts, quantizes=False, specialized=True)
+            assert experts // 2 < found <= experts
 
 
 # Of 64 experts, so that no scheme sorts them.

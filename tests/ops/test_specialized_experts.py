@@ -16,12 +16,14 @@ from hal.ops.tiles import (
     ROWS_BEFORE_SPECIALIZING,
     SPECIALIZED_KINDS,
     WARP_SPECIALIZED,
+    Tile,
     rows_before_expanding,
 )
 from hal.platforms.tables import device_spec
 
 pytestmark = pytest.mark.skipif(not has_gluon(), reason="needs Triton 3.6, uninterpreted")
 HIDDEN, INTERMEDIATE, EXPERTS = 256, 128, 4
+FEW, MANY = Tile(16, 256, 128, 4, 3), Tile(64, 256, 128, 4, 3)
 
 
 def weight(kind, n, k):
@@ -92,18 +94,38 @@ def test_rows_are_copied_where_the_kernel_could_not_read_them():
         (held[:, ::2], False),
         (held.view(-1)[:6].view(2, 3), False),
     ):
-        rows = found.aligned(x)
+        rows, options = found.arranged(x, FEW)
         assert torch.equal(rows, x)
         assert (rows is x) == same
         assert rows.data_ptr() % 16 == 0
+        assert not options
     quantized = replace(found, decodes=False)
-    assert quantized.aligned(held[:, 1:65]).data_ptr() == held[:, 1:65].data_ptr()
+    for tile in (FEW, MANY):
+        rows, options = quantized.arranged(held[:, 1:65], tile)
+        assert rows.data_ptr() == held[:, 1:65].data_ptr()
+        assert not options
+        assert not quantized.step_of_gate(tile)
+    assert found.step_of_gate(FEW) == FEW.block_k
 
 
-def test_weights_are_expanded_later_beside_it_but_those_of_4_bit_floats():
+@pytest.mark.parametrize("x", [torch.arange(6.0 * 64).view(6, 64), torch.rand(64, 6).mT])
+def test_many_rows_are_brought_into_the_order_of_codes(monkeypatch, x):
+    from hal.ops.kernels import step_order
+
+    def order(given, step):
+        assert given.stride(1) == 1
+        return given.flip(1), step
+
+    monkeypatch.setattr(step_order, "order_rows", order)
+    (rows, step), options = ask("int4_group_decode").arranged(x, MANY)
+    assert torch.equal(rows, x.flip(1))
+    assert (step, options) == (MANY.block_k, {"ordered": True})
+
+
+def test_weights_are_expanded_later_beside_it():
     for kind in SPECIALIZED_KINDS - {"int4_group_fp8"}:
         later, before = rows_before_expanding(kind, specialized=True), rows_before_expanding(kind)
-        assert (later < before) == (kind in ("mxfp4_decode", "nvfp4_decode"))
+        assert later > before
 
 
 def test_weights_are_described_once(monkeypatch):

@@ -129,7 +129,12 @@ VENDOR_MODULES |= {"torch.version.cuda", "torch.version.hip", "torch.version.xpu
 
 # Modules that turn facts into what Triton is told, without asking where they run: tiles by
 # platform, and the compiler's own targets. is_cuda and its like are faults there too.
-VENDOR_EXCEPTIONS = {"hal.ops.tiles", "hal.ops.kernels.common", "hal.ops.kernels.crosscompile"}
+VENDOR_EXCEPTIONS = {
+    "hal.ops.tiles",
+    "hal.ops.kernels.common",
+    "hal.ops.kernels.crosscompile",
+    "hal.ops.kernels.align_warps",  # whether what is compiled for has PTX
+}
 IDENTIFYING = {"type", "name", "platform", "vendor", "backend", "device_type"}
 
 

@@ -26,6 +26,7 @@ from hal.quant.repack import CODE_LAYOUTS, interleave_groups, separate_groups
 
 NAMES = list(CODE_LAYOUTS)
 MARLIN = [name for name in NAMES if name.startswith("marlin")]
+RECODED = {"int4_planes"}  # bits do not only move
 SHAPES = [
     (1, 1), (1, 40), (64, 32), (65, 33), (16, 32), (7, 100), (3, 64, 16), (2, 1, 7), (2, 2, 31, 3),
     (0, 64, 32), (2, 0, 8), (5, 0),
@@ -194,14 +195,16 @@ def test_stored_codes_are_those_of_the_padded_matrix(name, lead, rows, columns, 
     stored = layout.forward(values)
     assert torch.equal(raw(layout.inverse(stored, shape)), raw(values))
     assert torch.equal(raw(layout.forward(whole)), raw(stored))
-    assert sorted(pieces(name, stored)) == sorted(pieces(name, whole))
+    if name not in RECODED:
+        assert sorted(pieces(name, stored)) == sorted(pieces(name, whole))
 
 
 def test_planes_hold_four_codes_in_low_halves_and_the_next_four_in_high_ones() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
     stored = CODE_LAYOUTS["int4_planes"].forward((codes[::2] | codes[1::2] << 4)[None])
-    assert (stored & 0xF).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11]]
-    assert (stored >> 4).tolist() == [[4, 5, 6, 7, 12, 13, 14, 15]]
+    # 0 to 7 as twice themselves, -8 to -1 as 15 to 1: the sign is the lowest bit.
+    assert (stored & 0xF).tolist() == [[0, 2, 4, 6, 15, 13, 11, 9]]
+    assert (stored >> 4).tolist() == [[8, 10, 12, 14, 7, 5, 3, 1]]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "uint8" in CODE_LAYOUTS[name].dtypes])
@@ -217,7 +220,7 @@ def test_codes_may_begin_at_any_byte(name: str) -> None:
     assert torch.equal(layout.inverse(odd, shape), codes)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - RECODED))
 def test_no_bit_is_lost_or_moved_onto_another(name: str) -> None:
     """Send single bits: each comes out alone, and no two at one place."""
     layout = CODE_LAYOUTS[name]
