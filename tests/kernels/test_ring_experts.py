@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from far_apart import far_apart
 from packed_weights import BF16, weight
 
 from hal.ops.activations import Activation, activate
@@ -270,17 +271,18 @@ def test_fewer_columns_than_the_weight_has_rows(device, generator):
 
 
 def test_experts_lie_far_apart(device, generator):
-    """Beyond 2^31 bytes from each other, as experts of large layers do."""
+    """More than 2^31 elements from each other, and scales of groups likewise."""
     layer = Layer([("int4_group_decode", 32)] * 2, (2, 64, 32), generator, device)
     x = torch.randn(1, 64, generator=generator, device=device).bfloat16() / 8
     ids = torch.tensor([[1, 0]], device=device)
     near = layer.run(x, ids)
     placed = []
     for held in layer.held:
-        codes = held.weight.codes
-        room = torch.empty(2**29 + 4 + codes[0].numel(), dtype=torch.int32, device=device)
-        far = room.as_strided(codes.shape, (2**29 + 4, *codes.stride()[1:])).copy_(codes)
-        placed.append(ring_weight(held.kind, held.weight._replace(codes=far)))
+        far = held.weight._replace(
+            codes=far_apart(held.weight.codes), scales=far_apart(held.weight.scales.mT).mT
+        )
+        assert min(far.codes.stride(0), far.scales.stride(0)) > 2**31
+        placed.append(ring_weight(held.kind, far))
         assert reads(held.kind, placed[-1].weight)
     layer.held = placed
     assert torch.equal(layer.run(x, ids), near)
