@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.files import write_text
 from hal.progress import Progress
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from hal.ops.tiles import Tile
     from hal.ops.tuned import ProductSizes, TunedTile
 
-__all__ = ["Found", "merge_table", "planned", "require_gpu", "tune", "tuned_tiles"]
+__all__ = [
+    "SPECIALIZED",
+    "Found",
+    "Planned",
+    "merge_table",
+    "planned",
+    "require_gpu",
+    "tune",
+    "tuned_tiles",
+]
 
 REPLAYING = ("cuda", "rocm")
 TOGETHER = 4
@@ -37,6 +46,7 @@ Told = Callable[[int, str], None]
 BETTER = 0.98
 """A tile must take at most this share of the rules' time: less is within the noise of a replay."""
 OUT_OF_TIME = "no time was left"
+SPECIALIZED = "warps specialize there, in tiles that ops/tiles.py gives alone"
 
 
 @dataclass
@@ -64,6 +74,15 @@ class Found:
     tried: int = 0
     note: str = ""
     late: bool = False
+
+
+class Planned(NamedTuple):
+    """Hold the tiles that a search tries for a product of `tokens` tokens; or why it tries none."""
+
+    tokens: int
+    sizes: ProductSizes
+    tiles: tuple[Tile, ...]
+    note: str
 
 
 def require_gpu(spec: DeviceSpec, simulated: bool) -> None:
@@ -102,12 +121,9 @@ class _Search:
     compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from hal.ops.tuning import products_of
-
-        p = self.problem
-        for tokens in p.tokens:
-            products = products_of(p.op, p.scheme, p.kernel, p.sizes, tokens)
-            self.found.append(Found(p, tokens, products))
+        for tokens in self.problem.tokens:
+            products, note = _products(self.problem, tokens, self.spec)
+            self.found.append(Found(self.problem, tokens, products, note=note))
 
     def prepare(self, told: Told) -> None:
         """Compile what will be timed, as far as it is known: later products follow the rules."""
@@ -116,7 +132,7 @@ class _Search:
         items = []
         for each in self.found:
             before: list[Tile] = []
-            for sizes in each.products:
+            for sizes in () if each.note else each.products:
                 block_m = before[0].block_m if before else 0
                 tiles = candidates(sizes, self.spec, block_m, apart=self.apart)
                 items += [_item(each, [*before, tile]) for tile in tiles]
@@ -238,18 +254,28 @@ def _compiled_as(item: Item) -> str:
     return json.dumps([item["tokens"], len(tiles), tiles[0]["block_m"], tiles[-1]])
 
 
-def planned(problem: Problem, spec: DeviceSpec, apart: int) -> int:
-    """Return about how many settings a search tries: later products depend on earlier ones."""
-    from hal.ops.tuning import candidates, products_of
+def _products(p: Problem, tokens: int, spec: DeviceSpec) -> tuple[tuple[ProductSizes, ...], str]:
+    """Return the products of a call, and why their tiles are not searched, if so."""
+    from hal.ops.tuning import products_of, runs_specialized
 
-    total = 0
+    products = products_of(p.op, p.scheme, p.kernel, p.sizes, tokens, spec)
+    specialized = runs_specialized(p.op, p.scheme, p.kernel, p.sizes, tokens, spec)
+    return products, SPECIALIZED if specialized else ""
+
+
+def planned(problem: Problem, spec: DeviceSpec, apart: int) -> list[Planned]:
+    """Return about what a search tries: tiles of later products depend on earlier ones."""
+    from hal.ops.tuning import candidates
+
+    found = []
     for tokens in problem.tokens:
         block_m = 0
-        for sizes in products_of(problem.op, problem.scheme, problem.kernel, problem.sizes, tokens):
-            tiles = candidates(sizes, spec, block_m, apart=apart)
+        products, note = _products(problem, tokens, spec)
+        for sizes in products:
+            tiles = () if note else candidates(sizes, spec, block_m, apart=apart)
             block_m = block_m or (tiles[0].block_m if tiles else 0)
-            total += len(tiles)
-    return total
+            found.append(Planned(tokens, sizes, tiles, note))
+    return found
 
 
 def tune(
@@ -279,7 +305,8 @@ def tune(
     Raises:
         ArgumentError: For a problem whose kernel has no tiles or whose sizes are not known.
     """
-    total = 2 * sum(planned(problem, spec, apart) for problem in problems)
+    plan = [each for problem in problems for each in planned(problem, spec, apart)]
+    total = 2 * sum(len(each.tiles) for each in plan)
     until = math.inf if seconds is None else time.monotonic() + seconds
     done = 0
 

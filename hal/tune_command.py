@@ -248,33 +248,36 @@ def _plan(
     problems: Sequence[Problem], spec: DeviceSpec, options: argparse.Namespace
 ) -> dict[str, Any] | list[Section]:
     """Return what would be compiled: how many tiles, and the first product's by name."""
-    from hal.ops.tuning import candidates, products_of
-    from hal.render import Section, Table
+    from hal.render import Block, Paragraph, Section, Table
     from hal.tune import planned
 
     rows = []
     for p in problems:
-        for tokens in p.tokens:
-            block_m = 0
-            for sizes in products_of(p.op, p.scheme, p.kernel, p.sizes, tokens):
-                tiles = candidates(sizes, spec, block_m, apart=_apart(options))
-                block_m = block_m or (tiles[0].block_m if tiles else 0)
-                shape = f"{sizes.matrices} x {sizes.rows} x {sizes.n} x {sizes.k}"
-                rows.append((p.op, p.kernel, str(tokens), sizes.kind, shape, tiles))
+        for tokens, sizes, tiles, note in planned(p, spec, _apart(options)):
+            shape = f"{sizes.matrices} x {sizes.rows} x {sizes.n} x {sizes.k}"
+            rows.append(((p.op, p.kernel, str(tokens), sizes.kind, shape), tiles, note))
     if options.json:
         names = ("op", "kernel", "tokens", "kind", "product")
         listed = [
-            {**dict(zip(names, row[:5], strict=True)), "tiles": [_short(tile) for tile in row[5]]}
-            for row in rows
+            {
+                **dict(zip(names, row, strict=True)),
+                "tiles": [_short(tile) for tile in tiles],
+                "note": note,
+            }
+            for row, tiles, note in rows
         ]
         return {"device": spec.key, "plan": listed}
-    total = sum(planned(p, spec, _apart(options)) for p in problems)
     shown = tuple(
-        (*row[:5], str(len(row[5])), _short(row[5][0]) if row[5] else "-") for row in rows
+        (*row, str(len(tiles)), _short(tiles[0]) if tiles else "-") for row, tiles, _ in rows
     )
     head = ("op", "kernel", "tokens", "kind", "matrices x rows x n x k", "tiles", "rules take")
+    total = sum(len(tiles) for _, tiles, _ in rows)
     title = f"About {total:,} tiles would be compiled and timed on {spec.name}"
-    return [Section(title, (Table(head, shown),))]
+    blocks: list[Block] = [Table(head, shown)]
+    blocks += [
+        Paragraph(f"0 tiles: {note}.") for note in dict.fromkeys(n for *_, n in rows) if note
+    ]
+    return [Section(title, tuple(blocks))]
 
 
 def _short(tile: Any) -> str:

@@ -111,10 +111,10 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     zeros = not (scheme.weight.symmetric and scheme.activation.symmetric)
     if kernel.op == "linear" and kernel.level is Level.NATIVE and zeros:
         return (f"gemm/{kind}/shifted",)
-    planes = ("planes",) if kind == "int4_group_fp8" else ()
+    layout = _layout_cells(kind)
     if kernel.op == "linear":
         single = [f"{op}/{kind}" for op in ("gemv", "expand") if kind.endswith("_decode")]
-        return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single, *planes)
+        return (f"gemm/{kind}/few", f"gemm/{kind}/many", *single, *layout)
     grouped = (f"grouped_gemm/{kind}/few", f"grouped_gemm/{kind}/many")
     gates = {
         "fp8_channel": "swiglu/silu_fp8_rows",
@@ -124,7 +124,19 @@ def _product_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     }
     few = (f"few_experts/{kind}",) if serves_few(kind) else ()
     gate = gates.get(kind, "swiglu/silu")
-    return (*grouped, *few, *planes, "align/few", "align/many", "combine", gate)
+    return (*grouped, *few, *layout, "align/few", "align/many", "combine", gate)
+
+
+def _layout_cells(kind: str) -> tuple[str, ...]:
+    """Return the cells of what brings a weight of a kind into the layout that is read."""
+    from hal.ops.kernels.kinds import ALL_KINDS
+
+    spec = ALL_KINDS[kind]
+    if spec.planes:
+        return "planes", "by_column/product"
+    if spec.scales != "group" or spec.scale_rows > 1:
+        return ()
+    return ("by_column/float32" if spec.scale_format == "float32" else "by_column/bytes",)
 
 
 def _cells_in_ptx(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
@@ -145,14 +157,17 @@ def _specialized_cells(kernel: Kernel, scheme: Scheme) -> tuple[str, ...]:
     from hal.ops.tiles import SPECIALIZED_KINDS
 
     kind = kind_of(kernel, scheme)
-    if kernel.op != "fused_moe":
-        return ()
+    if kernel.op == "linear":
+        if kind not in SPECIALIZED_KINDS or not scheme.weight.symmetric:
+            return ()
+        found = tuple(f"warp_specialized_rows/{kind}/{n}" for n in ("parts", "ordered", "whole"))
+        return (*found, "step_order/rows") if kind.endswith("_decode") else found
     if kind in SPECIALIZED_KINDS:
         sizes = specialized_sizes(kind)
         orders = ("step_order/rows", "step_order/gate") if kind.endswith("_decode") else ()
         return (*(f"warp_specialized_packed/{kind}/{size}" for size in sizes), *orders)
-    found = kind.startswith("fp8_block128") and "decode" not in kind
-    return (f"warp_specialized/{kind}",) if found else ()
+    blocks = kind.startswith("fp8_block128") and "decode" not in kind
+    return (f"warp_specialized/{kind}",) if blocks else ()
 
 
 def specialized_sizes(kind: str) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 | rows | weights are decoded | because |
 |---|---|---|
 | few | in registers (`kernels.ring_rows`, `kernels.gemv`) | bytes come while others are decoded |
-| some | in the loop of a tiled product (`kernels.linear`) | rows share what was decoded |
+| some | in the loop of a tiled product (`kernels.linear`, `specialized_linear`) | rows share what \
+was decoded |
 | many | into memory, then torch multiplies (`kernels.expand`) | matrix units need not wait |
 
 The bounds are those of an H200 (benchmarks/linear.py), and taken elsewhere for want of better.
@@ -106,8 +107,10 @@ def decoded_product(
     """
     from hal.ops.kernels.kinds import as_weight
     from hal.ops.kernels.linear import gemm
+    from hal.ops.specialized_linear import specialized_linear
 
     n, k = shape
+    specialized = specialized_linear(binding, kind, shape)
     few, multiply_few = few_products(binding, kind, shape)
     some = some_rows(kind, k)
     wide = kind != "bf16" and binding.problem("dtype", "bfloat16") == "bfloat16"
@@ -117,10 +120,15 @@ def decoded_product(
         bias = tensors[-1] if has_bias else None
         given = dict(zip(names, tensors[1:], strict=False))
         weight = as_weight(kind, k, tensors[0], **{"b_scales": None, **given}, fnuz=fnuz)
+        out = None
+        if specialized is not None and specialized.takes(rows):
+            out = x.new_empty(rows, n)
+            if specialized.multiply(x, tensors, weight, out, bias):
+                return out
         way = way_of(rows, few, some)
         if way == MANY and wide:
             return _expanded(x, weight, n, bias, kind)
-        out = x.new_empty(rows, n)
+        out = x.new_empty(rows, n) if out is None else out
         if way != FEW or not multiply_few(x, weight, out, bias):
             gemm(x, weight, out, bias=bias, kind=kind, tile=tiles(rows))
         return out

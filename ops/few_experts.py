@@ -169,9 +169,8 @@ def bind_few_tokens(
             **lies,
         )
 
-    return FewTokens(
-        few_slots(
-            kinds[0], experts, quantizes=quantizes, specialized=specialized,
-            streamed=ptx and hidden % 32 == 0 and intermediate % 32 == 0,
-        ), run
-    )  # fmt: skip
+    streamed = ptx and hidden % 32 == 0 and intermediate % 32 == 0
+    most = few_slots(
+        kinds[0], experts, quantizes=quantizes, specialized=specialized, streamed=streamed
+    )
+    return FewTokens(most, run)

@@ -389,8 +389,7 @@ def w4a8_tensors(binding: Binding, weight: QTensor) -> tuple[torch.Tensor, ...]:
     """Return codes, and one scale a group for codes that count steps of 8-bit floats."""
     from hal.ops.kernels.kinds import FP8_UNITS
 
-    codes, scales = packed_tensors(weight)
-    return codes, scales * FP8_UNITS[encoding_of_rows(binding, weight)]
+    return packed_tensors(weight, FP8_UNITS[encoding_of_rows(binding, weight)])
 
 
 def _bind_triton(
@@ -402,8 +401,10 @@ def _bind_triton(
 ) -> Bound:
     import torch
 
+    from hal.ops.kernels.kinds import as_weight
     from hal.ops.kernels.linear import gemm
     from hal.ops.quantize import quantize_triton
+    from hal.ops.specialized_linear import specialized_linear
 
     encoding, scheme = encoding_of_rows(binding, weight), weight.scheme
     rows_out, columns = weight.shape
@@ -414,6 +415,7 @@ def _bind_triton(
         sums = column_sums(weight) if weight.zeros is None else weight.zeros
         others = (sums * weight.scales,)
     tiles = TileChoice(binding, kind, rows_out, columns)
+    specialized = specialized_linear(binding, kind, weight.shape)
     has_bias = bias is not None
 
     def launch(x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
@@ -421,6 +423,11 @@ def _bind_triton(
         shifts: dict[str, Any] = {}
         given = tensors[2] if fixed else None
         codes, scales, *zeros = quantize_triton(x, encoding, scheme.activation, given)
+        if specialized is not None and specialized.takes(x.shape[0]):
+            held = as_weight(kind, columns, *tensors[:2])
+            bias = tensors[-1] if has_bias else None
+            if specialized.multiply(codes, tensors, held, out, bias, scales):
+                return out
         if shifted:
             sums = zeros[0] if zeros else codes.sum(-1, dtype=torch.int32)
             shifts = {"a_shifts": sums * scales, "b_sums": tensors[2 + len(fixed)]}
@@ -491,26 +498,25 @@ def scale_names(kind: str) -> tuple[str, ...]:
     return ("b_scales",) if further is None else ("b_scales", further)
 
 
-def packed_tensors(weight: QTensor) -> tuple[torch.Tensor, ...]:
-    """Return what those kernels read; two-level scales of int4 become one float32 each.
+def packed_tensors(weight: QTensor, unit: float = 1.0) -> tuple[torch.Tensor, ...]:
+    """Return what those kernels read; two-level scales of int4 become one float32 each, in units.
 
     Scales and zero points of neighbouring rows lie side by side: a tile reads those of one group.
     """
+    from hal.ops.kernels.by_column import by_column, products_by_column
+
     assert weight.scales is not None
-    scales = weight.scales
-    if weight.scheme.weight.second == "channel":
+    second = weight.scheme.weight.second
+    if second == "channel":
         assert weight.global_scale is not None
-        scales = scales.float() * weight.global_scale.unsqueeze(-1)
+        return weight.values, products_by_column(weight.scales, weight.global_scale, unit)
+    scales = by_column(weight.scales)
     if weight.zeros is not None:
-        return weight.values, _by_column(scales), _by_column(weight.zeros)
-    if weight.scheme.weight.second == "tensor":
+        return weight.values, scales, by_column(weight.zeros)
+    if second == "tensor":
         assert weight.global_scale is not None
-        return weight.values, _by_column(scales), weight.global_scale
-    return weight.values, _by_column(scales)
-
-
-def _by_column(scales: torch.Tensor) -> torch.Tensor:
-    return scales.mT.contiguous().mT
+        return weight.values, scales, weight.global_scale
+    return weight.values, scales
 
 
 class TileChoice:

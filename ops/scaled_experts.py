@@ -173,8 +173,8 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
         tensors: Tensors,
         counts: torch.Tensor | None = None,
         updates: Updates | None = None,
-    ) -> torch.Tensor:
-        """Return `[slots, hidden]`; rows of absent slots hold anything."""
+    ) -> tuple[torch.Tensor, bool]:
+        """Return `[slots, hidden]`; rows of absent slots hold anything. See `enter_and_combine`."""
         top_k, slots = ids.shape[1], ids.numel()
         rows, _ = sorted_sizes(slots, experts, invariant=invariant)
         # The rows of a tile depend on the rows alone: both products read one alignment.
@@ -200,7 +200,7 @@ def _bind(binding: Binding, w13: QTensor, w2: QTensor, layer: ExpertLayer, *, su
         product(coded, tensors[width:both], y, places, 1, intermediate, rows, bias2)
         if updates is not None and wide is not None:
             updates.second(wide, y, None)
-        return y
+        return y, False
 
     launch = enter_and_combine(layer, experts, hidden, products)
     return launch, (*read13, *read2, *of_x, *of_h)

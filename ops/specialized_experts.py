@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hal.ops.kernels.warp_specialized_packed import Coded
     from hal.ops.tiles import Tile
 
-__all__ = ["SpecializedProducts", "specialized_products"]
+__all__ = ["SpecializedProducts", "arranged", "specialized_products"]
 
 
 IN_ORDER: dict[str, Any] = {"ordered": True}
@@ -38,30 +38,35 @@ class SpecializedProducts:
         tiles: Returns the tiles of both for (rows an expert, experts with rows, elements of the
             larger operand), or None where the ordinary product runs: it gives the same numbers.
         decodes: Whether rows are those that come, of 16 bits, beside weights that are decoded.
+        begins_early: Whether `multiply` takes the option `dependent`.
     """
 
     multiply: Callable[..., None]
     tiles: Callable[[int, int, int], tuple[Tile, Tile] | None]
     decodes: bool
+    begins_early: bool = True
 
     def arranged(self, x: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Return activations as the kernel copies them, and the option that says how they lie.
-
-        Rows are whole 16 bytes. Where tiles have many of them, each of which is copied for every
-        tile of channels, they are brought into the order of codes: a launch more.
-        """
-        if not self.decodes:
-            return x, {}
-        if tile.block_m >= ROWS_IN_ORDER:
-            from hal.ops.kernels.step_order import order_rows
-
-            return order_rows(x if x.stride(-1) == 1 else x.contiguous(), tile.block_k), IN_ORDER
-        whole = x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-        return x if whole else x.clone(memory_format=torch.contiguous_format), {}
+        """Return activations as the kernel copies them, and the option that says how they lie."""
+        return arranged(x, tile) if self.decodes else (x, {})
 
     def step_of_gate(self, tile: Tile) -> int:
         """Return the order in which a gate writes its rows: `step` of `silu_and_mul`."""
         return tile.block_k if self.decodes else 0
+
+
+def arranged(x: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return rows of 16 bits as `warp_specialized_packed` copies them, and how they lie.
+
+    Rows are whole 16 bytes. Where tiles have many of them, each of which is copied for every tile
+    of channels, they are brought into the order of codes: a launch more.
+    """
+    if tile.block_m >= ROWS_IN_ORDER:
+        from hal.ops.kernels.step_order import order_rows
+
+        return order_rows(x if x.stride(-1) == 1 else x.contiguous(), tile.block_k), IN_ORDER
+    whole = x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if whole else x.clone(memory_format=torch.contiguous_format), {}
 
 
 def specialized_products(
@@ -94,7 +99,7 @@ def specialized_products(
         return None
     # Imported late: older Tritons have no such language.
     from hal.ops.kernels import warp_specialized, warp_specialized_packed
-    from hal.ops.kernels.kinds import as_weight
+    from hal.ops.kernels.kinds import as_weight, by_row
 
     units = spec.compute_units or 64
     if all(
@@ -108,7 +113,7 @@ def specialized_products(
             return WARP_SPECIALIZED, WARP_SPECIALIZED
 
         multiply = partial(warp_specialized.warp_specialized_gemm, programs=units)
-        return SpecializedProducts(multiply, both, decodes=False)
+        return SpecializedProducts(multiply, both, decodes=False, begins_early=False)
     if not SPECIALIZED_KINDS.issuperset(kinds):
         return None
     decodes = kinds[0].endswith("_decode")
@@ -117,7 +122,7 @@ def specialized_products(
     sizes = []
     for kind, k, (codes, *scales) in zip(kinds, inner, (first, second), strict=True):
         named: dict[str, Any] = dict(zip(scale_names(kind), scales, strict=False))
-        weight = as_weight(kind, k, codes, **named)
+        weight = by_row(kind, as_weight(kind, k, codes, **named))
         if not warp_specialized_packed.fits(kind, weight):
             return None
         sizes.append((kind, codes.shape[1], warp_specialized_packed.step_of(kind, weight)))

@@ -319,7 +319,9 @@ WARP_SPECIALIZED = Tile(128, 256, 128, 4, 4, group_m=16)
 """The tile of `kernels.warp_specialized`; warps are those of each role."""
 ROWS_BEFORE_SPECIALIZING = 256
 """Up to so many rows an expert `kernels.grouped_gemm` is faster (H200): its tiles are smaller."""
-SPECIALIZED_KINDS = PACKED_KINDS - {"uint4_group_decode", "fp8_e5m2_decode"}
+SPECIALIZED_KINDS = (PACKED_KINDS | {"int8_channel_decode"}) - {
+    *("uint4_group_decode", "fp8_e5m2_decode"),
+}
 """What `kernels.warp_specialized_packed` decodes."""
 
 
@@ -361,6 +363,77 @@ def specialized_tile(
 
 SPECIALIZED_RESERVE = 8192
 """Bytes beside the ring: what sums are exchanged through, places of rows, barriers."""
+SPECIALIZED_US = {
+    True: {16: 0.50, 32: 0.53, 64: 0.64, 128: 1.0},
+    False: {16: 0.47, 32: 0.48, 64: 0.53, 128: 0.68},
+}
+"""Microseconds of 128 channels and 128 codes of each by rows of a tile, which are of 16 bits or
+(False) of 8: what decoding takes, and from 64 rows on multiplying (H200)."""
+SPLIT_US, SPLIT_BYTES_A_US = 2.5, 3e6
+"""What adding up the parts of k takes: a launch, and bytes written and read a microsecond."""
+MANY_COLUMNS = 4096
+"""From so many rows of a weight on, its tiles keep a device busy without too many parts of k."""
+
+
+def specialized_rows(kind: str, n: int, k: int) -> tuple[int, int]:
+    """Return the least and most rows of which one weight `[n, k]` is for the same kernel (H200).
+
+    Fewer are multiplied straight from memory (`kernels.ring_rows`), which has less to begin with;
+    for more the weight is expanded, but where rows of 8 bits are what the scheme asks for.
+    """
+    large = n * k > 1 << 25
+    few_columns = n < MANY_COLUMNS
+    if kind == "int4_group_fp8":
+        return (17, 64) if few_columns else (1 if large else 17, 1 << 62)
+    if kind == "int8_channel_decode":
+        # Tiles of the ordinary product are slow to decode int8.
+        return 3 if large else 9, 128 if few_columns else 256
+    if few_columns:
+        return (17, 128) if kind == "mxfp8_decode" else (1, 0)
+    if OPERAND_BYTES[kind][1] == 1:
+        return 3 if large else 9, 256
+    return 9 if large else 17, 256
+
+
+@lru_cache(maxsize=4096)
+def specialized_rows_tile(
+    kind: str,
+    rows: int,
+    n: int,
+    k: int,
+    step: int,
+    *,
+    compute_units: int,
+    shared_memory_bytes: int,
+) -> Tile:
+    """Choose the tile, and how many share k, that take least by `SPECIALIZED_US`.
+
+    k is shared by no more programs than run at once.
+
+    Args:
+        step: Elements along k of a step.
+        compute_units: Programs that run at once.
+        shared_memory_bytes: The most that one may use.
+    """
+    a_bytes, b_bytes = OPERAND_BYTES[kind]
+    of_rows = SPECIALIZED_US[a_bytes == 2]
+    columns, steps = -(-n // 128), k // step
+
+    def time(block_m: int, splits: int) -> float:
+        each = -(-steps // splits)
+        parts = -(-steps // each)
+        waves = -(-columns * -(-rows // block_m) * parts // compute_units)
+        if parts > 1 and waves > 1:
+            return float("inf")
+        added = SPLIT_US + 8 * rows * n * parts / SPLIT_BYTES_A_US if parts > 1 else 0.0
+        return waves * each * of_rows[block_m] * step / 128 + added
+
+    tall = [m for m in of_rows if m < 2 * rows or m == 16]
+    splits = [count for count in (1, 2, 3, 4, 5, 6, 7, 8) if count == 1 or steps >= 4 * count]
+    block_m, split_k = min(((m, s) for m in tall for s in splits), key=lambda choice: time(*choice))
+    held = int(step * (block_m * a_bytes + 128 * b_bytes)) + 8 * 128
+    stages = min((shared_memory_bytes - SPECIALIZED_RESERVE) // held, 6 if step > 64 else 12)
+    return Tile(block_m, 128, step, 4, stages, 16, split_k=split_k)
 
 
 def specializes_warps(platform: str, arch: str) -> bool:

@@ -186,6 +186,7 @@ def bind_products(
     from hal.ops.align import align_triton
     from hal.ops.expanded_experts import expanded_product
     from hal.ops.few_experts import bind_few_tokens
+    from hal.ops.kernels.common import starts_dependent
     from hal.ops.kernels.grouped_gemm import grouped_gemm
     from hal.ops.kernels.swiglu import silu_and_mul
     from hal.ops.quantize import launch_triton, quantize_triton
@@ -218,6 +219,7 @@ def bind_products(
     dynamic = quantizes and not static
     invariant = binding.selection.options.batch_invariant
     gate = _gate_and_quantize(encoding, how, activation) if dynamic else None
+    dependent = starts_dependent(binding.spec.platform, binding.spec.arch.name)
 
     def products(
         x: torch.Tensor,
@@ -225,11 +227,13 @@ def bind_products(
         tensors: Tensors,
         counts: torch.Tensor | None = None,
         updates: Updates | None = None,
-    ) -> torch.Tensor:
-        """Return `[slots, hidden]`; rows of absent slots hold anything."""
+    ) -> tuple[torch.Tensor, bool]:
+        """Return `[slots, hidden]`; rows of absent slots hold anything. See `enter_and_combine`."""
         top_k, slots = ids.shape[1], ids.numel()
         rows, matrices = sorted_sizes(slots, experts, invariant=invariant)
         expands = decodes and rows > most_rows
+        # Of others' launches it is not known that a graph records such an edge.
+        follows = dependent and not expands and updates is None
         special, step = None, 0
         if specialized is not None and not expands:
             special = specialized.tiles(rows, matrices, max(x.numel(), slots * intermediate))
@@ -251,8 +255,13 @@ def bind_products(
         elif quantizes:
             a, a_scales = launch_triton(x, encoding, how, hidden, counts=counts)
         lies13: dict[str, Any] = {}
+        lies2: dict[str, Any] = dict(IN_ORDER) if step else {}
         if specialized is not None and special is not None:
             a, lies13 = specialized.arranged(a, tile13)
+            lies13 = dict(lies13)
+            if specialized.begins_early:
+                # Slots are sorted when the launch begins that makes a, or h.
+                lies13["dependent"], lies2["dependent"] = follows and a is not x, follows
         gate_up = x.new_empty(slots, columns)
         multiply(
             a,
@@ -275,7 +284,7 @@ def bind_products(
             h, h_scales = gate(gate_up, counts)
         else:
             h = wide = x.new_empty(slots, intermediate)
-            silu_and_mul(gate_up, h, activation, counts, step=step)
+            silu_and_mul(gate_up, h, activation, counts, step=step, dependent=follows)
             if quantizes:
                 h, h_scales = quantize_triton(h, encoding, how, s2[-1] if static else None)
         y = x.new_empty(slots, hidden)
@@ -291,12 +300,12 @@ def bind_products(
             tile=tile2,
             fnuz=fnuz,
             **dict(zip(names2, s2, strict=False)),
-            **(IN_ORDER if step else {}),
+            **lies2,
         )
         if updates is not None:
             assert wide is not None
             updates.second(wide, y, None)
-        return y
+        return y, follows
 
     few = None
     if not invariant:
@@ -323,13 +332,14 @@ def enter_and_combine(
     layer: ExpertLayer,
     experts: int,
     hidden: int,
-    products: Callable[..., torch.Tensor],
+    products: Callable[..., tuple[torch.Tensor, bool]],
     few: FewTokens | None = None,
 ) -> Launch:
     """Return the launcher around `products`, in the format of the layer.
 
     `products(x, ids, tensors, counts, updates)` returns `[slots, hidden]`, in which rows of absent
-    slots may hold anything. `few` does all of it where there are few slots.
+    slots may hold anything, and whether what comes next may begin while the last launch ends. `few`
+    does all of it where there are few slots.
     """
 
     from hal.ops.kernels.combine import combine
@@ -351,14 +361,14 @@ def enter_and_combine(
         if few is not None and updates is None and ids.numel() <= few.most:
             few.run(rows, ids, weights, tensors, out, shared)
             return out
-        y = products(rows, ids, tensors, None, updates)
-        combine(y.view(*ids.shape, hidden), out, ids, experts, weights, shared)
+        y, follows = products(rows, ids, tensors, None, updates)
+        combine(y.view(*ids.shape, hidden), out, ids, experts, weights, shared, dependent=follows)
         return out
 
     def launch_batched(x: torch.Tensor, counts: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         rows, _ = layer.enter(x, None, hidden)
         ids = batched_ids(counts, x.shape[1])
-        y = products(rows.reshape(-1, hidden), ids, tensors, counts)
+        y, _ = products(rows.reshape(-1, hidden), ids, tensors, counts)
         return y.view(rows.shape)[..., : x.shape[-1]].contiguous()
 
     return launch_batched if layer.batched else launch

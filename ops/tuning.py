@@ -17,12 +17,22 @@ from hal.ops import tiles
 from hal.ops.linear import product_kind
 from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES, PACKED_KINDS, Tile, choose_tile
 from hal.ops.tuned import ProductSizes, fits
-from hal.quant.scheme import find_scheme
+from hal.quant.scheme import find_scheme, group_of
 
 if TYPE_CHECKING:
     from hal.device import DeviceSpec
+    from hal.quant.scheme import Quantization
 
-__all__ = ["APART", "QUICK", "THOROUGH", "TUNABLE", "candidates", "default_tile", "products_of"]
+__all__ = [
+    "APART",
+    "QUICK",
+    "THOROUGH",
+    "TUNABLE",
+    "candidates",
+    "default_tile",
+    "products_of",
+    "runs_specialized",
+]
 
 TUNABLE: Mapping[str, tuple[str, ...]] = {
     "linear": ("triton", "triton_fp8", "triton_int8", "triton_decode", "triton_packed",
@@ -46,9 +56,16 @@ QUICK, APART, THOROUGH = 1, 2, len(fields(Tile))
 
 
 def products_of(
-    op: str, scheme: str, kernel: str, problem: Mapping[str, Any], tokens: int
+    op: str,
+    scheme: str,
+    kernel: str,
+    problem: Mapping[str, Any],
+    tokens: int,
+    spec: DeviceSpec | None = None,
 ) -> tuple[ProductSizes, ...]:
     """Return the products of a call with so many tokens, in the order of their binder.
+
+    Without the facts of a device they are those of one where no warps specialize.
 
     Raises:
         ArgumentError: If the kernel has no tiles to choose, or a size is not given.
@@ -65,17 +82,66 @@ def products_of(
     if op == "linear":
         rows = _rounded(tokens)
         return (ProductSizes(kind, problem["out_features"], problem["in_features"], rows),)
-    slots = tokens * problem["top_k"]
-    rows = -(-slots // problem["experts"])
-    wide = (problem.get("dtype") or "bfloat16") == "bfloat16"
-    if kind.endswith("_decode") and wide and rows > tiles.rows_before_expanding(kind):
+    rows = _rows_of_expert(problem, tokens)
+    expands = kind.endswith("_decode") and rows > tiles.rows_before_expanding(kind)
+    if spec is not None and runs_specialized(op, scheme, kernel, problem, tokens, spec):
+        expands = False
+    if expands and _is_wide(problem):
         kind = "bf16"  # weights are expanded first
     rows = _rounded(rows)
-    matrices = _rounded(min(problem["experts"], slots))
+    matrices = _rounded(min(problem["experts"], tokens * problem["top_k"]))
     gated = 2 if problem.get("gated", True) else 1
     hidden, intermediate = problem["hidden"], problem["intermediate"]
     first = ProductSizes(kind, gated * intermediate, hidden, rows, matrices)
     return first, ProductSizes(kind, hidden, intermediate, rows, matrices)
+
+
+def runs_specialized(
+    op: str,
+    scheme: str,
+    kernel: str,
+    problem: Mapping[str, Any],
+    tokens: int,
+    spec: DeviceSpec,
+) -> bool:
+    """Say whether warps specialize in a call's products, with tiles that no table sets.
+
+    `specialized_experts` and `specialized_linear` decide by tensors, this by the sizes they have.
+    """
+    newer = version_at_least(spec.software.triton or "3.6", "3.6")
+    if not newer or not tiles.specializes_warps(spec.platform, spec.arch.name):
+        return False
+    kind, how = _kind(scheme, kernel), find_scheme(scheme).weight
+    group = 128 if how.granularity == "block128" else group_of(how.granularity) or 1
+    inner = ("in_features",) if op == "linear" else ("hidden", "intermediate")
+    if any(problem[name] % max(group, 64) for name in inner):
+        return False
+    if op == "linear":
+        if kind not in tiles.SPECIALIZED_KINDS or not how.symmetric or _small_groups(how):
+            return False
+        least, most = tiles.specialized_rows(kind, problem["out_features"], problem["in_features"])
+        return least <= tokens <= most and (not kind.endswith("_decode") or _is_wide(problem))
+    rows = _rows_of_expert(problem, tokens)
+    if kind.startswith("fp8_block128") and not kind.endswith("_decode"):
+        return rows > tiles.ROWS_BEFORE_SPECIALIZING
+    if kind not in tiles.SPECIALIZED_KINDS or _small_groups(how):
+        return False
+    most_rows = tiles.rows_before_expanding(kind, specialized=True)
+    return not kind.endswith("_decode") or (_is_wide(problem) and rows <= most_rows)
+
+
+def _rows_of_expert(problem: Mapping[str, Any], tokens: int) -> int:
+    rows: int = -(-tokens * problem["top_k"] // problem["experts"])
+    return rows
+
+
+def _small_groups(how: Quantization) -> bool:
+    """Say whether float32 scales are of fewer codes than a step of the kernel has."""
+    return how.scale_format == "float32" and group_of(how.granularity) == 32
+
+
+def _is_wide(problem: Mapping[str, Any]) -> bool:
+    return (problem.get("dtype") or "bfloat16") == "bfloat16"
 
 
 def _kind(scheme: str, kernel: str) -> str:
@@ -127,8 +193,6 @@ def candidates(
         apart: In how many respects a tile may differ from the rules' one.
     """
     default = default_tile(sizes, spec, block_m)
-    if _runs_specialized(sizes, spec):
-        return (default,)  # which is not used: `tiles.specialized_tile` is
     found = dict.fromkeys([default] if fits(default, sizes, spec) else [])
     rows = (block_m,) if block_m else _row_choices(sizes.rows)
     group_m = 1 if sizes.rows <= 64 else 8
@@ -142,12 +206,6 @@ def candidates(
                 if near and _sensible(tried, sizes, spec):
                     found[tried] = None
     return tuple(found)
-
-
-def _runs_specialized(sizes: ProductSizes, spec: DeviceSpec) -> bool:
-    special = sizes.matrices > 1 and sizes.kind in tiles.SPECIALIZED_KINDS
-    newer = version_at_least(spec.software.triton or "3.6", "3.6")
-    return special and newer and tiles.specializes_warps(spec.platform, spec.arch.name)
 
 
 def _differences(one: Tile, other: Tile) -> int:

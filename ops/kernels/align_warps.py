@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import INTERPRETED, current_target, launch
+from hal.ops.kernels.common import launch, matches_lanes
 from hal.ops.kernels.ptx import (
     count_bits,
     equal_lanes,
@@ -143,10 +143,7 @@ def _align_warps_kernel(
 
 def serves(slots: int, experts: int) -> bool:
     """Say whether the current device runs the kernel, and it takes so many slots and experts."""
-    if INTERPRETED.value or not 0 < slots <= MOST_SLOTS or experts > MOST_EXPERTS:
-        return False
-    target = current_target()
-    return target.backend == "cuda" and target.arch >= 80
+    return 0 < slots <= MOST_SLOTS and experts <= MOST_EXPERTS and matches_lanes()
 
 
 def align_warps(

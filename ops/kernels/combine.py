@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import launch
+from hal.ops.kernels.common import launch, wait_for_previous
 
 
 @triton.jit
@@ -21,7 +21,10 @@ def _combine_kernel(
     expert_out_ptr, out_ptr, ids_ptr, weights_ptr, shared_ptr, n_experts, hidden,
     stride_xt, stride_xk, stride_ot, stride_it, stride_wt, stride_st,
     TOP_K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < hidden
@@ -51,12 +54,15 @@ def combine(
     experts: int,
     weights: torch.Tensor | None = None,
     shared: torch.Tensor | None = None,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Sum expert_out [tokens, k, hidden] over k into out [tokens, hidden].
 
     ids [tokens, k] int32 or int64; weights [tokens, k] f32, bf16 or fp16, or None when they have
     been applied already; shared as out, of any float dtype, or None. Where out has fewer columns
-    than expert_out, the first are summed.
+    than expert_out, the first are summed. dependent: the launch may begin while the one before
+    ends (`common.starts_dependent`).
     """
     tokens, top_k, columns = expert_out.shape
     hidden = out.shape[1]
@@ -78,5 +84,6 @@ def combine(
         expert_out.stride(0), expert_out.stride(1), out.stride(0), ids.stride(0),
         0 if weights is None else weights.stride(0), 0 if shared is None else shared.stride(0),
         TOP_K=top_k, HAS_WEIGHTS=weights is not None, SHARED=shared is not None, BLOCK_H=block,
-        num_warps=4 if block == 1024 else 1,
+        DEPENDENT=dependent, num_warps=4 if block == 1024 else 1,
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip

@@ -361,6 +361,18 @@ def _backend() -> str:
     return str(current_target().backend)
 
 
+def matches_lanes() -> bool:
+    """Say whether kernels for the current device may ask which lanes of a warp hold the same.
+
+    That is PTX's match.any, compiled and tested from sm_80 on. Asked at each launch, so it asks the
+    driver itself.
+    """
+    if INTERPRETED.value:
+        return False
+    target: GPUTarget = _active_driver().get_current_target()
+    return target.backend == "cuda" and target.arch >= 80
+
+
 def has_signed_pairs() -> bool:
     """Say whether the current device compares sizes of pairs with signs, or interprets that."""
     if INTERPRETED.value:

@@ -125,7 +125,7 @@ def _specialized(target: Target, *, kind: str) -> None:
 
 def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
     from hal.ops.kernels.kinds import ALL_KINDS
-    from hal.ops.kernels.warp_specialized_packed import Coded, warp_specialized_packed_gemm
+    from hal.ops.kernels.warp_specialized_packed import warp_specialized_packed_gemm
     from hal.ops.specialized_experts import ROWS_IN_ORDER
     from hal.ops.tiles import specialized_tile
 
@@ -136,14 +136,7 @@ def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
     if size == "short":
         # Steps of 64: groups of 64, or no multiple of 128.
         group, k = (64, k) if spec.scale_format == "float32" and group else (group, k + 64)
-    b = _empty(experts, n, k // spec.per_byte, dtype="uint8")
-    stored = "float32" if spec.scale_format == "float32" else "uint8"
-    if group:
-        scales = _empty(experts, k // group, -(-n // spec.scale_rows), dtype=stored).mT
-    else:
-        scales = _empty(experts, n, dtype="float32")
-    second = _empty(experts, dtype="float32") if spec.second else None
-    coded = Coded(kind, k, b, scales, second)
+    coded = _coded(kind, experts, n, k, group)
     tile = specialized_tile(
         kind, rows, n, coded.step, matrices=experts,
         compute_units=target.compute_units, shared_memory_bytes=target.shared_memory_bytes,
@@ -159,6 +152,42 @@ def _specialized_packed(target: Target, *, kind: str, size: str) -> None:
         programs=target.compute_units,
         ordered=not spec.a_scaled and (size == "ordered" or tile.block_m >= ROWS_IN_ORDER),
     )  # fmt: skip
+
+
+def _specialized_rows(target: Target, *, kind: str, rows: int, n: int) -> None:
+    from hal.ops.kernels.kinds import ALL_KINDS
+    from hal.ops.kernels.warp_specialized_packed import warp_specialized_packed_rows
+    from hal.ops.specialized_experts import ROWS_IN_ORDER
+    from hal.ops.tiles import specialized_rows_tile
+
+    spec, k = ALL_KINDS[kind], HIDDEN
+    coded = _coded(kind, 1, n, k, spec.groups[0] if spec.groups else 0)
+    tile = specialized_rows_tile(
+        kind, rows, n, k, coded.step,
+        compute_units=target.compute_units, shared_memory_bytes=target.shared_memory_bytes,
+    )  # fmt: skip
+    low = f"float8_{target.fp8}" if spec.a_scaled else "bfloat16"
+    warp_specialized_packed_rows(
+        _empty(rows, k, dtype=low), coded, _empty(rows, n), tile=tile,
+        programs=target.compute_units,
+        a_scales=_empty(rows, dtype="float32") if spec.a_scaled else None,
+        ordered=not spec.a_scaled and tile.block_m >= ROWS_IN_ORDER,
+        dependent=spec.a_scaled or tile.block_m >= ROWS_IN_ORDER,
+    )  # fmt: skip
+
+
+def _coded(kind: str, matrices: int, n: int, k: int, group: int) -> Any:
+    from hal.ops.kernels.kinds import ALL_KINDS
+    from hal.ops.kernels.warp_specialized_packed import Coded
+
+    spec = ALL_KINDS[kind]
+    b = _empty(matrices, n, k // spec.per_byte, dtype="int8" if spec.decode == "int8" else "uint8")
+    stored = "float32" if spec.scale_format == "float32" else "uint8"
+    if group:
+        scales = _empty(matrices, k // group, -(-n // spec.scale_rows), dtype=stored).mT
+    else:
+        scales = _empty(matrices, n, dtype="float32")
+    return Coded(kind, k, b, scales, _empty(matrices, dtype="float32") if spec.second else None)
 
 
 def _packed_weight(
@@ -273,12 +302,16 @@ def _ring_experts(target: Target, *, kind: str) -> None:
     )  # fmt: skip
 
 
-def _step_order(_: Target, *, gate: bool) -> None:
+def _step_order(target: Target, *, gate: bool) -> None:
+    from hal.ops.kernels.common import starts_dependent
     from hal.ops.kernels.step_order import order_rows
     from hal.ops.kernels.swiglu import silu_and_mul
 
     if gate:
-        silu_and_mul(_empty(FEW, 2 * INTERMEDIATE), _empty(FEW, INTERMEDIATE), step=128)
+        silu_and_mul(
+            _empty(FEW, 2 * INTERMEDIATE), _empty(FEW, INTERMEDIATE), step=128,
+            dependent=starts_dependent(target.platform, target.arch),
+        )  # fmt: skip
     else:
         order_rows(_empty(FEW, HIDDEN), 128)
 
@@ -329,12 +362,16 @@ def _align(tokens: int, experts: int = EXPERTS) -> None:
     align(_empty(tokens, TOP_K, dtype="int32"), experts, 16, *places, _empty(1, dtype="int32"))
 
 
-def _combine(weights: str, shared: bool = False) -> None:
+def _combine(target: Target, weights: str, *, shared: bool = False) -> None:
     from hal.ops.kernels.combine import combine
+    from hal.ops.kernels.common import starts_dependent
 
     ids, given = _empty(FEW, TOP_K, dtype="int32"), _empty(FEW, TOP_K, dtype=weights)
     dense = _empty(FEW, HIDDEN) if shared else None
-    combine(_empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given, dense)
+    combine(
+        _empty(FEW, TOP_K, HIDDEN), _empty(FEW, HIDDEN), ids, EXPERTS, given, dense,
+        dependent=starts_dependent(target.platform, target.arch),
+    )  # fmt: skip
 
 
 def _route(experts: int, scoring: str, bias: bool, groups: int = 1, chosen: int = 1) -> None:
@@ -380,14 +417,28 @@ def _planes(target: Target) -> None:
     write_planes(*(_empty(FEW * HIDDEN // 8, dtype="int32") for _ in range(2)))
 
 
-def _gate(activation: str, *, batched: bool = False, **options: Any) -> None:
+def _by_column(target: Target, *, name: str) -> None:
+    from hal.ops.kernels.by_column import launch_by_column
+
+    n, groups, product = 2 * INTERMEDIATE, HIDDEN // 128, name == "product"
+    stored = "float32" if name == "float32" else "uint8"
+    factors = _empty(EXPERTS, n, dtype="float32") if product else None
+    launch_by_column(
+        _empty(EXPERTS, n, groups, dtype=stored), factors,
+        _empty(EXPERTS, groups, n, dtype="float32" if product else stored),
+        unit=256.0 if product else 1.0,
+    )  # fmt: skip
+
+
+def _gate(target: Target, activation: str, *, batched: bool = False, **options: Any) -> None:
     from hal.ops.activations import activation_of
+    from hal.ops.kernels.common import starts_dependent
     from hal.ops.kernels.swiglu import silu_and_mul
 
     how = activation_of("swiglu", activation, **options)
     counts = _empty(FEW, dtype="int32") if batched else None
     x, out = _empty(FEW, how.products * INTERMEDIATE), _empty(FEW, INTERMEDIATE)
-    silu_and_mul(x, out, how, counts)
+    silu_and_mul(x, out, how, counts, dependent=starts_dependent(target.platform, target.arch))
 
 
 def _store(target: Target, scheme: str, before: str = "plain", layout: str = "canonical") -> None:
@@ -527,13 +578,20 @@ CASES: dict[str, Callable[[Target], None]] = {
         for kind in sorted(SPECIALIZED_KINDS)
         for size in specialized_sizes(kind)
     },
+    **{
+        f"warp_specialized_rows/{kind}/{size}": partial(
+            _specialized_rows, kind=kind, rows=rows, n=n
+        )
+        for kind in sorted(SPECIALIZED_KINDS)
+        for size, rows, n in (("parts", 16, HIDDEN), ("ordered", 64, HIDDEN), ("whole", 256, 16384))
+    },
     "align/few": lambda _: _align(FEW),
     "align/many": lambda _: _align(MANY),
     "align/one_expert": lambda _: _align(FEW, 1),
     "align/most_experts": lambda _: _align(MANY, 1025),
     "align/few_of_most": lambda _: _align(FEW, 1025),
-    "combine": lambda _: _combine("float32"),
-    "combine/shared": lambda _: _combine("float32", shared=True),
+    "combine": lambda target: _combine(target, "float32"),
+    "combine/shared": lambda target: _combine(target, "float32", shared=True),
     "route/softmax": lambda _: _route(EXPERTS, "softmax", False),
     "route/sigmoid_bias": lambda _: _route(1025, "sigmoid", True),
     "route/softmax_after_top_k": lambda _: _route(EXPERTS, "softmax_after_top_k", False),
@@ -558,12 +616,16 @@ CASES: dict[str, Callable[[Target], None]] = {
         for scheme, layouts in SCALE_ORDERS.items()
         for layout in layouts
     },
-    "swiglu/silu": lambda _: _gate("silu"),
-    "swiglu/silu_batched": lambda _: _gate("silu", batched=True),
-    "swiglu/gelu_interleaved": lambda _: _gate("gelu", interleaved=True),
-    "swiglu/oai_interleaved": lambda _: _gate("swiglu_oai", interleaved=True),
-    "swiglu/relu2_alone": lambda _: _gate("relu2", gated=False),
+    "swiglu/silu": lambda target: _gate(target, "silu"),
+    "swiglu/silu_batched": lambda target: _gate(target, "silu", batched=True),
+    "swiglu/gelu_interleaved": lambda target: _gate(target, "gelu", interleaved=True),
+    "swiglu/oai_interleaved": lambda target: _gate(target, "swiglu_oai", interleaved=True),
+    "swiglu/relu2_alone": lambda target: _gate(target, "relu2", gated=False),
     "planes": _planes,
+    **{
+        f"by_column/{name}": partial(_by_column, name=name)
+        for name in ("float32", "bytes", "product")
+    },
     "shift": _shift,
     "swiglu/silu_fp8_rows": lambda target: _quantize(target, "fp8", False, True),
     "swiglu/silu_fp8_groups": lambda target: _quantize(target, "fp8", True, True),

@@ -12,7 +12,14 @@ from hal.ops.few_tiles import FewTile
 from hal.ops.kernels.common import converts_fp8, launch
 from hal.ops.kernels.few_experts import _first_kernel, _second_kernel
 from hal.ops.kernels.gemv import _fp8_dtype as fp8_dtype
-from hal.ops.kernels.kinds import ALL_KINDS, Weight, by_row, decode_options, scale_arguments
+from hal.ops.kernels.kinds import (
+    ALL_KINDS,
+    Weight,
+    by_row,
+    decode_options,
+    expert_strides,
+    scale_arguments,
+)
 from hal.ops.kernels.quantize import gate_options
 
 
@@ -82,16 +89,10 @@ def operand(kind: str, weight: Weight, *, planes: bool = False) -> Operand:
     if fp8 is not None and converts_fp8(fp8):
         weight = weight._replace(codes=weight.codes.view(fp8))
         options["CODES"] = ""
-    codes, scales, second = weight.codes, weight.scales, weight.second
+    codes = weight.codes
     held = 16 // codes.element_size() if options["CODES"] == "" else _HELD[spec.decode]
     options |= {"HELD": held, "WHOLE": weight.k % held == 0, "PLANES": planes}
-    one = second is None or second.dim() == 1 or second.shape[-1] == 1
-    strides = (
-        *codes.stride(),
-        *((0, 0, 0) if scales is None else scales.stride()),
-        0 if second is None else second.stride(0),
-        0 if one or second is None else second.stride(-1),
-    )
+    strides = *codes.stride(), *expert_strides(weight)
     tensors = codes, *scale_arguments(weight, codes)
     return Operand(tensors, strides, codes.shape[0], weight.k, options)
 

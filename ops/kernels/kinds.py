@@ -50,8 +50,8 @@ class Kind:
 
     @property
     def per_byte(self) -> int:
-        """Return how many elements one byte of b holds, of packed kinds."""
-        return 1 if self.decode in FP8_CODES else 2
+        """Return how many elements one byte of b holds, of kinds that decode."""
+        return 1 if self.decode in (*FP8_CODES, "int8") else 2
 
 
 FP8_CODES = ("e4m3", "e5m2")
@@ -215,6 +215,20 @@ def row_strides(weight: Weight) -> tuple[int, int, int]:
     second, scales = weight.second, weight.scales
     row, group = (0, 0) if scales is None else scales.stride()
     return row, group, 0 if second is None or second.numel() == 1 else second.stride(-1)
+
+
+def expert_strides(weight: Weight) -> tuple[int, ...]:
+    """Return the strides (expert, row, group) of scales, and (expert, row) of second scales.
+
+    They are 0 of what there is none, and along rows where a matrix has one second scale.
+    """
+    scales, second = weight.scales, weight.second
+    one = second is None or second.dim() == 1 or second.shape[-1] == 1
+    return (
+        *((0, 0, 0) if scales is None else scales.stride()),
+        0 if second is None else second.stride(0),
+        0 if one or second is None else second.stride(-1),
+    )
 
 
 def decode_options(kind: str, weight: Weight) -> dict[str, object]:

@@ -14,7 +14,12 @@ from hal.ops.kernels.accumulate import (
     scale_strides,
     tile_options,
 )
-from hal.ops.kernels.common import launch, offsets_need_64_bits, program_tile
+from hal.ops.kernels.common import (
+    launch,
+    offsets_need_64_bits,
+    program_tile,
+    wait_for_previous,
+)
 from hal.ops.kernels.packed import accumulate_packed
 from hal.ops.tiles import Tile
 
@@ -98,8 +103,10 @@ def _gemm_kernel(
 @triton.jit
 def _add_splits_kernel(
     parts_ptr, out_ptr, bias_ptr, n_columns, splits, stride_ps, stride_pm, stride_om, stride_on,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
@@ -185,12 +192,24 @@ def gemm(
         **options,
     )  # fmt: skip
     if splits > 1:
-        block = min(triton.next_power_of_2(n), 1024)
-        launch(
-            _add_splits_kernel, (m, triton.cdiv(n, block)),
-            parts, out, unused if bias is None else bias, n, splits, *parts.stride()[:2],
-            *out.stride(), HAS_BIAS=bias is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        add_splits(parts, out, bias)
+
+
+def add_splits(
+    parts: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, *, dependent: bool = False
+) -> None:
+    """Write the sum of parts [splits, m, n], f32 and contiguous, and bias [n] to out [m, n].
+
+    dependent: The launch may begin while the one before ends; see `common.starts_dependent`.
+    """
+    splits, m, n = parts.shape
+    block = min(triton.next_power_of_2(n), 1024)
+    launch(
+        _add_splits_kernel, (m, triton.cdiv(n, block)),
+        parts, out, out if bias is None else bias, n, splits, *parts.stride()[:2],
+        *out.stride(), HAS_BIAS=bias is not None, BLOCK=block, DEPENDENT=dependent,
+        num_warps=4, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
 
 
 def _splits(weight: Weight, most: int, block_k: int) -> tuple[int, int]:

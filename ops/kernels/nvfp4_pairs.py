@@ -1,11 +1,15 @@
-"""Quantize rows of bf16 words to nvfp4, two numbers an instruction where that is exact.
+"""Quantize rows of bf16 words to nvfp4, with as few instructions as are exact.
 
-Ratios are rounded to float16, two at once, after one multiplication each by a factor that
-`hal.ops.kernels.reciprocals` chose so that no code comes out another. The three lines of
-`encode_e2m1` are then packed multiply-adds to 768 + 0, 1 and 2, where float16 counts in halves.
+A ratio, times 2^-14, is truncated to float16, two at once: then the bits of float16 over 2^9 are
+its e2m1 code but for rounding, `word_of_halves`. What is left is to have each ratio on the right
+side of the ties between codes, of which every other one belongs to the code above.
 
-Rows without such factors are divided in float32. A divisor's reciprocal is the sum of two float32
-numbers, so that one multiplication and one multiply-add divide; see `reciprocal_parts`.
+Where a row's scale is a number of bf16 over 2688, as that of a row's own largest number is, two
+factors that `hal.ops.kernels.reciprocals` chose take the place of the division and of that choice.
+
+All others are divided in float32, and then ties are moved, `truncated_quotients`. A divisor's
+reciprocal is the sum of two float32 numbers, so that one multiplication and one multiply-add
+divide; see `reciprocal_parts`.
 """
 
 from __future__ import annotations
@@ -14,42 +18,29 @@ import triton
 import triton.language as tl
 
 from hal.ops.kernels.common import INTERPRETED
-from hal.ops.kernels.encode import (
-    HALVES,
-    INFINITY_BITS,
-    SIXTH,
-    divide_sizes,
-    encode_fp8,
-)
+from hal.ops.kernels.encode import INFINITY_BITS, SIXTH, divide_sizes, encode_fp8
 from hal.ops.kernels.pairs import (
-    SIZES,
-    choose_bits,
-    choose_bytes,
-    fma_halves,
-    four_signs,
     high_number,
+    limited_halves,
     look_up,
     low_number,
     multiply_pair,
     quick_reciprocal,
-    round_halves,
-    size_times,
-    smallest_halves,
-    smallest_pair,
-    word_of_fours,
+    truncated_products,
+    truncated_quotients,
+    word_of_halves,
 )
 
 HUGE_BITS = tl.constexpr(0x71800000)  # 2^100
 HUGE_OUTER = tl.constexpr(2.0**88)  # of such a row
 SHRINK_PAIR = tl.constexpr(0x1F801F80)  # 2^-64 twice
-ONE_HALVES = tl.constexpr(0x3C003C00)
-HALVES_LINE = tl.constexpr(0x62006200)  # 768 twice: from 512 to 1024, float16 counts in halves
+LAST_HALVES = tl.constexpr(0x0EFF0EFF)  # the last below 7 * 2^-14, twice: its code is 7
 TOP_RECIPROCAL = tl.constexpr(0.0003720238164532930)  # 1 / 2688 in float32
 
 
 @triton.jit
 def reciprocal_parts(divisor):
-    """Return two f32 numbers whose sum is 1 / divisor, too large by one part in 2^40.
+    """Return two f32 numbers, above 0, whose sum is 1 / divisor, too large by one part in 2^40.
 
     The sum is off by less than 2^-43, apart from that: see `quotient`.
     """
@@ -59,6 +50,9 @@ def reciprocal_parts(divisor):
         first = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], tl.float32, is_pure=True, pack=1
         )
+    # Less than 1 / divisor, so that the second is no negative number: of infinite products of both
+    # the sum is infinite, and no NaN.
+    first *= 1.0 - 2.0**-21
     left = tl.fma(-first, divisor, tl.full(divisor.shape, 1.0, tl.float32))
     return first, tl.fma(left, first, first * 2.0**-40)
 
@@ -72,59 +66,34 @@ def quotient(x, divisor, first, second):
     2^-48 above the bound. A reciprocal too large by 2^-40 has all of them on the right side.
     """
     if INTERPRETED:
-        return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+        # Not infinite, of which the interpreter would warn.
+        wide = x.to(tl.float64) / tl.broadcast_to(divisor, x.shape).to(tl.float64)
+        wide = tl.where(wide > 2.0**100, 2.0**100, tl.where(wide < -(2.0**100), -(2.0**100), wide))
+        return wide.to(tl.float32)
     return tl.fma(x, tl.broadcast_to(first, x.shape), x * second)
 
 
 @triton.jit
-def code_in_halves(size):
-    """Return bits whose last four are the e2m1 code of size (f32), or 8 or 9 where it is above."""
-    line = (size + HALVES).to(tl.int32, bitcast=True)
-    second = (size * 0.5 + (HALVES + 1.0)).to(tl.int32, bitcast=True)
-    third = (size * 0.25 + (HALVES + 2.0)).to(tl.int32, bitcast=True)
-    return tl.minimum(tl.minimum(line, second), third)
-
-
-@triton.jit
-def two_codes(sizes, divisor, first, second):
-    """Return a byte with the codes of a word's two numbers; the bits above mean nothing."""
-    low = code_in_halves(quotient(low_number(sizes), divisor, first, second))
-    high = code_in_halves(quotient(high_number(sizes), divisor, first, second))
-    return low + (high << 4)
-
-
-@triton.jit
-def codes_of_ratios(words, factor):
-    """Return 768 in float16 plus half the e2m1 code of each number's size times factor (f32)."""
-    ratio = round_halves(
-        size_times(low_number(words), factor), size_times(high_number(words), factor)
-    )
-    line = fma_halves(
-        ratio, tl.full(ratio.shape, ONE_HALVES, tl.int32),
-        tl.full(ratio.shape, HALVES_LINE, tl.int32),
-    )  # fmt: skip
-    second = fma_halves(
-        ratio, tl.full(ratio.shape, ONE_HALVES - 0x04000400, tl.int32),
-        tl.full(ratio.shape, HALVES_LINE + 0x00020002, tl.int32),
-    )  # fmt: skip
-    third = fma_halves(
-        ratio, tl.full(ratio.shape, ONE_HALVES - 0x08000800, tl.int32),
-        tl.full(ratio.shape, HALVES_LINE + 0x00040004, tl.int32),
-    )  # fmt: skip
-    return smallest_halves(smallest_halves(line, second), third)
-
-
-@triton.jit
 def quick_factors(largest, scale_floor, factors_ptr):
-    """Return where the eight factors of a row lie, given its largest bits, and whether they hold.
+    """Return where the eight first factors of a row lie, given its largest bits, and the second.
 
-    factors_ptr: `reciprocal_table`. The second is more than 0 if they do.
+    factors_ptr: `reciprocal_table`. The second is 0 where they do not hold.
     """
-    # Rows of 128 mantissas have eight factors each, and then whether all of them exist.
+    # Rows of 128 mantissas have eight factors each, and then the second ones.
     mantissa = (largest >> 16) & 0x7F
-    quick = tl.load(factors_ptr + 1024 + mantissa)
-    quick = tl.where(largest.to(tl.float32, bitcast=True) < scale_floor * 2700.0, 0.0, quick)
-    return factors_ptr + mantissa * 8, tl.where(largest >= HUGE_BITS, 0.0, quick)
+    second = tl.load(factors_ptr + 1024 + mantissa)
+    second = tl.where(largest.to(tl.float32, bitcast=True) < scale_floor * 2700.0, 0.0, second)
+    return factors_ptr + mantissa * 8, tl.where(largest >= HUGE_BITS, 0.0, second)
+
+
+@triton.jit
+def largest_under(outer):
+    """Return the bits of the number of bf16 that has outer, f32 [], for its scale, if any does.
+
+    It does if `quick_outer` of them is outer.
+    """
+    top = (tl.minimum(outer, 2.0**100) * 2688.0).to(tl.int32, bitcast=True)
+    return (top + 0x8000) & -0x10000
 
 
 @triton.jit
@@ -166,7 +135,6 @@ def exact_scales(top, outer, ENCODING: tl.constexpr, SATURATES: tl.constexpr):
 
     top: the bits of each one's largest size. outer: the scale [1] of the row. ENCODING: e4m3fn, or
     empty where the hardware converts. SATURATES: Sizes may exceed what the scale reaches to.
-    Returns also the largest sizes that matter then, twice in a word.
     """
     amax = tl.where(top >= INFINITY_BITS, 0, top).to(tl.float32, bitcast=True)
     if SATURATES:
@@ -180,68 +148,71 @@ def exact_scales(top, outer, ENCODING: tl.constexpr, SATURATES: tl.constexpr):
         wanted = tl.minimum(wanted, 448.0)
     scale = byte_of_scale(wanted, ENCODING)
     factor = factor_of_scale(scale) * tl.broadcast_to(outer, amax.shape)
-    # Anything from 5 times the factor on has the last code, up to 9 times without carrying.
-    bound = (factor * 7.5).to(tl.int32, bitcast=True) & -0x10000
-    bound = bound | (bound >> 16)
     if tl.max(outer, axis=0) >= HUGE_OUTER:
         # Rare: the second part of a reciprocal would be too small for a float32.
         factor *= 2.0**-64
     first, second = reciprocal_parts(factor)
-    return scale, factor, first, second, bound
+    return scale, factor, first, second
 
 
 @triton.jit
-def exact_word(
-    w0, w1, w2, w3, factor, first, second, bound, outer, broken, SATURATES: tl.constexpr
-):
+def _two_quotients(x, y, factor, first, second, SIGNED: tl.constexpr):
+    """Divide numbers, f32 [blocks] each, as `exact_scales` says; return them as float16."""
+    halves = truncated_quotients(
+        quotient(x, factor, first, second), quotient(y, factor, first, second)
+    )
+    return limited_halves(halves, LAST_HALVES, SIGNED)
+
+
+@triton.jit
+def exact_word(w0, w1, w2, w3, factor, first, second, outer, broken, SIGNED: tl.constexpr):
     """Quantize eight numbers of each block, words [blocks] each, to one word of codes.
 
-    factor, first, second, bound: `exact_scales`. outer: the scale [1] of the row. broken: blocks
-    whose codes are zeros.
+    factor, first, second: `exact_scales`. outer: the scale [1] of the row. broken: blocks whose
+    codes are zeros. SIGNED: `limited_halves`.
     """
-    s0, s1, s2, s3 = w0 & SIZES, w1 & SIZES, w2 & SIZES, w3 & SIZES
-    if SATURATES:
-        s0, s1 = smallest_pair(s0, bound), smallest_pair(s1, bound)
-        s2, s3 = smallest_pair(s2, bound), smallest_pair(s3, bound)
+    # Instead of this branch one could multiply all quotients by the same number. Without it, ptxas
+    # mixes the instructions of all words, in up to twice the registers.
     if tl.max(outer, axis=0) >= HUGE_OUTER:
-        shrink = tl.full(s0.shape, SHRINK_PAIR, tl.int32)
-        s0, s1 = multiply_pair(s0, shrink), multiply_pair(s1, shrink)
-        s2, s3 = multiply_pair(s2, shrink), multiply_pair(s3, shrink)
-    front = choose_bytes(
-        two_codes(s0, factor, first, second), two_codes(s1, factor, first, second), 0x0040
+        shrink = tl.full(w0.shape, SHRINK_PAIR, tl.int32)
+        w0, w1 = multiply_pair(w0, shrink), multiply_pair(w1, shrink)
+        w2, w3 = multiply_pair(w2, shrink), multiply_pair(w3, shrink)
+    codes = word_of_halves(
+        _two_quotients(low_number(w0), low_number(w1), factor, first, second, SIGNED),
+        _two_quotients(high_number(w0), high_number(w1), factor, first, second, SIGNED),
+        _two_quotients(low_number(w2), low_number(w3), factor, first, second, SIGNED),
+        _two_quotients(high_number(w2), high_number(w3), factor, first, second, SIGNED),
     )
-    back = choose_bytes(
-        two_codes(s2, factor, first, second), two_codes(s3, factor, first, second), 0x0040
-    )
-    codes = choose_bytes(front, back, 0x5410)
-    # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
-    codes = (codes | (((codes >> 3) & 0x11111111) * 7)) & 0x77777777
-    signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
-    return tl.where(broken, 0, codes | (signs & -0x77777778))
+    return tl.where(broken, 0, codes)
 
 
 @triton.jit
 def quick_outer(largest):
-    """Return the scale of a row and 1 / scale, given the bits of its largest number: as f32 [].
+    """Return the scale of a row, given the bits of its largest number: as f32 [].
 
     As `divide_sizes` does, for all threads at once.
     """
     size = largest.to(tl.float32, bitcast=True)
     if INTERPRETED:
-        outer = tl.div_rn(size, size * 0.0 + 2688.0)
-    else:
-        quotient = size * TOP_RECIPROCAL
-        outer = tl.fma(tl.fma(quotient, -2688.0, size), TOP_RECIPROCAL, quotient)
+        return tl.div_rn(size, size * 0.0 + 2688.0)
+    quotient = size * TOP_RECIPROCAL
+    return tl.fma(tl.fma(quotient, -2688.0, size), TOP_RECIPROCAL, quotient)
+
+
+@triton.jit
+def outer_reciprocal(outer):
+    """Return 1 / outer, f32 [], of what `quick_outer` returns."""
     first = quick_reciprocal(outer)
-    return outer, tl.fma(tl.fma(first, outer, -1.0), first * -1.0, first)
+    return tl.fma(tl.fma(first, outer, -1.0), first * -1.0, first)
 
 
 @triton.jit
 def quick_scales(top, outer, reciprocal, factors_ptr, ENCODING: tl.constexpr):
     """Return the e4m3fn bytes of blocks and what to multiply by, f32, in place of dividing.
 
-    top: the largest sizes of blocks, finite bits of f32. outer, reciprocal: `quick_outer`.
-    factors_ptr: the eight factors of this row, of `hal.ops.kernels.reciprocals`.
+    top: the largest sizes of blocks, finite bits of f32, none larger than the row's own. outer:
+    `quick_outer`. reciprocal: of it. factors_ptr: the eight first factors of this row, of
+    `hal.ops.kernels.reciprocals`.
     """
     wanted = divide_sizes(top.to(tl.float32, bitcast=True), 6.0, SIXTH)
     wanted = tl.maximum(divide_sizes(wanted, outer, reciprocal), 2.0**-9)
@@ -255,20 +226,20 @@ def quick_scales(top, outer, reciprocal, factors_ptr, ENCODING: tl.constexpr):
 
 
 @triton.jit
-def quick_word(w0, w1, w2, w3, factor):
-    """Quantize eight numbers of each block, words [blocks] each, to one word of codes."""
-    front = choose_bytes(codes_of_ratios(w0, factor), codes_of_ratios(w1, factor), 0x6240)
-    back = choose_bytes(codes_of_ratios(w2, factor), codes_of_ratios(w3, factor), 0x6240)
-    codes = word_of_fours(front, back)
-    # Ratios up to 9, and what is near it, became codes 8 and 9, which must be 7.
-    codes |= ((codes >> 3) & 0x11111111) * 7
-    signs = word_of_fours(four_signs(w0, w1), four_signs(w2, w3))
-    return choose_bits(codes, signs, 0x77777777)
+def _two_products(x, y, factor, second, SIGNED: tl.constexpr):
+    """Return the ratios of numbers, f32 [blocks] each, as float16."""
+    return limited_halves(truncated_products(x, y, factor, second), LAST_HALVES, SIGNED)
 
 
 @triton.jit
-def largest_finite(words):
-    """Return the f32 bits of the larger number of each word, not counting NaN and infinity."""
-    low, high = (words & SIZES) << 16, words & SIZES & -0x10000
-    low = tl.where(low >= INFINITY_BITS, 0, low)
-    return tl.maximum(low, tl.where(high >= INFINITY_BITS, 0, high))
+def quick_word(w0, w1, w2, w3, factor, second, SIGNED: tl.constexpr):
+    """Quantize eight numbers of each block, words [blocks] each, to one word of codes.
+
+    factor: `quick_scales`. second: of the row, `quick_factors`. SIGNED: `limited_halves`.
+    """
+    return word_of_halves(
+        _two_products(low_number(w0), low_number(w1), factor, second, SIGNED),
+        _two_products(high_number(w0), high_number(w1), factor, second, SIGNED),
+        _two_products(low_number(w2), low_number(w3), factor, second, SIGNED),
+        _two_products(high_number(w2), high_number(w3), factor, second, SIGNED),
+    )

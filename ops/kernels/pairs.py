@@ -67,60 +67,90 @@ def round_pair(low, high):
 
 
 @triton.jit
-def round_halves(low, high):
-    """Return two f32 numbers as the float16 ones nearest to them, ties to even."""
+def truncated_products(low, high, first, second):
+    """Return f32 numbers times first, rounded, times second, as the float16 ones next to zero.
+
+    Rounding twice, once to the nearest and once to zero, is what `reciprocals` chooses factors by.
+    """
+    first, second = tl.broadcast_to(first, low.shape), tl.broadcast_to(second, low.shape)
     if INTERPRETED:
-        return _half_bits(low) | (_half_bits(high) << 16)
+        low = _rounded(low.to(tl.float64) * first.to(tl.float64))
+        high = _rounded(high.to(tl.float64) * first.to(tl.float64))
+        second = second.to(tl.float64)
+        return _truncated_bits(low * second) | (_truncated_bits(high * second) << 16)
     return tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, is_pure=True, pack=1
-    )
+        "{.reg .f32 low, high; mul.rn.f32 low, $1, $3; mul.rn.f32 high, $2, $3; "
+        "mul.rz.f32 low, low, $4; mul.rz.f32 high, high, $4; cvt.rz.f16x2.f32 $0, high, low;}",
+        "=r,r,r,r,r", [low, high, first, second], tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def _half_bits(x):
-    """Return the bits of x as float16 in the lower half of an int32."""
-    return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+def truncated_quotients(low, high):
+    """Return 2^-14 times f32 numbers as the float16 ones next to zero; ties of e2m1 are moved.
 
-
-@triton.jit
-def _low_half(word):
-    """Return the first float16 number of a word, f32."""
-    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def fma_halves(x, y, z):
-    """Return x * y + z of float16 numbers, rounded once if the product is exact in float32."""
+    A tie with an even code below it has a mantissa of 1 or 1.25, and comes out below itself; one
+    with an odd code below it has 1.5 or 1.75, and does not. No other number crosses a tie. The sum
+    adds 3/8 of its last place times the mantissa, which rounds to one such place from 1.5 on; the
+    product takes away half of one times the mantissa, which leaves a tie above itself only then.
+    """
     if INTERPRETED:
-        low = _low_half(x) * _low_half(y) + _low_half(z)
-        high = _low_half(x >> 16) * _low_half(y >> 16) + _low_half(z >> 16)
-        return round_halves(low, high)
+        low, high = low.to(tl.float64), high.to(tl.float64)
+        low = _rounded(low + low * 0.375 * 2.0**-23) * (1.0 - 2.0**-24)
+        high = _rounded(high + high * 0.375 * 2.0**-23) * (1.0 - 2.0**-24)
+        return _truncated_bits(low * 2.0**-14) | (_truncated_bits(high * 2.0**-14) << 16)
+    # 0f33400000 is 0.375 * 2^-23, 0f387FFFFF is (1 - 2^-24) * 2^-14.
     return tl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], tl.int32, is_pure=True, pack=1
-    )
+        "{.reg .f32 low, high; fma.rn.f32 low, $1, 0f33400000, $1; "
+        "fma.rn.f32 high, $2, 0f33400000, $2; mul.rz.f32 low, low, 0f387FFFFF; "
+        "mul.rz.f32 high, high, 0f387FFFFF; cvt.rz.f16x2.f32 $0, high, low;}",
+        "=r,r,r", [low, high], tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def smallest_halves(x, y):
-    """Return the smaller of float16 numbers without signs that are no NaN."""
+def _rounded(x):
+    """Return x (f64) rounded to f32, as f64; what is beyond 2^100 comes out so large."""
+    x = tl.where(x > 2.0**100, 2.0**100, tl.where(x < -(2.0**100), -(2.0**100), x))
+    return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def _truncated_bits(x):
+    """Return the bits of x (f64) as the float16 number next to zero; NaN is the largest one."""
+    size = tl.abs(x)
+    size = tl.where(size < 65504.0, size, 65504.0)
+    normal = (size.to(tl.int64, bitcast=True) >> 42).to(tl.int32) - ((1023 - 15) << 10)
+    least = (tl.minimum(size, 2.0**-14) * 2.0**24).to(tl.int32)  # casts truncate
+    bits = tl.where(size < 2.0**-14, least, normal)
+    return bits | (((x.to(tl.int64, bitcast=True) >> 48) & 0x8000).to(tl.int32))
+
+
+@triton.jit
+def limited_halves(x, limit, SIGNED: tl.constexpr):
+    """Return float16 numbers, none larger in size than limit: signs stay.
+
+    limit: A number without a sign, twice. SIGNED: by one instruction, from sm_86 on.
+    """
+    limit = tl.full(x.shape, limit, tl.int32)
+    if INTERPRETED or not SIGNED:
+        return choose_bits(_smaller_halves(x & SIZES, limit), x, SIZES)
+    else:
+        return tl.inline_asm_elementwise(
+            "min.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [x, limit], tl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _smaller_halves(x, y):
+    """Return the smaller of float16 numbers without signs."""
     if INTERPRETED:
         high = tl.minimum(x & -0x10000, y & -0x10000)
         return high | tl.minimum(x & 0xFFFF, y & 0xFFFF)
     return tl.inline_asm_elementwise(
         "min.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1
     )
-
-
-@triton.jit
-def size_times(x, factor):
-    """Return |x| * factor, f32: one instruction, where tl.abs would be made another."""
-    factor = tl.broadcast_to(factor, x.shape)
-    if INTERPRETED:
-        return tl.abs(x) * factor
-    return tl.inline_asm_elementwise(
-        "{.reg .f32 size; abs.f32 size, $1; mul.rn.f32 $0, size, $2;}", "=r,r,r", [x, factor],
-        tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -235,6 +265,22 @@ def largest_of_words(w0, w1, w2, w3, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def larger_finite_pair(x, y):
+    """Return the larger of x, numbers without signs that are no NaN, and the finite sizes of y."""
+    if INTERPRETED:
+        size = y & SIZES
+        low, high = size & 0xFFFF, size & -0x10000
+        low = tl.where(low >= 0x7F80, 0, low)
+        return largest_pair(x, low | tl.where(high >= 0x7F800000, 0, high))
+    # What is not finite is a NaN times 0, and of a NaN and another the maximum is the other.
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 size, zero; and.b32 size, $2, 0x7FFF7FFF; mov.b32 zero, 0; "
+        "fma.rn.bf16x2 size, $2, zero, size; max.bf16x2 $0, $1, size;}",
+        "=r,r,r", [x, y], tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def smallest_pair(x, y):
     """Return the smaller of numbers without signs that are no NaN."""
     if INTERPRETED:
@@ -302,7 +348,13 @@ def choose_bytes(x, y, CHOICE: tl.constexpr):
 @triton.jit
 def choose_bits(x, y, MASK: tl.constexpr):
     """Return the bits of x where MASK has ones, and those of y elsewhere."""
-    return (x & MASK) | (y & ~MASK)
+    if INTERPRETED:
+        return (x & MASK) | (y & ~MASK)
+    # ptxas makes two instructions of the above, with a mask each.
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [x, y, tl.full(x.shape, MASK, tl.int32)],
+        tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -329,3 +381,23 @@ def word_of_fours(x, y):
     """
     even, odd = choose_bytes(x, y, 0x5410), choose_bytes(x, y, 0x7632)
     return choose_bits(even, odd << 4, 0x0F0F0F0F)
+
+
+@triton.jit
+def word_of_halves(low, high, next_low, next_high):
+    """Return the e2m1 codes of eight float16 numbers that are truncated and below 7, times 2^-14.
+
+    There the numbers of e2m1 below 1 are where those of float16 below its normal ones are, so that
+    a code is the bits of a number over 2^9, rounded, with halves up.
+
+    Args:
+        low: The first numbers of words 0 and 1, signs and all.
+        high: The second numbers of these.
+        next_low: The first numbers of words 2 and 3.
+        next_high: The second numbers of these.
+    """
+    # A byte of each: sign, three zeros, and twice the code, before it is rounded.
+    even, odd = choose_bytes(low, next_low, 0x7531), choose_bytes(high, next_high, 0x7531)
+    sizes = (choose_bits(even, odd << 4, 0x0F0F0F0F) + 0x11111111) >> 1
+    signs = choose_bits(even >> 4, odd, 0x0F0F0F0F)
+    return choose_bits(sizes, signs, 0x77777777)

@@ -32,10 +32,8 @@ from hal.ops.kernels.pair_sources import Rows
 from hal.ops.kernels.quantize_fours import quantize_fours
 from hal.ops.kernels.quantize_pairs import are_words, encodes_fp8, quantize_pairs
 from hal.ops.kernels.row_shapes import (
-    FEW_PARTS,
     GATED_REGISTERS,
     IN_PAIRS,
-    LONG_REGISTERS,
     MOST_PARTS,
     PER_LANE,
     SHIFTED_LANE,
@@ -391,9 +389,6 @@ def quantize_words(
             # More threads for each row. A norm's sum depends on that, and not on other rows.
             wanted = 1
         how = fours_shape(*shape, group, whole=whole, wanted=wanted)
-        held = how.parts * how.groups // (32 * how.warps)
-        # Groups of mxfp4 are twice as long: so many of them spill under any such bound.
-        registers = LONG_REGISTERS if held > FEW_PARTS and codec == "nvfp4" else 0
     rows = Rows(
         norm, gate_options(gate), *before.activation, counts, row_capacity(shape[0], counts),
         scale_floor, exponent_rule("e2m1" if four_bits else "e4m3fn"), order,

@@ -20,7 +20,8 @@ from hal.ops.kernels.mxfp4_pairs import exponent_byte, mxfp4_factors, mxfp4_word
 from hal.ops.kernels.nvfp4_pairs import (
     exact_scales,
     exact_word,
-    largest_finite,
+    largest_under,
+    outer_reciprocal,
     outer_scale,
     quick_factors,
     quick_outer,
@@ -38,6 +39,7 @@ from hal.ops.kernels.pair_sources import (
 from hal.ops.kernels.pairs import (
     four_words,
     high_number,
+    larger_finite_pair,
     larger_pair,
     largest_of_pair,
     low_number,
@@ -80,6 +82,14 @@ def _quantize_fours_kernel(
     if COUNTED:  # noqa: SIM102
         if beyond_count(counts_ptr, row, capacity):
             return
+    top, quick = 0, 0.0
+    if FIXED:  # noqa: SIM102
+        if QUICK:
+            # Before the row, whose numbers take longer to come.
+            given = tl.load(fixed_ptr)
+            top = largest_under(given)
+            factors_ptr, quick = quick_factors(top, scale_floor, factors_ptr)
+            quick = tl.where(quick_outer(top) == given, quick, 0.0)
     first_group = tl.program_id(1) * (PARTS * GROUPS) + tl.arange(0, GROUPS)
     x_ptr += row * stride_xm
     residual_ptr += row * stride_rm
@@ -146,41 +156,40 @@ def _quantize_fours_kernel(
             values_ptr, scales_ptr, _by_exponents(words, tops, PARTS, ADDEND, TOP_EXPONENT),
             first_group, n_words, n_groups, stride_sg, PARTS, GROUPS, 4, FULL, EVEN, ORDER,
         )  # fmt: skip
-    elif FIXED:
-        outer = tl.load(fixed_ptr + tl.arange(0, 1))
-        tl.store(second_ptr + row + tl.arange(0, 1), outer)
-        _store_parts(
-            values_ptr, scales_ptr, _by_division(words, tops, outer, PARTS, ENCODING, True),
-            first_group, n_words, n_groups, stride_sg, PARTS, GROUPS, 2, FULL, EVEN, ORDER,
-        )  # fmt: skip
     else:
-        largest = tops[0]  # type: ignore[misc]
-        for part in tl.static_range(1, PARTS):
-            largest = tl.maximum(largest, tops[part])
-        largest = tl.max(largest, axis=0)
-        quick = 0.0
-        if QUICK:
-            factors_ptr, quick = quick_factors(largest, scale_floor, factors_ptr)
+        if not FIXED:
+            largest = tops[0]  # type: ignore[misc]
+            for part in tl.static_range(1, PARTS):
+                largest = tl.maximum(largest, tops[part])
+            top = tl.max(largest, axis=0)
+            if QUICK:
+                factors_ptr, quick = quick_factors(top, scale_floor, factors_ptr)
         # Each way stores by itself: what two ways both return is copied.
         if quick > 0.0:
-            outer, reciprocal = quick_outer(largest)
+            outer = quick_outer(top)
             tl.store(second_ptr + row, outer)
             _store_parts(
                 values_ptr, scales_ptr,
-                _by_factors(words, tops, outer, reciprocal, factors_ptr, PARTS, ENCODING),
+                _by_factors(
+                    words, tops, top, outer, factors_ptr, quick, PARTS, ENCODING, FIXED, SIGNED
+                ),
                 first_group, n_words, n_groups, stride_sg, PARTS, GROUPS, 2, FULL, EVEN, ORDER,
             )  # fmt: skip
         else:
-            if largest >= INFINITY_BITS:
-                # Rare: numbers beside a NaN count, the NaN does not.
-                finite = largest_finite(words[0])  # type: ignore[misc]
-                for word in tl.static_range(1, 8 * PARTS):
-                    finite = tl.maximum(finite, largest_finite(words[word]))
-                largest = tl.max(finite, axis=0)
-            divisor = outer_scale(largest, scale_floor)
+            if FIXED:
+                divisor = tl.load(fixed_ptr + tl.arange(0, 1))
+            else:
+                if top >= INFINITY_BITS:
+                    # Rare: numbers beside a NaN count, the NaN does not.
+                    finite = tl.zeros((GROUPS,), tl.int32)
+                    for word in tl.static_range(8 * PARTS):
+                        finite = larger_finite_pair(finite, words[word])
+                    top = tl.max(largest_of_pair(finite, SIGNED), axis=0)
+                divisor = outer_scale(top, scale_floor)
             tl.store(second_ptr + row + tl.arange(0, 1), divisor)
             _store_parts(
-                values_ptr, scales_ptr, _by_division(words, tops, divisor, PARTS, ENCODING, False),
+                values_ptr, scales_ptr,
+                _by_division(words, tops, divisor, PARTS, ENCODING, FIXED, SIGNED),
                 first_group, n_words, n_groups, stride_sg, PARTS, GROUPS, 2, FULL, EVEN, ORDER,
             )  # fmt: skip
 
@@ -206,36 +215,51 @@ def _by_exponents(
 
 @triton.jit
 def _by_factors(
-    words, tops, outer, reciprocal, factors_ptr, PARTS: tl.constexpr, ENCODING: tl.constexpr
-):
-    """Return the scale and the two words of codes of each part of nvfp4, by a row's factors."""
+    words, tops, largest, outer, factors_ptr, second, PARTS: tl.constexpr, ENCODING: tl.constexpr,
+    FIXED: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return the scale and the two words of codes of each part of nvfp4, by a row's factors.
+
+    largest: Bits of the number that outer reaches to. FIXED: There may be larger ones, and others
+    that are not finite.
+    """
     results = ()
+    reciprocal = outer_reciprocal(outer)
     for part in tl.static_range(PARTS):
-        scale, factor = quick_scales(tops[part], outer, reciprocal, factors_ptr, ENCODING)
+        top = tops[part]
+        broken = top >= INFINITY_BITS
+        if FIXED:
+            top = tl.minimum(top, largest)
+        scale, factor = quick_scales(top, outer, reciprocal, factors_ptr, ENCODING)
+        if FIXED:
+            scale = tl.where(broken, 0x7F, scale)
         results += (scale,)  # type: ignore[assignment]
         for piece in tl.static_range(2 * part, 2 * part + 2):
             code = quick_word(
                 words[4 * piece], words[4 * piece + 1], words[4 * piece + 2],
-                words[4 * piece + 3], factor,
+                words[4 * piece + 3], factor, second, SIGNED,
             )  # fmt: skip
+            if FIXED:
+                code = tl.where(broken, 0, code)
             results += (code,)  # type: ignore[assignment]
     return results
 
 
 @triton.jit
 def _by_division(
-    words, tops, outer, PARTS: tl.constexpr, ENCODING: tl.constexpr, SATURATES: tl.constexpr
-):
+    words, tops, outer, PARTS: tl.constexpr, ENCODING: tl.constexpr, SATURATES: tl.constexpr,
+    SIGNED: tl.constexpr,
+):  # fmt: skip
     """Return what `_by_factors` does, of any row."""
     results = ()
     for part in tl.static_range(PARTS):
-        scale, factor, first, second, bound = exact_scales(tops[part], outer, ENCODING, SATURATES)
+        scale, factor, first, second = exact_scales(tops[part], outer, ENCODING, SATURATES)
         broken = tops[part] >= INFINITY_BITS
         results += (tl.where(broken, 0x7F, scale),)  # type: ignore[assignment]
         for piece in tl.static_range(2 * part, 2 * part + 2):
             code = exact_word(
                 words[4 * piece], words[4 * piece + 1], words[4 * piece + 2],
-                words[4 * piece + 3], factor, first, second, bound, outer, broken, SATURATES,
+                words[4 * piece + 3], factor, first, second, outer, broken, SIGNED,
             )  # fmt: skip
             results += (code,)  # type: ignore[assignment]
     return results
@@ -294,7 +318,7 @@ def quantize_fours(
         second: [rows] float32, of nvfp4.
         fixed: What to take for all of second, float32 [], or None.
     """
-    table = None if second is None or fixed is not None else reciprocal_table(x.device)
+    table = None if second is None else reciprocal_table(x.device)
     norm, order, eighths = rows.norm, rows.order, group // 8
     residual, total = (norm.residual, norm.total) if norm else (None, None)
     words, columns = x.view(torch.int32), values.shape[1] * 8

@@ -82,7 +82,24 @@ def _halves_of_words(packed, factor, CODES: gl.constexpr, SCALED: gl.constexpr):
 
     factor: int32, pairs of bf16 that numbers are multiplied by.
     """
-    if CODES == "e4m3":
+    if CODES == "int8":
+        # Turned over at the top, a code is the last byte of a float32 from 2^23 on.
+        BODY: gl.constexpr = """
+        xor.b32 p, $2, 0x80808080; mov.b32 q, 0x4B000000;
+        prmt.b32 $0, p, q, 0x7440; prmt.b32 $1, p, q, 0x7441;
+        mov.b32 f, $0; mov.b32 g, $1;
+        add.rn.f32 f, f, 0fCB000080; add.rn.f32 g, g, 0fCB000080;
+        cvt.rn.bf16x2.f32 $0, g, f;
+        prmt.b32 $1, p, q, 0x7442; prmt.b32 p, p, q, 0x7443;
+        mov.b32 f, $1; mov.b32 g, p;
+        add.rn.f32 f, f, 0fCB000080; add.rn.f32 g, g, 0fCB000080;
+        cvt.rn.bf16x2.f32 $1, g, f;
+        """
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 p, q; .reg .f32 f, g; " + BODY + "}",
+            "=&r,=&r,r,r,r,r,r", [packed, factor], dtype=gl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif CODES == "e4m3":
         BODY: gl.constexpr = """
         mov.b32 {l, m}, $2;
         cvt.rn.f16x2.e4m3x2 p, l; cvt.rn.f16x2.e4m3x2 q, m;
@@ -161,7 +178,7 @@ def _decode_halves(
     else:
         factor = gl.full(packed.shape, 0, gl.int32, quarters)
     # k = t * BLOCK_K / 4 + 4 i + 2 h + e  to  place 16 i + 8 h + 2 t + e
-    if CODES == "e4m3":
+    if CODES == "e4m3" or CODES == "int8":
         both = _halves_of_words(packed, factor, CODES, SCALED)
         both = both.reshape((CHANNELS, 4, BYTES // 16, 2, 2)).permute((0, 2, 3, 1, 4))
     else:

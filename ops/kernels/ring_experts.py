@@ -29,7 +29,14 @@ from hal.ops.kernels import ring_rows
 from hal.ops.kernels.common import launch, let_next_start, wait_for_previous
 from hal.ops.kernels.encode import INFINITY_BITS, magnitude_bits
 from hal.ops.kernels.few_launch import PLAIN, Rounding
-from hal.ops.kernels.kinds import ALL_KINDS, Weight, by_row, decode_options, scale_arguments
+from hal.ops.kernels.kinds import (
+    ALL_KINDS,
+    Weight,
+    by_row,
+    decode_options,
+    expert_strides,
+    scale_arguments,
+)
 from hal.ops.kernels.lane_rows import scale_of
 from hal.ops.kernels.ptx import (
     largest_of_warp,
@@ -359,16 +366,9 @@ def ring_weight(kind: str, weight: Weight, *, planes: bool = False) -> RingWeigh
     planes: Whether codes of int4 lie as in the layout int4_planes.
     """
     weight = by_row(kind, weight)
-    scales, second = weight.scales, weight.second
     found = decode_options(kind, weight)
     kept = ("CODES", "SCALE_FORMAT", "GROUP", "SCALE_ROWS", "SECOND")
-    one = second is None or second.dim() == 1 or second.shape[-1] == 1
-    strides = (
-        *weight.codes.stride()[:2],
-        *((0, 0, 0) if scales is None else scales.stride()),
-        0 if second is None else second.stride(0),
-        0 if one or second is None else second.stride(-1),
-    )
+    strides = *weight.codes.stride()[:2], *expert_strides(weight)
     options = {name: found[name] for name in kept} | {"PLANES": planes}
     return RingWeight(kind, weight, strides, options)
 

@@ -19,8 +19,8 @@ PER_LANE = 32
 """Elements that a lane of 32 holds."""
 SHIFTED_LANE = 64
 """The same where a row's mean square and then its bounds are looked for."""
-PART_LANE = 16
-"""The same of a part of a row, where there are few parts; half of it where there are more."""
+PART_LANE = 8
+"""The same of a part of a row, where there are many; of few it is half of what it is of a row."""
 FEW_PARTS, MOST_PARTS = 4, 8
 MOST_WARPS = 16
 GAIN = 0.9
@@ -31,7 +31,7 @@ class Lanes(NamedTuple):
     """How many elements of a row lanes hold.
 
     lane: Elements that a lane holds. part_lane: The same of a part, where there are several; 0
-    leaves that to PART_LANE. most_parts: Of a row.
+    leaves that to `row_parts`. most_parts: Of a row.
     """
 
     lane: int
@@ -49,9 +49,8 @@ IN_PAIRS = {
 compared at sizes of real layers on a GPU (`tests/kernels/test_quantize_fused.py`, and
 `test_fused_rows.py` of fixed scales and zero points)."""
 WANTED_PARTS = {
-    **{("nvfp4", before): 4 for before in ("plain", "norm")},
+    **{("nvfp4", before): 4 for before in ("plain", "norm", "fixed", "fixed_norm")},
     ("nvfp4", "residual"): 1,
-    **{("nvfp4", before): 5 for before in ("fixed", "fixed_norm")},
     ("nvfp4", "gate"): 3,
     **{("mxfp4", before): 2 for before in ("plain", "norm")},
 }
@@ -61,8 +60,6 @@ WORTH = 0.05
 """Share of a row's work that one group more or less than wanted costs."""
 GATED_REGISTERS = 48
 """Most registers of a thread that gates what becomes mxfp4."""
-LONG_REGISTERS = 96
-"""Most registers of a thread that has more than FEW_PARTS groups of nvfp4."""
 
 
 class Shape(NamedTuple):
@@ -180,7 +177,7 @@ def row_parts(
         if parts <= lanes.most_parts and parts * width < GAIN * best[0] * best[1]:
             best = parts, width
     parts, width = best
-    lane = lanes.part_lane or (PART_LANE if parts <= FEW_PARTS else PART_LANE // 2)
+    lane = lanes.part_lane or (lanes.lane // 2 if parts <= FEW_PARTS else PART_LANE)
     return parts, width, warps_of(width, lanes.lane if parts == 1 else lane)
 
 

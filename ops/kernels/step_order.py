@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hal.ops.kernels.common import launch
+from hal.ops.kernels.common import has_gluon, launch, let_next_start
 
 WIDTH = 1024
 
@@ -29,7 +29,11 @@ def in_step_order(row, STEP: tl.constexpr):
 
 
 @triton.jit
-def _order_kernel(x_ptr, out_ptr, width, stride_xm, STEP: tl.constexpr, WIDTH: tl.constexpr):
+def _order_kernel(
+    x_ptr, out_ptr, width, stride_xm, STEP: tl.constexpr, WIDTH: tl.constexpr, LETS: tl.constexpr
+):
+    if LETS:
+        let_next_start()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = columns < width
@@ -46,6 +50,6 @@ def order_rows(x: torch.Tensor, step: int) -> torch.Tensor:
     if rows:
         launch(
             _order_kernel, (rows, triton.cdiv(width, WIDTH)),
-            x, out, width, x.stride(0), STEP=step, WIDTH=WIDTH, num_warps=4,
+            x, out, width, x.stride(0), STEP=step, WIDTH=WIDTH, LETS=has_gluon(), num_warps=4,
         )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hal.ops.activations import ACTIVATIONS, SILU, Activation
-from hal.ops.kernels.common import launch
+from hal.ops.kernels.common import launch, let_next_start, wait_for_previous
 from hal.ops.kernels.quantize import gate_options, quantize_matrix, row_capacity
 from hal.ops.kernels.source import beyond_count, gated_tile, group_columns
 from hal.ops.kernels.step_order import in_step_order
@@ -25,7 +25,12 @@ def _gate_kernel(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
     INTERLEAVED: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        wait_for_previous()
+        # Not before: what comes next reads what was done before the product that this waits for.
+        let_next_start()
     row = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
         if beyond_count(counts_ptr, row, capacity):
@@ -46,12 +51,14 @@ def silu_and_mul(
     counts: torch.Tensor | None = None,
     *,
     step: int = 0,
+    dependent: bool = False,
 ) -> None:
     """Write activation(gate) * up of gate_up [rows, 2 * width] to out [rows, width].
 
     Without a gate: activation(gate_up) of [rows, width]. counts [experts]: rows are [experts *
     capacity], of which those beyond an expert's count are neither read nor written. step: columns
-    are written in the order of `step_order`, which takes whole steps.
+    are written in the order of `step_order`, which takes whole steps. dependent: the launch may
+    begin while the one before ends (`common.starts_dependent`).
     """
     rows, width = _check(gate_up, out, activation)
     if step and width % step:
@@ -65,7 +72,8 @@ def silu_and_mul(
         gate_up.stride(0), out.stride(0), activation.alpha, activation.limit,
         row_capacity(rows, counts),
         GROUPS=1, WIDTH=columns, COUNTED=counts is not None, STEP=step, **gate_options(activation),
-        num_warps=4 if columns == 1024 else 1,
+        DEPENDENT=dependent, num_warps=4 if columns == 1024 else 1,
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Multiply experts' coded weights by warps that specialize, on Hopper.
+"""Multiply coded weights by warps that specialize, on Hopper: experts', or one of many rows.
 
 The product is that of `grouped_gemm` for kinds with scales of groups, turned over: weights are
 the left operand, which a matrix instruction takes from registers, so that codes go from shared
@@ -9,6 +9,9 @@ need them, each step would wait for memory. A step is one group of float32 scale
 
 Programs are as many as multiprocessors, and each takes one tile after the other, so that the copies
 of the next begin before this one is written.
+
+One weight (DENSE) has its blocks of rows side by side. Where its tiles are too few for a device,
+programs share k: each writes float32 sums of its part, and a second kernel adds them up.
 
 How codes become operands is told in `register_operands`. Beside rows of 16 bits these have another
 order along k than rows, which are copied two numbers at a time, or come so (`step_order`).
@@ -35,13 +38,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hal.ops.kernels.accumulate import ALL_KINDS, as_weight, check_operands
 from hal.ops.kernels.common import launch
-from hal.ops.kernels.kinds import Weight
+from hal.ops.kernels.kinds import ALL_KINDS, Weight, as_weight, by_row
+from hal.ops.kernels.linear import add_splits
 from hal.ops.kernels.register_operands import CHANNELS, INT4_UNIT, decode
 from hal.ops.kernels.warp_specialized import check_slots, next_stage, tile_of
 from hal.ops.tiles import SPECIALIZED_KINDS, Tile
 
+NAME = "warp_specialized_packed_gemm"
 COPYING_THREADS = 128
 # By how many groups multiply: the registers of their threads, which take them from those who copy,
 # of those, and of all as they are launched (65536 in all).
@@ -79,50 +83,121 @@ def _copy_rows(
 
 
 @gluon.jit
+def _part_of(
+    block, block_experts_ptr, n_slots, k_size, steps_of_part,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """Return a block's expert, or part of k (DENSE), its first slot and step, and its steps."""
+    steps = gl.cdiv(k_size, BLOCK_K)
+    if DENSE:
+        row_blocks = gl.cdiv(n_slots, BLOCK_M)
+        part = block // row_blocks
+        first = part * steps_of_part
+        return part, block % row_blocks * BLOCK_M, first, gl.minimum(steps - first, steps_of_part)
+    else:
+        expert = gl.load(block_experts_ptr + block)
+        return expert, block * BLOCK_M, 0, gl.where(expert < 0, 0, steps)
+
+
+@gluon.jit
+def _slots_of(
+    first_slot, slots_ptr, layout: gl.constexpr, BLOCK_M: gl.constexpr, DENSE: gl.constexpr
+):
+    """Return the slots of a block: they are sorted by experts, or (DENSE) rows as they lie."""
+    places = first_slot + gl.arange(0, BLOCK_M, layout)
+    return places if DENSE else gl.load(slots_ptr + places)
+
+
+@gluon.jit
+def _let_next_start():
+    """Let a launch that depends on this one begin as its programs find room."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_previous():
+    """Wait until the launch before is done and what it wrote can be read."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _begin_weights(
+    b_desc, scales_desc, b, scales, arrived, first_row, matrix, first_column, step,
+    GROUPS: gl.constexpr, TILED: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy the codes of a step, and (TILED) its scales."""
+    SCALES: gl.constexpr = scales_desc.block_type.nbytes if TILED else 0
+    mbarrier.expect(arrived, b_desc.block_type.nbytes + SCALES)
+    place = step * b_desc.block_type.shape[1]
+    tma.async_copy_global_to_shared(b_desc, [first_row, place], arrived, b)
+    if TILED:
+        tma.async_copy_global_to_shared(
+            scales_desc, [matrix, step * GROUPS, first_column], arrived, scales
+        )
+
+
+@gluon.jit
 def _copy(
     a_ptr, b_desc, scales_desc, a_ring, b_ring, scales_ring, rows, full, empty,
     sorted_slots_ptr, block_experts_ptr, b_scales_ptr,
-    n_blocks, n_slots, n_columns, k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
+    n_blocks, n_slots, n_columns, k_size, steps_of_part,
+    stride_am, stride_bse, stride_bsn, stride_bsk,
     TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, GROUPS: gl.constexpr, SCALE_ROWS: gl.constexpr,
-    WHOLE_ROWS: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Copy the rows, weights and scales of each step into the ring as it becomes empty."""
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    row = gl.arange(0, BLOCK_M, line)
     channel = gl.arange(0, BLOCK_N, line)
-    column_tiles, steps_of_k = gl.cdiv(n_columns, BLOCK_N), gl.cdiv(k_size, BLOCK_K)
-    STEP: gl.constexpr = b_desc.block_type.shape[1]
+    column_tiles = gl.cdiv(n_columns, BLOCK_N)
     TILED: gl.constexpr = GROUPS > 0 and SCALE_ROWS == 1
-    SCALES: gl.constexpr = scales_desc.block_type.nbytes if TILED else 0
+    begun = 0
+    if gl.program_id(0) < n_blocks * column_tiles:
+        # Weights are on their way while the launch before, which may write the rows, ends.
+        block, column_tile = tile_of(gl.program_id(0), n_blocks, column_tiles, GROUP_M)
+        expert, _, first_step, steps = _part_of(
+            block, block_experts_ptr, n_slots, k_size, steps_of_part, BLOCK_M, BLOCK_K, DENSE
+        )
+        matrix = 0 if DENSE else expert
+        begun = gl.minimum(steps, STAGES)
+        first_column = column_tile * BLOCK_N
+        for i in range(begun):
+            _begin_weights(
+                b_desc, scales_desc, b_ring.index(i), scales_ring.index(i), full.index(i),
+                matrix * n_columns + first_column, matrix, first_column, first_step + i,
+                GROUPS, TILED,
+            )  # fmt: skip
+    _wait_for_previous()
     stage = 0
     phase = 1  # an empty ring counts as read
     for tile in range(gl.program_id(0), n_blocks * column_tiles, gl.num_programs(0)):
         block, column_tile = tile_of(tile, n_blocks, column_tiles, GROUP_M)
-        expert = gl.load(block_experts_ptr + block)
-        slots = gl.load(sorted_slots_ptr + block * BLOCK_M + row)
+        expert, first_slot, first_step, steps = _part_of(
+            block, block_experts_ptr, n_slots, k_size, steps_of_part, BLOCK_M, BLOCK_K, DENSE
+        )
+        matrix = 0 if DENSE else expert
+        slots = _slots_of(first_slot, sorted_slots_ptr, line, BLOCK_M, DENSE)
         rows.store(gl.where(slots < n_slots, slots // TOP_K, -1))
         first_column = column_tile * BLOCK_N
         if SCALE_ROWS > 1:
             # Of channels past the last one nothing is written.
             block_of = gl.minimum(first_column + channel, n_columns - 1) // SCALE_ROWS
-            scale_ptrs = b_scales_ptr + gl.maximum(expert, 0).to(gl.int64) * stride_bse
-            scale_ptrs += block_of * stride_bsn
-        steps = gl.where(expert < 0, 0, steps_of_k)
-        for step in range(steps):
+            scale_ptrs = b_scales_ptr + block_of * stride_bsn
+            if not DENSE:
+                scale_ptrs += gl.maximum(expert, 0).to(gl.int64) * stride_bse
+        for step in range(first_step, first_step + steps):
             mbarrier.wait(empty.index(stage), phase)
             arrived = full.index(stage)
-            mbarrier.expect(arrived, b_desc.block_type.nbytes + SCALES)
-            tma.async_copy_global_to_shared(
-                b_desc, [expert * n_columns + first_column, step * STEP], arrived,
-                b_ring.index(stage),
-            )  # fmt: skip
-            if TILED:
-                tma.async_copy_global_to_shared(
-                    scales_desc, [expert, step * GROUPS, first_column], arrived,
-                    scales_ring.index(stage),
+            if step - first_step >= begun:
+                _begin_weights(
+                    b_desc, scales_desc, b_ring.index(stage), scales_ring.index(stage), arrived,
+                    matrix * n_columns + first_column, matrix, first_column, step, GROUPS, TILED,
                 )  # fmt: skip
-            elif GROUPS > 0:
+            if GROUPS > 0 and not TILED:
                 async_copy.async_copy_global_to_shared(
                     scales_ring.index(stage), scale_ptrs + step * stride_bsk
                 )
@@ -138,13 +213,14 @@ def _copy(
             )
             async_copy.mbarrier_arrive(arrived, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        begun = 0
 
 
 @gluon.jit
 def _write(
-    out_ptr, sums, slots_ptr, bias_ptr, a_scales_ptr, n_slots, first_column, n_columns,
+    out_ptr, sums, slots_ptr, first_slot, bias_ptr, a_scales_ptr, n_slots, first_column, n_columns,
     second_ptr, stride_2n, stride_om, stride_asm, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_BIAS: gl.constexpr, A_SCALED: gl.constexpr, SECOND: gl.constexpr,
+    HAS_BIAS: gl.constexpr, A_SCALED: gl.constexpr, SECOND: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Write sums [CHANNELS, BLOCK_M] to the rows of their slots."""
     before = first_column + gl.arange(0, CHANNELS, gl.SliceLayout(1, sums.type.layout))
@@ -152,17 +228,23 @@ def _write(
         second = gl.load(second_ptr + before * stride_2n, mask=before < n_columns, other=0.0)
         sums *= second[:, None]
     if A_SCALED:
-        slots = gl.load(slots_ptr + gl.arange(0, BLOCK_M, gl.SliceLayout(0, sums.type.layout)))
+        own: gl.constexpr = gl.SliceLayout(0, sums.type.layout)
+        slots = _slots_of(first_slot, slots_ptr, own, BLOCK_M, DENSE)
         rows = slots // TOP_K * stride_asm
         sums *= gl.load(a_scales_ptr + rows, mask=slots < n_slots, other=0.0)[None, :]
     if HAS_BIAS:
         bias = gl.load(bias_ptr + before, mask=before < n_columns, other=0.0)
         sums += bias.to(gl.float32)[:, None]
-    # As 16-bit numbers, half as much is exchanged; whole 16 bytes are then written.
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    values = gl.convert_layout(sums.to(out_ptr.dtype.element_ty), layout)
+    if out_ptr.dtype.element_ty == gl.float32:
+        # Parts: eight neighbours write 32 bytes, which exchanging them would take 64 KB to better.
+        layout: gl.constexpr = sums.type.layout
+        values = sums
+    else:
+        # As 16-bit numbers, half as much is exchanged; whole 16 bytes are then written.
+        layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+        values = gl.convert_layout(sums.to(out_ptr.dtype.element_ty), layout)
     columns = first_column + gl.arange(0, CHANNELS, gl.SliceLayout(1, layout))
-    slots = gl.load(slots_ptr + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout)))
+    slots = _slots_of(first_slot, slots_ptr, gl.SliceLayout(0, layout), BLOCK_M, DENSE)
     places = slots.to(gl.int64)[None, :] * stride_om + columns[:, None]
     mask = (slots < n_slots)[None, :] & (columns < n_columns)[:, None]
     gl.store(out_ptr + places, values, mask=mask)
@@ -190,12 +272,12 @@ def _add_part(acc, part, scales, SUMS: gl.constexpr, UNIT: gl.constexpr):
 @gluon.jit
 def _multiply(
     out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr, bias_ptr,
-    sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns, k_size,
+    sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns, k_size, steps_of_part,
     stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
     TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, HAS_BIAS: gl.constexpr, CODES: gl.constexpr,
     FORMAT: gl.constexpr, GROUPS: gl.constexpr, SCALE_ROWS: gl.constexpr, SECOND: gl.constexpr,
-    MULTIPLIERS: gl.constexpr, GROUP: gl.constexpr,
+    DENSE: gl.constexpr, MULTIPLIERS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Multiply the channels of one GROUP of warps, of as many as there are MULTIPLIERS."""
     TWO: gl.constexpr = BLOCK_N // MULTIPLIERS == 2 * CHANNELS
@@ -213,9 +295,10 @@ def _multiply(
     phase = 0
     for tile in range(gl.program_id(0), n_blocks * column_tiles, gl.num_programs(0)):
         block, column_tile = tile_of(tile, n_blocks, column_tiles, GROUP_M)
-        expert = gl.load(block_experts_ptr + block)
+        expert, first_slot, _, steps = _part_of(
+            block, block_experts_ptr, n_slots, k_size, steps_of_part, BLOCK_M, BLOCK_K, DENSE
+        )
         left, right = zero, zero
-        steps = gl.where(expert < 0, 0, gl.cdiv(k_size, BLOCK_K))
         for _ in range(steps):
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # what `cp.async` wrote, before matrix instructions read it
@@ -243,35 +326,43 @@ def _multiply(
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
         if expert >= 0:
-            bias_row = bias_ptr + expert.to(gl.int64) * stride_biase
-            second_row = second_ptr + expert.to(gl.int64) * stride_2e
-            slots_ptr = sorted_slots_ptr + block * BLOCK_M
+            if DENSE:
+                # Sums of the parts lie one behind the other.
+                target, bias_row, second_row = out_ptr, bias_ptr, second_ptr
+                target += expert.to(gl.int64) * n_slots * stride_om
+            else:
+                target = out_ptr
+                bias_row = bias_ptr + expert.to(gl.int64) * stride_biase
+                second_row = second_ptr + expert.to(gl.int64) * stride_2e
             first_column = column_tile * BLOCK_N + FIRST
             _write(
-                out_ptr, left, slots_ptr, bias_row, a_scales_ptr, n_slots, first_column,
-                n_columns, second_row, stride_2n, stride_om, stride_asm, TOP_K, BLOCK_M,
-                HAS_BIAS, A_SCALED, SECOND,
+                target, left, sorted_slots_ptr, first_slot, bias_row, a_scales_ptr, n_slots,
+                first_column, n_columns, second_row, stride_2n, stride_om, stride_asm, TOP_K,
+                BLOCK_M, HAS_BIAS, A_SCALED, SECOND, DENSE,
             )  # fmt: skip
             if TWO:
                 _write(
-                    out_ptr, right, slots_ptr, bias_row, a_scales_ptr, n_slots,
+                    target, right, sorted_slots_ptr, first_slot, bias_row, a_scales_ptr, n_slots,
                     first_column + CHANNELS, n_columns, second_row, stride_2n, stride_om,
-                    stride_asm, TOP_K, BLOCK_M, HAS_BIAS, A_SCALED, SECOND,
+                    stride_asm, TOP_K, BLOCK_M, HAS_BIAS, A_SCALED, SECOND, DENSE,
                 )  # fmt: skip
 
 
 # Neither sizes nor places that change from call to call may compile a new kernel.
-@gluon.jit(do_not_specialize=["n_slots"], do_not_specialize_on_alignment=["n_padded_ptr"])
+@gluon.jit(
+    do_not_specialize=["n_slots", "steps_of_part"],
+    do_not_specialize_on_alignment=["n_padded_ptr"],
+)
 def _warp_specialized_packed_kernel(
     a_ptr, b_desc, out_ptr, a_scales_ptr, scales_desc, b_scales_ptr, second_ptr, bias_ptr,
-    sorted_slots_ptr, block_experts_ptr, n_padded_ptr, n_slots, n_columns, k_size,
+    sorted_slots_ptr, block_experts_ptr, n_padded_ptr, n_slots, n_columns, k_size, steps_of_part,
     stride_am, stride_om, stride_asm, stride_bse, stride_bsn, stride_bsk, stride_2e, stride_2n,
     stride_biase,
     TOP_K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, HAS_BIAS: gl.constexpr, CODES: gl.constexpr,
     FORMAT: gl.constexpr, GROUPS: gl.constexpr, SCALE_ROWS: gl.constexpr, SECOND: gl.constexpr,
-    WHOLE_ROWS: gl.constexpr, ARRIVALS: gl.constexpr, MULTIPLIERS: gl.constexpr,
-    MULTIPLYING: gl.constexpr, COPYING: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr, DENSE: gl.constexpr, ARRIVALS: gl.constexpr,
+    MULTIPLIERS: gl.constexpr, MULTIPLYING: gl.constexpr, COPYING: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], dtype)
@@ -301,44 +392,49 @@ def _warp_specialized_packed_kernel(
         mbarrier.init(full.index(i), count=ARRIVALS)
         mbarrier.init(empty.index(i), count=MULTIPLIERS)
     fence_async_shared()
-    n_blocks = gl.load(n_padded_ptr) // BLOCK_M
+    _let_next_start()
+    if DENSE:
+        parts = gl.cdiv(gl.cdiv(k_size, BLOCK_K), steps_of_part)
+        n_blocks = gl.cdiv(n_slots, BLOCK_M) * parts
+    else:
+        n_blocks = gl.load(n_padded_ptr) // BLOCK_M
     # Literally: constants in a tuple that has a name would become arguments.
     if MULTIPLIERS == 4:
         gl.warp_specialize([
             (_multiply, (
                 out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
                 bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                k_size, steps_of_part, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-                SCALE_ROWS, SECOND, MULTIPLIERS, 0,
+                SCALE_ROWS, SECOND, DENSE, MULTIPLIERS, 0,
             )),
             (_multiply, (
                 out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
                 bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                k_size, steps_of_part, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-                SCALE_ROWS, SECOND, MULTIPLIERS, 1,
+                SCALE_ROWS, SECOND, DENSE, MULTIPLIERS, 1,
             )),
             (_multiply, (
                 out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
                 bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                k_size, steps_of_part, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-                SCALE_ROWS, SECOND, MULTIPLIERS, 2,
+                SCALE_ROWS, SECOND, DENSE, MULTIPLIERS, 2,
             )),
             (_multiply, (
                 out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
                 bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                k_size, steps_of_part, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-                SCALE_ROWS, SECOND, MULTIPLIERS, 3,
+                SCALE_ROWS, SECOND, DENSE, MULTIPLIERS, 3,
             )),
             (_copy, (
                 a_ptr, b_desc, scales_desc, a_ring, b_ring, copied_ring, rows, full, empty,
                 sorted_slots_ptr, block_experts_ptr, b_scales_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
+                k_size, steps_of_part, stride_am, stride_bse, stride_bsn, stride_bsk,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, GROUPS, SCALE_ROWS,
-                WHOLE_ROWS,
+                WHOLE_ROWS, DENSE,
             )),
         ], [4, 4, 4, 4], [MULTIPLYING, MULTIPLYING, MULTIPLYING, COPYING])  # fmt: skip
     else:
@@ -346,23 +442,23 @@ def _warp_specialized_packed_kernel(
             (_multiply, (
                 out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
                 bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                k_size, steps_of_part, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-                SCALE_ROWS, SECOND, MULTIPLIERS, 0,
+                SCALE_ROWS, SECOND, DENSE, MULTIPLIERS, 0,
             )),
             (_multiply, (
                 out_ptr, a_ring, b_ring, scales_ring, full, empty, a_scales_ptr, second_ptr,
                 bias_ptr, sorted_slots_ptr, block_experts_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
+                k_size, steps_of_part, stride_om, stride_asm, stride_2e, stride_2n, stride_biase,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, HAS_BIAS, CODES, FORMAT, GROUPS,
-                SCALE_ROWS, SECOND, MULTIPLIERS, 1,
+                SCALE_ROWS, SECOND, DENSE, MULTIPLIERS, 1,
             )),
             (_copy, (
                 a_ptr, b_desc, scales_desc, a_ring, b_ring, copied_ring, rows, full, empty,
                 sorted_slots_ptr, block_experts_ptr, b_scales_ptr, n_blocks, n_slots, n_columns,
-                k_size, stride_am, stride_bse, stride_bsn, stride_bsk,
+                k_size, steps_of_part, stride_am, stride_bse, stride_bsn, stride_bsk,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, GROUPS, SCALE_ROWS,
-                WHOLE_ROWS,
+                WHOLE_ROWS, DENSE,
             )),
         ], [4, 4], [MULTIPLYING, COPYING])  # fmt: skip
 
@@ -395,17 +491,37 @@ class Coded:
         *,
         fnuz: bool = False,
     ) -> None:
-        weight = as_weight(kind, k, b, b_scales, None, b_second, fnuz=fnuz)
+        weight = by_row(kind, as_weight(kind, k, b, b_scales, None, b_second, fnuz=fnuz))
         if not fits(kind, weight):
             raise ValueError(
-                f"warp_specialized_packed_gemm: {kind}, b {b.dtype} {list(b.shape)} with strides "
+                f"{NAME}: {kind}, b {b.dtype} {list(b.shape)} with strides "
                 f"{list(b.stride())}, scales {list(b_scales.shape)} with strides "
                 f"{list(b_scales.stride())}; needs k a multiple of 64 and of its groups, "
                 f"contiguous experts at a multiple of 16 bytes, and scales of channels side by "
                 f"side in whole 16 bytes"
             )
+        self._hold(kind, weight)
+
+    @classmethod
+    def of_matrix(cls, kind: str, weight: Weight) -> Coded | None:
+        """Return a weight of one matrix, as `as_weight` has it, or None if it is not read."""
+        weight = by_row(kind, weight)
+        scales, second = weight.scales, weight.second
+        weight = weight._replace(
+            codes=weight.codes[None],
+            scales=None if scales is None else scales[None],
+            second=None if second is None else second.reshape(1, -1),
+        )
+        if not fits(kind, weight):
+            return None
+        coded = cls.__new__(cls)
+        coded._hold(kind, weight)
+        return coded
+
+    def _hold(self, kind: str, weight: Weight) -> None:
         self.kind, self.weight, self.step = kind, weight, step_of(kind, weight)
-        self.codes = weight.codes.view(torch.uint8).view(b.shape[0] * b.shape[1], -1)
+        matrices, rows, _ = weight.codes.shape
+        self.codes = weight.codes.view(torch.uint8).view(matrices * rows, -1)
         self._described: dict[int, tuple[TensorDescriptor, TensorDescriptor]] = {}
 
     @property
@@ -440,6 +556,7 @@ def warp_specialized_packed_gemm(
     tile: Tile,
     programs: int,
     ordered: bool = False,
+    dependent: bool = False,
     a_scales: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> None:
@@ -452,59 +569,146 @@ def warp_specialized_packed_gemm(
         tile: Rows, channels (128 or 256), `Coded.step`.
         programs: How many run at once: one a multiprocessor.
         ordered: Whether rows of bf16 are in the order that `step_order` brings them into.
+        dependent: Whether weights may be read while the launch before ends: one that makes a, and
+            before which all is done that wrote b or sorted the slots.
 
     Raises:
         ValueError: If an operand is none that the kernel reads.
     """
-    kind, weight = b.kind, b.weight
-    check_operands(kind, a, a_scales, weight, tile)
-    spec, k = ALL_KINDS[kind], weight.k
-    if a.dtype != (torch.float8_e4m3fn if spec.a_scaled else torch.bfloat16):
+    check_slots(NAME, out, b.weight.codes.shape[1], sorted_slots, block_experts, tile)
+    _check_rows(a, b, a_scales, tile)
+    if out.shape[0] == 0 or out.shape[1] == 0 or block_experts.numel() == 0:
+        return
+    _launch(
+        a, b, out, (sorted_slots, block_experts, n_padded), blocks=block_experts.numel(),
+        top_k_divisor=top_k_divisor, tile=tile, programs=programs, ordered=ordered,
+        dependent=dependent, a_scales=a_scales, bias=bias,
+    )  # fmt: skip
+
+
+def warp_specialized_packed_rows(
+    a: torch.Tensor,
+    b: Coded,
+    out: torch.Tensor,
+    *,
+    tile: Tile,
+    programs: int,
+    ordered: bool = False,
+    dependent: bool = False,
+    a_scales: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """Write a `[m, k]` times the only weight of b to out `[m, n]`; else as for experts.
+
+    Args:
+        a: As for experts.
+        b: A weight of one matrix.
+        out: `[m, n]` bf16 or fp16, rows contiguous.
+        tile: As for experts; `split_k` programs at most share k.
+        programs: How many run at once.
+        ordered: As for experts.
+        dependent: As for experts.
+        a_scales: `[m]` float32, beside rows of 8 bits.
+        bias: `[n]`, contiguous, or None.
+
+    Raises:
+        ValueError: If an operand is none that the kernel reads.
+    """
+    (matrices, n), (m, k) = b.weight.codes.shape[:2], a.shape
+    if matrices != 1 or out.shape != (m, n) or out.itemsize != 2 or out.stride(1) != 1:
         raise ValueError(
-            f"warp_specialized_packed_gemm: {kind}, a is {a.dtype}; needs bf16 (int4_group_fp8: "
-            f"e4m3fn)"
+            f"{NAME}: b {list(b.weight.codes.shape)}, a {list(a.shape)}, out {out.dtype} "
+            f"{list(out.shape)} with strides {list(out.stride())}; needs one matrix, and out "
+            f"{[m, n]} of 16-bit numbers in contiguous rows"
+        )
+    _check_rows(a, b, a_scales, tile)
+    if m == 0 or n == 0:
+        return
+    steps = k // tile.block_k
+    steps_of_part = -(-steps // tile.split_k)
+    parts = -(-steps // steps_of_part)
+    sums = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
+    _launch(
+        a, b, sums if parts == 1 else sums.view(parts * m, n), (out, out, out),
+        blocks=-(-m // tile.block_m) * parts, rows=m, steps_of_part=steps_of_part, dense=True,
+        dependent=dependent, tile=tile, programs=programs, ordered=ordered, a_scales=a_scales,
+        bias=bias if parts == 1 else None,
+    )  # fmt: skip
+    if parts > 1:
+        add_splits(sums, out, bias, dependent=True)
+
+
+def _check_rows(a: torch.Tensor, b: Coded, a_scales: torch.Tensor | None, tile: Tile) -> None:
+    """Raise ValueError unless rows and tile go with a weight."""
+    kind, weight, spec = b.kind, b.weight, ALL_KINDS[b.kind]
+    dtype = torch.float8_e4m3fn if spec.a_scaled else torch.bfloat16
+    scaled = a_scales is not None and a_scales.dtype == torch.float32
+    if a.dtype != dtype or a.shape[1] != weight.k or scaled != spec.a_scaled:
+        scales = "none" if a_scales is None else str(a_scales.dtype)
+        raise ValueError(
+            f"{NAME}: {kind}, a is {a.dtype} {list(a.shape)} with a_scales {scales}; needs {dtype} "
+            f"of {weight.k} inner elements, a_scales {'float32' if spec.a_scaled else 'none'}"
         )
     if tile.block_k != b.step or tile.block_n not in (128, 256):
         raise ValueError(
-            f"warp_specialized_packed_gemm: {kind}, {k} along k in groups of {weight.group} and "
-            f"{tile}; needs block_k = {b.step}, and block_n of 128 or 256"
+            f"{NAME}: {kind}, {weight.k} along k in groups of {weight.group} and {tile}; needs "
+            f"block_k = {b.step}, and block_n of 128 or 256"
         )
-    experts, n = weight.codes.shape[:2]
     if a.stride(1) != 1 or a.stride(0) * a.itemsize % 16 or not aligned(a):
         raise ValueError(
-            f"warp_specialized_packed_gemm: a {list(a.shape)} has strides {list(a.stride())} and "
-            f"begins {a.data_ptr() % 16} bytes past a multiple of 16; rows must be contiguous, and "
-            f"begin at such multiples"
+            f"{NAME}: a {list(a.shape)} has strides {list(a.stride())} and begins "
+            f"{a.data_ptr() % 16} bytes past a multiple of 16; rows must be contiguous, and begin "
+            f"at such multiples"
         )
-    check_slots("warp_specialized_packed_gemm", out, n, sorted_slots, block_experts, tile)
-    if out.shape[0] == 0 or n == 0 or block_experts.numel() == 0:
-        return
+
+
+def _launch(
+    a: torch.Tensor,
+    b: Coded,
+    out: torch.Tensor,
+    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    blocks: int,
+    tile: Tile,
+    programs: int,
+    ordered: bool,
+    a_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rows: int = 0,
+    steps_of_part: int = 1,
+    top_k_divisor: int = 1,
+    dense: bool = False,
+    dependent: bool = False,
+) -> None:
+    """Launch what has been checked: of experts' sorted slots, or of `rows` rows (dense)."""
+    weight, spec = b.weight, ALL_KINDS[b.kind]
+    experts, n = weight.codes.shape[:2]
     scales, second = weight.scales, weight.second
     # More of them hide more of what each waits for; of many rows the sums need the registers.
     many = 64 if b.step > 64 else 16 if spec.a_scaled else 32
     multipliers = 4 if tile.block_n == 256 and tile.block_m <= many else 2
     multiplying, copying, registers = REGISTERS[multipliers]
     codes_in_tiles, scales_in_tiles = b.described(tile.block_n)
-    most = block_experts.numel() * -(-n // tile.block_n)
     unused = out  # what is not read must still be something
     launch(
-        _warp_specialized_packed_kernel, (min(programs, most),),
+        _warp_specialized_packed_kernel, (min(programs, blocks * -(-n // tile.block_n)),),
         a, codes_in_tiles, out, unused if a_scales is None else a_scales, scales_in_tiles,
         unused if scales is None else scales, unused if second is None else second,
         unused if bias is None else bias,
-        sorted_slots, block_experts, n_padded, out.shape[0], n, k,
+        *slots, rows or out.shape[0], n, weight.k, steps_of_part,
         a.stride(0), out.stride(0), 0 if a_scales is None else a_scales.stride(0),
         *((0, 0, 0) if scales is None else scales.stride()),
         0 if second is None else second.stride(0),
         0 if second is None or second.numel() == experts else second.stride(1),
-        0 if bias is None else bias.stride(0),
+        0 if bias is None or dense else bias.stride(0),
         TOP_K=top_k_divisor, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         STAGES=tile.stages, GROUP_M=tile.group_m, HAS_BIAS=bias is not None,
         CODES="planes" if spec.planes else spec.decode,
         FORMAT="" if scales is None else spec.scale_format, GROUPS=b.groups,
         SCALE_ROWS=2 if scales is None else spec.scale_rows, SECOND=second is not None,
-        WHOLE_ROWS=ordered or spec.planes, ARRIVALS=COPYING_THREADS + 1, MULTIPLIERS=multipliers,
-        MULTIPLYING=multiplying, COPYING=copying, num_warps=tile.warps, maxnreg=registers,
+        WHOLE_ROWS=ordered or spec.planes, DENSE=dense, ARRIVALS=COPYING_THREADS + 1,
+        MULTIPLIERS=multipliers, MULTIPLYING=multiplying, COPYING=copying,
+        num_warps=tile.warps, maxnreg=registers, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
@@ -530,7 +734,7 @@ def step_of(kind: str, weight: Weight) -> int:
 
 
 def fits(kind: str, weight: Weight) -> bool:
-    """Say whether a weight of experts is, and lies, as the kernel copies it."""
+    """Say whether a weight of experts, as `by_row` returns it, lies as the kernel copies it."""
     spec, codes, scales = ALL_KINDS[kind], weight.codes, weight.scales
     if kind not in SPECIALIZED_KINDS or weight.fnuz or weight.k % 64:
         return False

@@ -398,6 +398,30 @@ def test_a_dry_run_lists_what_would_be_compiled(capsys: pytest.CaptureFixture[st
     assert len(plan[0]["tiles"]) > 20
 
 
+def test_a_dry_run_lists_no_tile_where_warps_specialize(capsys: pytest.CaptureFixture[str]) -> None:
+    told = [*TUNE[:3], "int4_w4a16", *TUNE[4:], "--tokens", "64,65536", "--dry-run"]
+    assert main(told) == 0
+    assert capsys.readouterr().out.count("0 tiles: warps specialize there") == 1
+    assert main([*told, "--json"]) == 0
+    few, also_few, many, _ = json.loads(capsys.readouterr().out)["plan"]
+    assert few["kind"] == "int4_group_decode"
+    assert few["tiles"] == also_few["tiles"] == []
+    assert "warps specialize" in few["note"]
+    assert many["kind"] == "bf16"  # weights are expanded
+    assert many["tiles"]
+    assert many["note"] == ""
+
+
+def test_nothing_is_searched_where_warps_specialize(cache: Path) -> None:
+    machine = Machine(likes_wide)
+    told = [*TUNE[:3], "int4_w4a16", *TUNE[4:], "--tokens", "64", "--json"]
+    answer = tune_answer(parsed(told), machine)
+    assert isinstance(answer, dict)
+    assert (machine.compiled, machine.timed, answer["rows"]) == (0, 0, 0)
+    assert "warps specialize" in answer["found"][0]["note"]
+    assert not (cache / "measured.json").exists()
+
+
 def answers(text: str) -> list[Any]:
     return [json.loads(line.removeprefix(MARK)) for line in text.rstrip().split("\n")]
 

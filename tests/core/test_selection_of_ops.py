@@ -91,7 +91,7 @@ LEVELS = {
     "cuda:a100-80gb": (NATIVE, DECODE, DECODE, NATIVE),
     "cuda:rtx-3090": (NATIVE, DECODE, DECODE, NATIVE),
     "cuda:l40s": (NATIVE, NATIVE, NATIVE, NATIVE),
-    "cuda:h100": (NATIVE, DECODE, DECODE, NATIVE),  # for 16 rows, measured
+    "cuda:h100": (NATIVE, DECODE, DECODE, DECODE),  # for 16 rows, measured
     "cuda:b200": (NATIVE, NATIVE, NATIVE, NATIVE),
     "rocm:mi250x": (NATIVE, DECODE, DECODE, NATIVE),
     "rocm:mi300x": (NATIVE, NATIVE, NATIVE, NATIVE),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hal.ops.kernels.common import INTERPRETED
-from hal.ops.kernels.kinds import ALL_KINDS
+from hal.ops.kernels.kinds import ALL_KINDS, FP8_UNITS
+from hal.quant.repack import CODE_LAYOUTS
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
 BF16 = torch.bfloat16
@@ -52,6 +53,9 @@ def weight(kind, shape, generator, device, *, group=None):
         b = codes(256)
         b[(b & 0x7C) >= 0x40] -= 0x40  # numbers below 2: sums in float32 then stay exact enough
         value = fp8(b, "e5m2")
+    elif spec.decode == "int8":
+        b = codes(256).view(torch.int8)
+        value = b.double()
     else:
         nibbles = codes(16)
         b, wide = pack(nibbles), nibbles.double()
@@ -61,6 +65,9 @@ def weight(kind, shape, generator, device, *, group=None):
     if spec.scales == "tensor":
         scales = torch.rand(lead, generator=generator, device=device) / 50 + 1e-3
         return b, {"b_scales": scales}, value * scales.double()[..., None, None]
+    if spec.scales == "channel":
+        scales = torch.rand((*lead, n), generator=generator, device=device) / 50 + 1e-3
+        return b, {"b_scales": scales}, value * scales.double()[..., None]
     group = group or spec.groups[0]
     grouped = (*lead, -(-n // spec.scale_rows), -(-k // group))
 
@@ -99,3 +106,24 @@ def assert_product(out, expected):
         eps = 2**-7  # the interpreter truncates
     size = expected.abs().max().item() if expected.numel() else 0
     torch.testing.assert_close(out.double(), expected, rtol=eps, atol=max(size, 1e-30) * 2e-6)
+
+
+def rows(kind, shape, generator, device):
+    """Return (rows as a kind takes them, their scales or None, exact float64 value)."""
+    x = torch.randn(shape, generator=generator, device=device)
+    if not ALL_KINDS[kind].a_scaled:
+        return x.bfloat16(), None, x.bfloat16().double()
+    codes = (x * 40).to(torch.float8_e4m3fn)
+    scales = torch.rand(shape[0], generator=generator, device=device) + 0.1
+    return codes, scales, codes.float().double() * scales.double()[:, None]
+
+
+def held_weight(kind, shape, generator, device, group=None):
+    """Return (codes, scale arguments as layers hold them, exact float64 value)."""
+    b, scales, value = weight(kind, shape, generator, device, group=group)
+    if ALL_KINDS[kind].planes:
+        b = CODE_LAYOUTS["int4_planes"].forward(b)
+        scales["b_scales"] = scales["b_scales"] * FP8_UNITS["e4m3fn"]
+    if ALL_KINDS[kind].scales == "group":
+        scales["b_scales"] = scales["b_scales"].mT.contiguous().mT
+    return b, scales, value

@@ -41,6 +41,7 @@ CELLS = (
     "grouped_gemm/bf16/biased",
     "warp_specialized/fp8_block128",
     "warp_specialized_packed/nvfp4_decode/narrow",
+    "warp_specialized_rows/int8_channel_decode/parts",
     "align/few",
     "combine/shared",
     "dispatch_rows/mxfp8/few",
@@ -50,6 +51,7 @@ CELLS = (
     "quantize/mxfp8/gate",
     "quantize/fp8_channel/norm",
     "planes",
+    "by_column/product",
     "shift",
     "swiglu/silu_int8_rows",
 )

@@ -25,7 +25,7 @@ from hal.ops.kernels.compile_cases import (
     TOP_K,
 )
 from hal.ops.kernels.crosscompile import cell_names, compile_cells
-from hal.ops.tiles import choose_tile, special_kernels
+from hal.ops.tiles import SPECIALIZED_KINDS, choose_tile, special_kernels
 from hal.platforms.tables import device_rows, device_spec
 
 KIB = {
@@ -38,13 +38,16 @@ KIB = {
     **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1151", "gfx1200", "gfx1201"), 64),
     "gfx950": 160,
 }
+# Tiles of half as many rows keep 132 multiprocessors busy, and are too many for fewer.
+ORDERED_ROWS = {f"warp_specialized_rows/{kind}/ordered" for kind in SPECIALIZED_KINDS}
 OTHER_TILES = {
+    **dict.fromkeys(("cuda:H100 PCIe", "cuda:H20"), ORDERED_ROWS),
     "cuda:L4": {
         *(f"gemm/{kind}_decode/few" for kind in ("fp8_channel", "fp8_e5m2", "mxfp8")),
         *(f"gemm/{kind}_decode/few" for kind in ("mxfp4", "nvfp4")),
         *(f"ring_rows/{kind}_decode/one" for kind in ("int4_group", "uint4_group")),
         *(f"ring_rows/{kind}_decode/one" for kind in ("mxfp4", "nvfp4")),
-    }
+    },
 }
 """Products that launch some cells otherwise than the first product of their architecture."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from triton.backends.compiler import GPUTarget
@@ -21,12 +22,13 @@ TARGET = Target("cuda", "sm_90", 232448, 132)
 
 def compiled(memory: Memory | None, name: str = "combine", arch: int = 90):
     """Return the facts of the only kernel of a cell, and the cell's specialization."""
+    target = replace(TARGET, arch=f"sm_{arch}")
     with compile_for(GPUTarget("cuda", arch, 32)) as entries:
         if memory is None:
-            CASES[name](TARGET)
+            CASES[name](target)
         else:
             with memory.used():
-                CASES[name](TARGET)
+                CASES[name](target)
     (entry,) = entries
     return facts_of(entry.kernel), specialization_of(entries)
 

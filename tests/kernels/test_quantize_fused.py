@@ -206,11 +206,14 @@ def compare_sizes(device, generator, scheme, columns):
     how = SCHEMES[scheme].activation
     rows = 2 if INTERPRETED.value else 300
     x = (torch.randn(rows, columns, generator=generator, device=device) * 2).bfloat16()
-    fixed = torch.tensor(4 / 2688, device=device) if scheme == "nvfp4_static" else None
     case = "e4m3fn" if how.format == "e4m3fn" else str(how.format), how
-    assert_same(quantize_triton(x, *case, fixed), quantize_reference(x, *case, fixed))
-    if fixed is not None:
+    if scheme == "nvfp4_static":
+        # One for which there are factors, and one by which numbers are divided.
+        for scale in (4 / 2688, 1e-3):
+            fixed = torch.tensor(scale, device=device)
+            assert_same(quantize_triton(x, *case, fixed), quantize_reference(x, *case, fixed))
         return
+    assert_same(quantize_triton(x, *case), quantize_reference(x, *case))
     weight = torch.rand(columns, generator=generator, device=device).bfloat16() + 1
     gate_up = torch.cat((x, x.flip(1)), 1)
     normed = rms_norm_triton(x, weight, 1e-6, None, *case)

@@ -29,7 +29,9 @@ def quotient(x: int, divisor: int, steps: int, bias: Fraction) -> Fraction:
     """Divide as `quotient` in `nvfp4_pairs` does, by a reciprocal that is some steps off."""
     first = rounded(Fraction(1, divisor))
     first += steps * (rounded(first * (1 + Fraction(1, 2**23))) - first)
+    first = rounded(first * (1 - Fraction(1, 2**21)))
     left = rounded(1 - first * divisor)
+    assert left > 0
     second = rounded(left * first + rounded(first * bias))
     return rounded(x * first + rounded(x * second))
 

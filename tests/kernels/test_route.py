@@ -18,12 +18,13 @@ from routing_oracle import (
     clear_logits,
     map_of_rank,
 )
+from triton.backends.compiler import GPUTarget
 
 from hal.ops.kernels import align_warps
 from hal.ops.kernels.align import CHUNK, ONE_PROGRAM, align, capacity, workspace_size
 from hal.ops.kernels.align_warps import MOST_EXPERTS, MOST_SLOTS
 from hal.ops.kernels.combine import combine
-from hal.ops.kernels.common import INTERPRETED
+from hal.ops.kernels.common import INTERPRETED, compile_for
 from hal.ops.kernels.route import route
 
 
@@ -225,6 +226,19 @@ def test_warps_have_a_thread_an_expert_and_a_row_of_the_table(slots, experts):
     assert warps in (4, 8, 16, 32)
     assert experts <= 32 * warps
     assert (warps + 2) * (experts + 1) <= align_warps.WORDS
+
+
+@pytest.mark.skipif(INTERPRETED.value, reason="needs a process that compiles")
+@pytest.mark.parametrize(
+    ("backend", "arch", "compares"),
+    [("cuda", 75, False), ("cuda", 80, True), ("cuda", 120, True), ("hip", "gfx942", False)],
+)
+def test_warps_align_where_their_lanes_can_be_compared(backend, arch, compares):
+    with compile_for(GPUTarget(backend, arch, 32)):
+        assert align_warps.serves(1, 8) == align_warps.serves(MOST_SLOTS, MOST_EXPERTS) == compares
+        assert not align_warps.serves(0, 8)
+        assert not align_warps.serves(MOST_SLOTS + 1, 8)
+        assert not align_warps.serves(1, MOST_EXPERTS + 1)
 
 
 def check_align(ids, experts, block):

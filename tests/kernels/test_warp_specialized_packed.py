@@ -9,13 +9,15 @@ from __future__ import annotations
 import packed_weights
 import pytest
 import torch
+from packed_weights import held_weight as weight
+from packed_weights import rows
 
 import hal
 from hal.ops import FusedMoE, Routing
 from hal.ops.align import align_triton
 from hal.ops.kernels.common import has_gluon
 from hal.ops.kernels.grouped_gemm import grouped_gemm
-from hal.ops.kernels.kinds import ALL_KINDS, FP8_UNITS, as_weight
+from hal.ops.kernels.kinds import ALL_KINDS, FP8_UNITS, as_weight, by_row
 from hal.ops.tiles import OPERAND_BYTES, SPECIALIZED_KINDS, Tile, specialized_tile
 from hal.quant.repack import CODE_LAYOUTS
 
@@ -24,31 +26,10 @@ BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 UNWRITTEN = 12345.0
 
 
-def rows(kind, shape, generator, device):
-    """Return (rows, their scales or None, exact float64 value)."""
-    x = torch.randn(shape, generator=generator, device=device)
-    if not ALL_KINDS[kind].a_scaled:
-        return x.to(BF16), None, x.to(BF16).double()
-    codes = (x * 40).to(E4M3)
-    scales = torch.rand(shape[0], generator=generator, device=device) + 0.1
-    return codes, scales, codes.float().double() * scales.double()[:, None]
-
-
-def weight(kind, shape, generator, device, group=None):
-    """Return (codes, scale arguments as layers hold them, exact float64 value)."""
-    b, scales, value = packed_weights.weight(kind, shape, generator, device, group=group)
-    if ALL_KINDS[kind].planes:
-        b = CODE_LAYOUTS["int4_planes"].forward(b)
-        scales["b_scales"] = scales["b_scales"] * FP8_UNITS["e4m3fn"]
-    if ALL_KINDS[kind].scales == "group":
-        scales["b_scales"] = scales["b_scales"].mT.contiguous().mT
-    return b, scales, value
-
-
 def tile_of(kind, b, scales, k, block_m=16, block_n=256, stages=3):
     from hal.ops.kernels.warp_specialized_packed import step_of
 
-    step = step_of(kind, as_weight(kind, k, b, **{"b_scales": None, **scales}))
+    step = step_of(kind, by_row(kind, as_weight(kind, k, b, **scales)))
     return Tile(block_m, block_n, step, 4, stages, 16)
 
 
@@ -149,7 +130,10 @@ def test_every_code_in_every_place(hopper, kind):
     """Exactly, by unit rows."""
     spec, k = ALL_KINDS[kind], 128
     codes = torch.arange(256, device=hopper, dtype=torch.uint8)
-    if spec.per_byte == 1:
+    if spec.decode == "int8":
+        b = torch.stack([(codes[:k] + 8 * shift) for shift in range(32)]).view(torch.int8)
+        value = b.double()
+    elif spec.per_byte == 1:
         lines = torch.stack([(codes[:k] + 8 * shift) for shift in range(32)])
         lines = torch.where((lines & 0x7F) == 0x7F, 1, lines)
         b, value = lines, packed_weights.fp8(lines)
@@ -167,7 +151,7 @@ def test_every_code_in_every_place(hopper, kind):
         size = (1, k // spec.groups[0], -(-32 // spec.scale_rows))
         scales = {"b_scales": torch.full(size, one, dtype=stored, device=hopper).mT}
     else:
-        scales = {"b_scales": torch.ones(1, device=hopper)}
+        scales = {"b_scales": torch.ones(1, 32, device=hopper)}
     if spec.second:
         scales["b_second"] = torch.ones(1, device=hopper)
     unit = torch.eye(k, device=hopper)
@@ -223,9 +207,9 @@ def test_nan_stays_where_it_is_and_bias_is_added(hopper, generator, kind):
     else:
         a[0][7, 100], a[0][9, 3] = float("nan"), float("inf")
     nan = {"e8m0": 255, "e4m3fn": 0x7F}.get(spec.scale_format, float("nan"))
-    where = (1,) if spec.scales == "tensor" else (1, 33 // spec.scale_rows, 1)
+    where = {"tensor": (1,), "channel": (1, 33)}.get(spec.scales, (1, 33 // spec.scale_rows, 1))
     scales["b_scales"][where] = nan
-    if spec.per_byte == 1:
+    if spec.decode == "e4m3":
         b[2, 20, 300] = 0x7F
     spoiled = multiply(kind, a, b, scales, ids, 1, bias=bias)
     flat = ids.flatten()
@@ -233,7 +217,7 @@ def test_nan_stays_where_it_is_and_bias_is_added(hopper, generator, kind):
     expected[7] = True
     channels = {1: slice(33, 34), 128: slice(0, 128)}[spec.scale_rows]
     expected[flat == 1, slice(None) if spec.scales == "tensor" else channels] = True
-    if spec.per_byte == 1:
+    if spec.decode == "e4m3":
         expected[flat == 2, 20] = True
     kept = torch.arange(160, device=hopper) != 9
     assert torch.equal(spoiled.isnan()[kept], expected[kept])
@@ -322,13 +306,15 @@ def test_what_it_cannot_read_is_refused(hopper, generator):
     shifted = torch.zeros(4 * 256 + 1, device=hopper).to(BF16)[1:].view(4, 256)
     with pytest.raises(ValueError, match="begins 2 bytes past"):
         multiply(kind, (shifted, None), b, scales, ids, 1)
-    with pytest.raises(ValueError, match="needs bf16"):
+    with pytest.raises(ValueError, match=r"needs torch\.bfloat16 of 256"):
         multiply(kind, (a[0].half(), None), b, scales, ids, 1)
 
 
 SCHEMES = {
     "fp8_w8a16": "triton_decode",
-    "fp8_block128_w8a16": "triton_packed",
+    "fp8_w8a16_block128": "triton_decode",
+    "int8_w8a16": "triton_decode",
+    "mxfp8": "triton_packed",
     "int4_w4a16": "triton_packed",
     "mxfp4_w4a16": "triton_packed",
     "nvfp4_w4a16": "triton_packed",
@@ -336,7 +322,7 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name in hal.quant.SCHEMES])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_takes_it(hopper, generator, scheme, monkeypatch):
     """Against the ordinary product, and with rows that lie where copies cannot begin."""
     from hal.ops import specialized_experts as module
@@ -397,7 +383,7 @@ def test_what_is_read(generator):
         b, scales, _ = weight(kind, (2, n, k), generator, "cpu", group)
         if not by_column:
             scales["b_scales"] = scales["b_scales"].contiguous()
-        return fits(kind, as_weight(kind, k, b, **scales))
+        return fits(kind, by_row(kind, as_weight(kind, k, b, **scales)))
 
     generator = torch.Generator().manual_seed(0)
     assert fit("int4_group_decode", 64, 256)
@@ -415,4 +401,5 @@ def test_what_is_read(generator):
     assert not fit("fp8_block128_decode", 200, 192)
     assert fit("fp8_channel_decode", 50, 192)
     assert not fit("fp8_channel_decode", 50, 200)
+    assert fit("int8_channel_decode", 50, 192)
     assert not fit("uint4_group_decode", 64, 256)

@@ -32,8 +32,9 @@ def weight(kind, n, k):
     if kind == "fp8_block128":
         codes = torch.zeros(EXPERTS, n, k, dtype=torch.uint8).view(torch.float8_e4m3fn)
         return codes, torch.ones(EXPERTS, n // 128, k // 128)
-    codes = torch.zeros(EXPERTS, n, k // spec.per_byte, dtype=torch.uint8)
-    if spec.scales == "tensor":
+    stored = torch.int8 if spec.decode == "int8" else torch.uint8
+    codes = torch.zeros(EXPERTS, n, k // spec.per_byte, dtype=stored)
+    if spec.scales in ("tensor", "channel"):
         return codes, torch.ones(EXPERTS, n)
     size = EXPERTS, k // spec.groups[0], -(-n // spec.scale_rows)
     stored = torch.float32 if spec.scale_format == "float32" else torch.uint8

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hal.errors import ArgumentError
-from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES, SPECIALIZED_KINDS
+from hal.ops.tiles import GROUP_SUMS, OPERAND_BYTES
 from hal.ops.tuned import ProductSizes
 from hal.ops.tuning import (
     ACCUMULATOR_REGISTERS,
@@ -20,6 +21,7 @@ from hal.ops.tuning import (
     candidates,
     default_tile,
     products_of,
+    runs_specialized,
 )
 from hal.platforms.tables import device_spec
 from hal.registry import find_op
@@ -109,11 +111,38 @@ def test_what_has_no_tiles_is_refused() -> None:
         products_of("fused_moe", "bf16", "triton", {"experts": 8, "intermediate": 8}, 1)
 
 
-def test_products_whose_warps_specialize_have_one_tile() -> None:
-    """Which is not theirs: `hal tune` has nothing to choose there."""
-    for kind in OPERAND_BYTES:
-        sizes = ProductSizes(kind, 4096, 2048, 32, 8)
-        tried = {device: candidates(sizes, device_spec(*device.split(":"))) for device in DEVICES}
-        assert (len(tried["cuda:h200"]) == 1) == (kind in SPECIALIZED_KINDS)
-        assert len(tried["cuda:a100"]) > 1
-        assert len(candidates(replace(sizes, matrices=1), device_spec("cuda", "h200"))) > 1
+PACKED = {"op": "fused_moe", "scheme": "int4_w4a16", "kernel": "triton_packed"}
+BLOCKS = {"op": "fused_moe", "scheme": "fp8_block128", "kernel": "triton_fp8"}
+
+
+@pytest.mark.parametrize(
+    ("how", "problem", "tokens", "runs"),
+    [
+        (PACKED, EXPERTS, 32, True),
+        (PACKED, EXPERTS, 12288, True),
+        (PACKED, EXPERTS, 12289, False),  # weights are expanded
+        (PACKED, {**EXPERTS, "dtype": "float16"}, 32, False),
+        (PACKED, {**EXPERTS, "intermediate": 704}, 32, False),
+        ({**PACKED, "scheme": "int4_w4a16_g64"}, {**EXPERTS, "intermediate": 704}, 32, True),
+        ({**PACKED, "scheme": "int4_w4a16_g32"}, EXPERTS, 32, False),
+        (BLOCKS, EXPERTS, 4096, False),
+        (BLOCKS, EXPERTS, 4097, True),
+        ({**BLOCKS, "scheme": "fp8_channel"}, EXPERTS, 4097, False),
+    ],
+)
+def test_where_warps_specialize_no_table_sets_tiles(
+    how: dict[str, str], problem: dict[str, Any], tokens: int, runs: bool
+) -> None:
+    for device in DEVICES:
+        spec = device_spec(*device.split(":"))
+        found = runs_specialized(**how, problem=problem, tokens=tokens, spec=spec)
+        assert found == (runs and device == "cuda:h200")
+    hopper = device_spec("cuda", "h200")
+    first, _ = products_of(**how, problem=problem, tokens=tokens, spec=hopper)
+    assert (first.kind == "bf16") == (tokens == 12289)
+    old = hopper.replace(software=replace(hopper.software, triton="3.5.1"))
+    assert not runs_specialized(**how, problem=problem, tokens=tokens, spec=old)
+    of_linear = {"in_features": 2048, "out_features": 768}
+    assert not runs_specialized(
+        **{**how, "op": "linear"}, problem=of_linear, tokens=64, spec=hopper
+    )

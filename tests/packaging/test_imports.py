@@ -133,7 +133,6 @@ VENDOR_EXCEPTIONS = {
     "hal.ops.tiles",
     "hal.ops.kernels.common",
     "hal.ops.kernels.crosscompile",
-    "hal.ops.kernels.align_warps",  # whether what is compiled for has PTX
 }
 IDENTIFYING = {"type", "name", "platform", "vendor", "backend", "device_type"}
 
